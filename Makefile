@@ -1,0 +1,40 @@
+# Every target does its own set-up, again and again without harm.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test compare check fmt clean
+
+VENV     := .venv
+BIN      := $(VENV)/bin
+STATE    := /var/lib/redirector
+SETUP    := .ci/setup
+SETUP_OK := $(VENV)/.setup-ok
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Debian packages, .venv, Envoy, kernel headers for bcc
+	@bash $(SETUP) $(VENV) $(STATE)
+
+demo: setup ## steer real pods through real Envoys and show it
+	@$(BIN)/redirector demo
+
+test: setup ## every test, on the real kernel and real Envoys
+	@$(BIN)/pytest
+
+compare: setup ## the latency comparison of both modes
+	@$(BIN)/redirector compare $(ARGS)
+
+check: setup ## lint, types, import rules, C format (changes nothing)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy redirector xds/xds_server
+	@$(BIN)/lint-imports
+	@clang-format --dry-run --Werror bpf/sockops/*.[ch]
+
+fmt: setup ## put the code in its form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@clang-format -i bpf/sockops/*.[ch]
+
+clean: ## forget the virtual environment
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""The node side: datapath, modes, lab, comparison, CLI."""

@@ -1,0 +1,61 @@
+"""The values that every room of the node side shares. Pure: no I/O, nothing imported but types."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from pathlib import Path
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+
+
+class Mode(StrEnum):
+    """How a pod's traffic reaches its sidecar."""
+
+    EBPF = "ebpf"
+    IPTABLES = "iptables"
+
+
+class Accelerate(StrEnum):
+    """Whether steered connections are short-circuited socket to socket (eBPF mode only)."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+EVERYWHERE: tuple[IPNetwork, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Which of a pod's connections go to its sidecar; names and defaults follow Istio's sidecars."""
+
+    proxy_uids: tuple[int, ...] = (1337,)
+    proxy_gids: tuple[int, ...] = (1337,)
+    outbound_port: int = 15001
+    inbound_port: int = 15006
+    include_outbound_cidrs: tuple[IPNetwork, ...] = EVERYWHERE
+    exclude_outbound_cidrs: tuple[IPNetwork, ...] = ()
+    include_outbound_ports: frozenset[int] = frozenset()
+    exclude_outbound_ports: frozenset[int] = frozenset()
+    #: None captures every inbound port but the excluded ones; a set captures just those.
+    include_inbound_ports: frozenset[int] | None = None
+    exclude_inbound_ports: frozenset[int] = frozenset({15020, 15021, 15090})
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One enrolled pod, as `redirector enroll` was told of it.
+
+    `cgroup` is an absolute path in the cgroup2 mount; application and sidecar run in it or below.
+    `addresses` are those of the pod's own interfaces, loopback and link-local left out.
+    """
+
+    name: str
+    netns: Path
+    cgroup: Path
+    mode: Mode
+    accelerate: Accelerate = Accelerate.AUTO
+    steering: Steering = field(default_factory=Steering)
+    addresses: tuple[IPAddress, ...] = ()
