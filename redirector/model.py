@@ -29,7 +29,7 @@ EVERYWHERE: tuple[IPNetwork, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0
 
 @dataclass(frozen=True)
 class Steering:
-    """Which of a pod's connections go to its sidecar; names and defaults follow Istio's sidecars."""
+    """Which of a pod's connections go to its sidecar; names and defaults follow Istio's."""
 
     proxy_uids: tuple[int, ...] = (1337,)
     proxy_gids: tuple[int, ...] = (1337,)
