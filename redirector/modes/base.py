@@ -1,0 +1,26 @@
+"""What every mode can do with a pod. The decisions themselves are in `redirector.steering`."""
+
+from typing import Protocol
+
+from redirector.model import Mode, Pod
+
+
+class ModeDriver(Protocol):
+    """Puts a pod's traffic on its sidecar and takes it off again; holds no state of its own."""
+
+    mode: Mode
+
+    def install(self, pod: Pod) -> None:
+        """Steer the pod's new connections; open ones go on as they are.
+
+        A second call changes nothing. All or nothing: DatapathError leaves what was there before.
+        """
+
+    def remove(self, pod: Pod) -> None:
+        """Make the pod's new connections direct at once; open ones go on as they are.
+
+        A pod that is not installed, or whose network namespace is gone, is no error.
+        """
+
+    def missing(self, pod: Pod) -> list[str]:
+        """Name what should be in the kernel for this pod and is not; [] when it is whole."""
