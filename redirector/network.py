@@ -1,0 +1,139 @@
+"""What we need of another process's network namespace. The caller's own is never left.
+
+Each call works in a thread of its own that enters the namespace and ends there: namespaces belong
+to threads (setns(2)), so nothing has to be put back, also after an error.
+"""
+
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TypeVar
+
+from pyroute2 import IPRoute
+
+from redirector.errors import InputError, MachineError
+from redirector.model import IPAddress
+
+T = TypeVar("T")
+
+_NS_GET_NSTYPE = 0xB703  # _IO(0xb7, 0x3), ioctl_ns(2)
+_CLONE_NEWNET = 0x40000000
+_SO_NETNS_COOKIE = 71  # Linux 5.14; Python has no name for it
+
+
+def require_netns(path: Path) -> None:
+    """Raise InputError unless `path` is a network namespace (a file of nsfs)."""
+    os.close(_open(path))
+
+
+def addresses(netns: Path) -> tuple[IPAddress, ...]:
+    """Return the addresses of the namespace's interfaces, loopback and link-local left out.
+
+    In the kernel's order, IPv4 first, each once.
+    """
+    return within(netns, _addresses)
+
+
+def netns_cookie(netns: Path) -> int:
+    """Return the number that bpf_get_netns_cookie() gives for this namespace.
+
+    MachineError on kernels that do not tell it (before 5.14).
+    """
+    return within(netns, _cookie)
+
+
+def run_in(
+    netns: Path, argv: Sequence[str], stdin: str = "", timeout: float = 30
+) -> "subprocess.CompletedProcess[str]":
+    """Run a program in the namespace to its end; its output is captured as text.
+
+    Raises OSError when it cannot be started, subprocess.TimeoutExpired after `timeout` seconds.
+    """
+
+    def run() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout)
+
+    return within(netns, run)
+
+
+def within(netns: Path, function: Callable[[], T]) -> T:
+    """Return `function()` as called in the namespace; its exception passes through."""
+    fd = _open(netns)
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def enter_and_call() -> None:
+        try:
+            _enter(fd, netns)
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=enter_and_call, name=f"netns {netns}")
+    try:
+        thread.start()
+        thread.join()
+    finally:
+        os.close(fd)
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _open(path: Path) -> int:
+    hint = "give a path such as /run/netns/NAME or /proc/PID/ns/net"
+    try:
+        # A FIFO must not make us wait for its other end.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise InputError(f"netns {path}: {error.strerror}; {hint}") from None
+    try:
+        kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+    except OSError:
+        kind = 0
+    if kind != _CLONE_NEWNET:
+        os.close(fd)
+        raise InputError(f"netns {path}: is not a network namespace; {hint}")
+    return fd
+
+
+def _enter(fd: int, path: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, _CLONE_NEWNET) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise MachineError(f"netns {path}: cannot enter: {reason}; run this as root")
+
+
+def _cookie() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            (cookie,) = struct.unpack(
+                "=Q", probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+            )
+        except OSError as error:
+            raise MachineError(
+                f"the kernel does not tell a namespace's cookie ({error.strerror});"
+                " use Linux 5.15 or newer"
+            ) from None
+    return int(cookie)
+
+
+def _addresses() -> tuple[IPAddress, ...]:
+    found: dict[IPAddress, None] = {}
+    with IPRoute() as ipr:
+        for message in sorted(ipr.get_addr(), key=lambda message: int(message["family"])):
+            # IFA_LOCAL is the interface's own; on a point-to-point link IFA_ADDRESS is the peer's.
+            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+            if text is None:
+                continue
+            address = ip_address(text)
+            if not (address.is_loopback or address.is_link_local):
+                found[address] = None
+    return tuple(found)
