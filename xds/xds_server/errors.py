@@ -1,0 +1,30 @@
+"""What can be wrong with the objects that a user gave.
+
+Problems are collected, never raised: one run names every one of them. What stops a command at
+once (a missing directory, a node id that is none) is a `redirector.errors.InputError`.
+"""
+
+import reprlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake. `field` is a path such as `spec.rules[0].backendRefs[1].weight`, and `message`
+    says the way out; a part that does not apply is empty."""
+
+    file: str
+    object: str
+    field: str
+    value: str
+    message: str
+
+    def __str__(self) -> str:
+        parts = (self.file, self.object, self.field, self.value, self.message)
+        return " ".join(": ".join(part for part in parts if part).split())
+
+
+def shown(value: object) -> str:
+    """The value as a message shows it: short, whatever was given (aliases may nest for ever)."""
+    shortener = reprlib.Repr(maxlevel=3, maxstring=80, maxother=80, maxlong=40)
+    return shortener.repr(value)

@@ -1,0 +1,113 @@
+"""Reads manifests from a directory: YAML or JSON, several documents a file, `List` objects too."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from redirector.errors import InputError
+from xds_server.errors import Problem, shown
+from xds_server.sources.objects import KubeObject
+
+SUFFIXES = frozenset({".yaml", ".yml", ".json"})
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(yaml.CSafeLoader):
+    """Safe YAML, with what Kubernetes has and YAML 1.1 has not: times stay text, and a key given
+    twice is an error, because the policy a reader sees must be the one that holds."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
+        for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load(directory: Path) -> tuple[list[KubeObject], list[Problem]]:
+    """Every object in the directory's *.yaml, *.yml and *.json files (not in folders below, not in
+    hidden files), by file name and place, and what could not be read. Raises InputError when there
+    is no such directory."""
+    try:
+        paths = sorted(
+            path
+            for path in directory.iterdir()
+            if path.suffix in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+        )
+    except OSError as error:
+        raise InputError(
+            f"manifests directory {str(directory)!r}: {error.strerror}; give a directory to read"
+        ) from error
+    objects: list[KubeObject] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            text = path.read_bytes().decode()
+        except FileNotFoundError:
+            continue  # renamed away since it was listed, as editors do
+        except OSError as error:
+            problems.append(Problem(str(path), "", "", "", f"cannot be read: {error.strerror}"))
+            continue
+        except UnicodeDecodeError as error:
+            problems.append(
+                Problem(str(path), "", f"byte {error.start}", "", "is not UTF-8; save it as UTF-8")
+            )
+            continue
+        read, wrong = parse(str(path), text)
+        objects += read
+        problems += wrong
+    return objects, problems
+
+
+def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:
+    """The objects in one file's text. After a syntax error the rest of the file is unreadable."""
+    objects: list[KubeObject] = []
+    problems: list[Problem] = []
+    documents: Iterator[Any] = yaml.load_all(text, _Loader)
+    index = 0
+    while True:
+        try:
+            document = next(documents)
+        except StopIteration:
+            return objects, problems
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            problems.append(Problem(file, "", where, "", f"is not YAML: {error.problem}"))
+            return objects, problems
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            problems.append(Problem(file, "", "", "", f"is not YAML: {error}"))
+            return objects, problems
+        for field, value in _expanded(f"document {index + 1}", document):
+            if isinstance(value, Mapping):
+                objects.append(KubeObject(file, value))
+            else:
+                problems.append(
+                    Problem(file, "", field, shown(value), "must be a mapping: a Kubernetes object")
+                )
+        index += 1
+
+
+def _expanded(field: str, document: object) -> Iterator[tuple[str, object]]:
+    """A `List`, as kubectl writes it, stands for its items; an empty document for nothing."""
+    if document is None:
+        return
+    if isinstance(document, Mapping) and document.get("kind") == "List":
+        items = document.get("items")
+        if isinstance(items, list):
+            yield from ((f"{field}.items[{number}]", item) for number, item in enumerate(items))
+        else:
+            yield f"{field}.items", items
+    else:
+        yield field, document
