@@ -1,5 +1,7 @@
 """What this machine offers: read from the kernel's own tables, never assumed."""
 
+import os
+import shutil
 from pathlib import Path
 
 from redirector.errors import MachineError
@@ -25,6 +27,16 @@ def cgroup2_mount(mountinfo: Path = MOUNTINFO) -> Path:
             "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified"
         )
     return min(found, key=lambda mount: len(mount[0]))[1]
+
+
+def find_tool(name: str, package: str) -> Path:
+    """Return the path of a program; MachineError names the Debian package when there is none."""
+    # sbin is not on the PATH of every root shell (su without a dash).
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise MachineError(f"{name} is not installed; install it: apt-get install {package}")
+    return Path(found)
 
 
 def _unescape(field: str) -> str:
