@@ -1,0 +1,96 @@
+"""The incremental ADS variant. Source: "Incremental xDS" in Envoy's API documentation."""
+
+from envoy.service.discovery.v3.discovery_pb2 import (
+    DeltaDiscoveryRequest,
+    DeltaDiscoveryResponse,
+)
+
+from xds_server.references import CLUSTER, LISTENER
+from xds_server.snapshot import Encoded, ResourceSet
+from xds_server.stream import WILDCARD, Ack, Interest, Nack, Response, Stream, TypeState
+
+
+class DeltaStream(Stream):
+    """A client that subscribes and unsubscribes by name and is sent single resources."""
+
+    def receive(self, request: DeltaDiscoveryRequest) -> Ack | Nack | None:
+        """Take in a request; returns the answer that it carries, if any.
+
+        Subscriptions count whatever the nonce; a nonce that is not ours answers nothing.
+        """
+        state = self._state(request.type_url)
+        self._drained = False
+        subscribe, unsubscribe = (
+            request.resource_names_subscribe,
+            request.resource_names_unsubscribe,
+        )
+        for name in unsubscribe:
+            self._unsubscribe(state, name)
+        known = dict(request.initial_resource_versions)
+        was_wildcard = state.wildcard and state.interest is Interest.NAMED
+        self._ask(state, names_something=bool(subscribe or unsubscribe), owed=not known)
+        for name in subscribe:
+            if name != WILDCARD:
+                state.names.add(name)
+                # A name that comes with its version is not asked for again: the client has it.
+                if name not in known:
+                    state.due.add(name)
+            elif was_wildcard:
+                state.due.update(state.sent)
+            elif not state.wildcard:
+                state.start_wildcard(owed=not known)
+        if known:
+            state.sent.update((n, v) for n, v in known.items() if state.wants(n))
+            state.base = None
+        error = request.error_detail.message if request.HasField("error_detail") else None
+        return self._answer(state, request.response_nonce, error)
+
+    def _unsubscribe(self, state: TypeState, name: str) -> None:
+        if name == WILDCARD:
+            state.end_wildcard()
+        elif name in state.names:
+            state.names.discard(name)
+            if state.wildcard:
+                # The client cannot know whether "*" still covers the name: it must be told.
+                state.due.add(name)
+            else:
+                state.forget(name)
+
+    def _update(self, state: TypeState, desired: ResourceSet) -> Response | None:
+        names = state.candidates(desired)
+        fresh = [desired[n] for n in sorted(names) if n in desired and state.outdated(desired[n])]
+        lost = {n for n in names if n not in desired and state.wants(n)}
+        absent = {n for n in lost if n in state.due or (n in state.names and n not in state.sent)}
+        gone = {n for n in lost - absent if state.sent.get(n)}
+        if state.type_url == LISTENER:
+            absent |= gone
+        else:
+            state.stale |= gone
+        state.stale -= desired.keys()
+        state.base = desired
+        state.due.clear()
+        if not (fresh or absent or state.owed):
+            return None
+        if state.type_url == CLUSTER:
+            self._send_endpoints_of(fresh)
+        state.book(fresh)
+        state.book_absent(absent)
+        return self._emit(state, desired.version, fresh, sorted(absent))
+
+    def _remove(self, state: TypeState, desired: ResourceSet) -> Response:
+        names = sorted(state.stale)
+        state.book_absent(names)
+        return self._emit(state, desired.version, (), names)
+
+    def _encode(
+        self,
+        type_url: str,
+        nonce: str,
+        version: str,
+        resources: tuple[Encoded, ...],
+        removed: tuple[str, ...],
+    ) -> bytes:
+        head: bytes = DeltaDiscoveryResponse(
+            type_url=type_url, nonce=nonce, system_version_info=version, removed_resources=removed
+        ).SerializeToString()
+        return b"".join((head, *(entry.delta_frame for entry in resources)))

@@ -1,0 +1,315 @@
+"""One ADS stream as a state machine: requests in, responses out, no I/O and no clock.
+
+Source: "xDS REST and gRPC protocol" in Envoy's API documentation.
+
+A stream keeps, for each type, what the client asked for and which versions it was sent. The
+desired state is one snapshot, replaced at will; what to send is always the difference of the
+two, so a slow client skips the states in between and nothing queues up.
+
+A type's interest moves so (TRANSITIONS is this table as data):
+
+    interest \\ request names  nothing        something
+    UNASKED                   ALL_BY_LEGACY  NAMED         "nothing" means "*" only at first, and
+    ALL_BY_LEGACY             ALL_BY_LEGACY  NAMED         only for listeners and clusters
+    NAMED                     NAMED          NAMED
+
+A response moves so; the last of a type decides whether that type counts as rejected:
+
+    sent --ACK--> accepted        sent --NACK--> rejected (not sent again until it changes)
+
+Order: clusters, their endpoints right behind them, listeners, routes, then whatever else was
+asked for; each is sent without waiting for an answer. What is to go (routes, clusters,
+endpoints) goes last: when all is answered, nothing stands rejected and every route that a
+listener waits for was delivered, since until then the client may still be using it. Listeners
+go together with their successors, which may want the same address.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from types import MappingProxyType
+
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.snapshot import Encoded, ResourceSet, Snapshot
+
+WILDCARD = "*"
+ORDER = (CLUSTER, ENDPOINT, LISTENER, ROUTE)
+REMOVAL_ORDER = (ROUTE, CLUSTER, ENDPOINT)
+#: Types that know a wildcard, and whose state-of-the-world responses are always complete.
+WHOLE_TYPES = frozenset({CLUSTER, LISTENER})
+
+#: In `sent`: the client was told that a resource of this name does not exist.
+ABSENT = ""
+
+
+class Interest(Enum):
+    """What a client asked of a type so far."""
+
+    UNASKED = auto()
+    ALL_BY_LEGACY = auto()
+    NAMED = auto()
+
+
+TRANSITIONS: Mapping[tuple[Interest, bool], Interest] = MappingProxyType(
+    {
+        (Interest.UNASKED, False): Interest.ALL_BY_LEGACY,
+        (Interest.UNASKED, True): Interest.NAMED,
+        (Interest.ALL_BY_LEGACY, False): Interest.ALL_BY_LEGACY,
+        (Interest.ALL_BY_LEGACY, True): Interest.NAMED,
+        (Interest.NAMED, False): Interest.NAMED,
+        (Interest.NAMED, True): Interest.NAMED,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Ack:
+    """The client applied a response."""
+
+    type_url: str
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Nack:
+    """The client refused a response, or a part of it; `error` is its own text."""
+
+    type_url: str
+    nonce: str
+    version: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Response:
+    """One message to the client. `body` is its encoding, ready for the wire."""
+
+    type_url: str
+    nonce: str
+    version: str
+    resources: tuple[Encoded, ...]
+    removed: tuple[str, ...]
+    body: bytes = field(repr=False)
+
+
+@dataclass
+class TypeState:
+    """What one client asked for, and has, of one type."""
+
+    type_url: str
+    interest: Interest = Interest.UNASKED
+    wildcard: bool = False
+    #: Names asked for one by one, WILDCARD left out.
+    names: set[str] = field(default_factory=set)
+    #: Names to be told of whatever was sent before: asked for (again), or due with their cluster.
+    due: set[str] = field(default_factory=set)
+    #: The client waits for a response even if there is nothing in it.
+    owed: bool = False
+    #: name -> version that the client has, or ABSENT.
+    sent: dict[str, str] = field(default_factory=dict)
+    #: Names sent once, no longer desired, still to be taken away.
+    stale: set[str] = field(default_factory=set)
+    #: The state that `sent` and `stale` reflect in full; None: compare name by name.
+    base: ResourceSet | None = None
+    last_nonce: str = ""
+    #: nonce -> version of the responses without an answer.
+    unanswered: dict[str, str] = field(default_factory=dict)
+    rejected: Nack | None = None
+
+    def wants(self, name: str) -> bool:
+        """Whether the client asked for this name, or for all."""
+        return self.wildcard or name in self.names
+
+    def up_to_date(self, desired: ResourceSet) -> bool:
+        """Nothing can have changed since `base`: spares a comparison of every name."""
+        unchanged = self.base is not None and self.base.version == desired.version
+        return unchanged and not self.due and not self.owed
+
+    def candidates(self, desired: ResourceSet) -> set[str]:
+        """Names whose state may differ from what the client was sent."""
+        if self.base is not None:
+            names = {name for name in desired.changed_since(self.base) if self.wants(name)}
+        elif self.wildcard:
+            names = self.names | desired.keys() | self.sent.keys()
+        else:
+            names = set(self.names)
+        return names | self.due
+
+    def outdated(self, entry: Encoded) -> bool:
+        """Whether the client must be sent this resource."""
+        return entry.name in self.due or self.sent.get(entry.name) != entry.version
+
+    def book(self, entries: Iterable[Encoded]) -> None:
+        """Remember what was sent; resources that nobody asked for yet are not the client's."""
+        self.sent.update((e.name, e.version) for e in entries if self.wants(e.name))
+
+    def book_absent(self, names: Iterable[str]) -> None:
+        """Remember what the client was told does not exist (any more)."""
+        for name in names:
+            self.stale.discard(name)
+            if name in self.names:
+                self.sent[name] = ABSENT
+            else:
+                self.sent.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """The client lost interest in a name."""
+        self.sent.pop(name, None)
+        self.stale.discard(name)
+        self.due.discard(name)
+
+    def start_wildcard(self, *, owed: bool) -> None:
+        """Everything is asked for; what was sent by name stays known."""
+        self.wildcard = True
+        self.base = None
+        self.owed = owed
+
+    def end_wildcard(self) -> None:
+        """Only what was asked for by name is left."""
+        self.wildcard = False
+        for name in [n for n in {*self.sent, *self.due} if n not in self.names]:
+            self.forget(name)
+
+
+class Stream(ABC):
+    """What both variants share: order, nonces, answers and the wait before removals."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, TypeState] = {url: TypeState(url) for url in ORDER}
+        self._desired: Snapshot | None = None
+        self._nonces = 0
+        self._drained = True
+
+    def offer(self, snapshot: Snapshot) -> None:
+        """Set the state that the client should come to; replaces what was offered before."""
+        self._desired = snapshot
+        self._drained = False
+
+    @property
+    def rejected(self) -> tuple[Nack, ...]:
+        """The types whose last response was refused."""
+        return tuple(t.rejected for t in self._types.values() if t.rejected)
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is left to send, and the client answered all that was sent."""
+        return (
+            self._drained
+            and not self._unanswered
+            and (bool(self.rejected) or self._routes_delivered())
+        )
+
+    def next_response(self) -> Response | None:
+        """The next message to send, or None while there is nothing to say."""
+        if self._desired is None:
+            return None
+        for state in self._types.values():
+            desired = self._desired.of(state.type_url)
+            if state.interest is Interest.UNASKED or state.up_to_date(desired):
+                continue
+            if response := self._update(state, desired):
+                return response
+        if self._may_remove():
+            for type_url in (*REMOVAL_ORDER, *self._others()):
+                state = self._types[type_url]
+                if state.stale:
+                    return self._remove(state, self._desired.of(type_url))
+        self._drained = True
+        return None
+
+    @property
+    def _unanswered(self) -> bool:
+        return any(state.unanswered for state in self._types.values())
+
+    def _others(self) -> Iterable[str]:
+        return [url for url in self._types if url not in ORDER]
+
+    def _may_remove(self) -> bool:
+        return not self._unanswered and not self.rejected and self._routes_delivered()
+
+    def _routes_delivered(self) -> bool:
+        """Every route that the client's listeners name has been sent, if there is one.
+
+        A listener takes over from its predecessor only with its route; Envoy asks for it after
+        the listener's ACK, so an answered stream alone does not say that it has come this far.
+        """
+        listeners = self._types[LISTENER]
+        if self._desired is None or not listeners.wildcard:
+            return True
+        routes, sent = self._desired.of(ROUTE), self._types[ROUTE].sent
+        return all(
+            target.name in sent or target.name not in routes
+            for target in self._desired.of(LISTENER).refers
+            if target.type_url == ROUTE
+        )
+
+    def _state(self, type_url: str) -> TypeState:
+        return self._types.setdefault(type_url, TypeState(type_url))
+
+    def _ask(self, state: TypeState, *, names_something: bool, owed: bool) -> None:
+        """Move a type's interest along the table in this module's docstring."""
+        before = state.interest
+        state.interest = TRANSITIONS[before, names_something]
+        if before is Interest.UNASKED and not names_something and state.type_url in WHOLE_TYPES:
+            state.start_wildcard(owed=owed)
+
+    def _answer(self, state: TypeState, nonce: str, error: str | None) -> Ack | Nack | None:
+        """Book an ACK (`error` is None) or a NACK; None when no response of ours is meant."""
+        version = state.unanswered.pop(nonce, None)
+        if version is None:
+            return None
+        if error is None:
+            if nonce == state.last_nonce:
+                state.rejected = None
+            return Ack(state.type_url, nonce)
+        nack = Nack(state.type_url, nonce, version, error)
+        if nonce == state.last_nonce:
+            state.rejected = nack
+        return nack
+
+    def _emit(
+        self,
+        state: TypeState,
+        version: str,
+        resources: Iterable[Encoded],
+        removed: Iterable[str] = (),
+    ) -> Response:
+        self._nonces += 1
+        nonce = str(self._nonces)
+        chosen, gone = tuple(resources), tuple(removed)
+        state.last_nonce = nonce
+        state.unanswered[nonce] = version
+        state.owed = False
+        body = self._encode(state.type_url, nonce, version, chosen, gone)
+        return Response(state.type_url, nonce, version, chosen, gone, body)
+
+    def _send_endpoints_of(self, clusters: Iterable[Encoded]) -> None:
+        """A cluster that is new or changed stays warming until its endpoints come (again).
+
+        Envoy asks for those of a new cluster only, and a route may follow right behind.
+        """
+        state = self._types[ENDPOINT]
+        if state.interest is not Interest.UNASKED and self._desired is not None:
+            served = self._desired.of(ENDPOINT)
+            targets = (target for cluster in clusters for target in cluster.refers)
+            state.due.update(t.name for t in targets if t.type_url == ENDPOINT and t.name in served)
+
+    @abstractmethod
+    def _update(self, state: TypeState, desired: ResourceSet) -> Response | None:
+        """What is new, changed or asked for of one type."""
+
+    @abstractmethod
+    def _remove(self, state: TypeState, desired: ResourceSet) -> Response:
+        """Takes away what is stale of one type."""
+
+    @abstractmethod
+    def _encode(
+        self,
+        type_url: str,
+        nonce: str,
+        version: str,
+        resources: tuple[Encoded, ...],
+        removed: tuple[str, ...],
+    ) -> bytes:
+        """The message as bytes."""
