@@ -59,3 +59,5 @@ class Pod:
     accelerate: Accelerate = Accelerate.AUTO
     steering: Steering = field(default_factory=Steering)
     addresses: tuple[IPAddress, ...] = ()
+    #: SO_NETNS_COOKIE of `netns`; still known when the namespace is gone.
+    netns_cookie: int = 0

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+// Helpers of more than one program. bcc rewrites pointer reads in functions of external linkage,
+// so every body here and in the programs is static.
+
+#define ALWAYS static __always_inline
+
+ALWAYS void count(__u64 netns, __u32 which)
+{
+	struct counters *c = counters.lookup(&netns);
+
+	if (c && which < COUNTERS)
+		c->value[which]++;
+}
+
+ALWAYS void count_by(__u64 netns, __u32 which, __u64 amount)
+{
+	struct counters *c = counters.lookup(&netns);
+
+	if (c && which < COUNTERS)
+		c->value[which] += amount;
+}
+
+ALWAYS struct address mapped(__be32 ip4)
+{
+	struct address a = {{0, 0, bpf_htonl(0xffff), ip4}};
+
+	return a;
+}
+
+ALWAYS bool is_v4(const struct address *a)
+{
+	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == bpf_htonl(0xffff);
+}
+
+ALWAYS bool same(const struct address *a, const struct address *b)
+{
+	return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] &&
+	       a->word[3] == b->word[3];
+}
+
+ALWAYS bool is_any(const struct address *a)
+{
+	return (a->word[0] | a->word[1] | a->word[2] | a->word[3]) == 0;
+}
+
+ALWAYS bool is_v4_loopback(const struct address *a)
+{
+	return is_v4(a) && (bpf_ntohl(a->word[3]) >> 24) == 127;
+}
+
+// 127/8, and the low IPv6 addresses of which ::1 and ::6 are in use.
+ALWAYS bool is_loopback(const struct address *a)
+{
+	return is_v4_loopback(a) || (a->word[0] | a->word[1] | a->word[2]) == 0;
+}
+
+// Exactly 127.0.0.<last> or ::<last>.
+ALWAYS bool is_local(const struct address *a, __u32 last)
+{
+	if (is_v4(a))
+		return a->word[3] == bpf_htonl(0x7f000000 | last);
+	return (a->word[0] | a->word[1] | a->word[2]) == 0 && a->word[3] == bpf_htonl(last);
+}
+
+// Tuples within one namespace may repeat in another; tuples between pods cannot.
+ALWAYS void scope(struct flow_key *key, __u64 netns)
+{
+	bool inside = same(&key->client, &key->server) || is_loopback(&key->client) ||
+		      is_loopback(&key->server);
+
+	key->netns = inside ? netns : 0;
+}
+
+ALWAYS bool port_listed(__u64 netns, __u16 port, __u16 set)
+{
+	struct port_key key = {.netns = netns, .port = port, .set = set};
+
+	return ports.lookup(&key) != NULL;
+}

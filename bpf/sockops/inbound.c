@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+// A SYN for the pod (BPF_SK_LOOKUP): from outside it goes to the sidecar's inbound listener. No
+// address is rewritten, so the accepted socket's local address is the original destination.
+
+ALWAYS bool captured(const struct pod *pod, __u64 netns, __u16 port)
+{
+	if (port == TUNNEL_PORT)
+		return false;
+	if (pod->flags & POD_INBOUND_LIST)
+		return port_listed(netns, port, INBOUND_INCLUDE);
+	return !(pod->flags & POD_HAS_PORTS) || !port_listed(netns, port, INBOUND_EXCLUDE);
+}
+
+ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 netns)
+{
+	struct bpf_sock *listener;
+	long failed;
+
+	if (!captured(pod, netns, ctx->local_port))
+		return SK_PASS;
+	listener = listeners.lookup(&netns);
+	if (!listener) {
+		// As with REDIRECT to a closed port: refused, never past the sidecar.
+		count(netns, REFUSED_NO_LISTENER);
+		return SK_DROP;
+	}
+	failed = bpf_sk_assign(ctx, listener, 0);
+	bpf_sk_release(listener);
+	if (failed) {
+		count(netns, REFUSED_NO_LISTENER);
+		return SK_DROP;
+	}
+	count(netns, STEERED_INBOUND);
+	return SK_PASS;
+}
+
+ALWAYS int inbound(struct bpf_sk_lookup *ctx)
+{
+	struct flow_key key = {};
+	struct pod *pod;
+	__u64 *owner, *sender, netns;
+
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	if (ctx->family == AF_INET) {
+		key.server = mapped(ctx->local_ip4);
+		key.client = mapped(ctx->remote_ip4);
+	} else {
+		key.server.word[0] = ctx->local_ip6[0];
+		key.server.word[1] = ctx->local_ip6[1];
+		key.server.word[2] = ctx->local_ip6[2];
+		key.server.word[3] = ctx->local_ip6[3];
+		key.client.word[0] = ctx->remote_ip6[0];
+		key.client.word[1] = ctx->remote_ip6[1];
+		key.client.word[2] = ctx->remote_ip6[2];
+		key.client.word[3] = ctx->remote_ip6[3];
+	}
+	owner = pods_by_address.lookup(&key.server);
+	if (!owner)
+		return SK_PASS;
+	netns = *owner;
+	pod = pods.lookup(&netns);
+	if (!pod)
+		return SK_PASS;
+	// The kernel drops packets from outside that claim one of our own addresses as source.
+	sender = pods_by_address.lookup(&key.client);
+	if (!is_loopback(&key.client) && (!sender || *sender != netns))
+		return from_outside(ctx, pod, netns);
+
+	if (ctx->local_port != pod->outbound_port && ctx->local_port != pod->inbound_port)
+		return SK_PASS;
+	// Steered at connect(): it must have brought its original destination.
+	key.server_port = ctx->local_port;
+	key.client_port = bpf_ntohs(ctx->remote_port);
+	scope(&key, netns);
+	if (flows.lookup(&key))
+		return SK_PASS;
+	count(netns, REFUSED_NO_FLOW);
+	return SK_DROP;
+}
+
+int redirector_inbound(struct bpf_sk_lookup *ctx)
+{
+	return inbound(ctx);
+}

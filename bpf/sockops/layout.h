@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+// Structs and constants shared with Python (redirector/datapath/layout.py). Pure types.
+#ifndef REDIRECTOR_LAYOUT_H
+#define REDIRECTOR_LAYOUT_H
+
+// IPv4 addresses are kept IPv4-mapped (::ffff:a.b.c.d, RFC 4291 2.5.5.2), so that one key serves
+// AF_INET, AF_INET6 and IPv4-mapped sockets alike.
+struct address {
+	__be32 word[4];
+};
+
+struct endpoint {
+	struct address ip;
+	__u16 port; // host byte order
+	__u16 pad;
+};
+
+enum side { CLIENT = 0, SERVER = 1 };
+
+// One TCP connection as both of its ends on this node can name it. `netns` is the netns cookie
+// where the tuple may repeat in another namespace (loopback, own address), 0 where it cannot.
+struct flow_key {
+	__u64 netns;
+	struct address client;
+	struct address server;
+	__u16 client_port; // host byte order
+	__u16 server_port; // host byte order
+	__u32 side;	   // which end's socket; 0 in the flows map
+};
+
+// A direction is decided before its first byte. It may change once, from REDIRECT to PASS.
+enum verdict { UNDECIDED = 0, REDIRECT = 1, PASS = 2 };
+
+enum flow_flag {
+	FLOW_STEERED = 1,    // has an original destination that a listener will ask for
+	FLOW_ANSWERED = 2,   // SO_ORIGINAL_DST has been answered
+	FLOW_ACCELERATE = 4, // both ends may enter the sockhash
+};
+
+struct flow {
+	struct endpoint original; // where the client wanted to go
+	__u32 flags;
+	__u64 client_netns; // netns cookie of the pod that opened it
+	__u64 opened_ns;    // CLOCK_MONOTONIC
+	__u32 unread[2];    // redirected bytes that this side has not read yet, an upper estimate
+	__u64 bytes[2];	    // redirected by this side
+	__u64 messages[2];
+};
+
+// What a socket carries with it (sk_storage).
+struct sock_state {
+	struct flow_key flow; // side = 0
+	struct flow_key peer; // the other end's key in the sockhash
+	struct endpoint original;
+	__u32 side;
+	__u32 verdict;
+	__u32 flags; // enum flow_flag
+};
+
+enum pod_flag {
+	POD_ACCELERATE = 1,
+	POD_INCLUDE_ALL_V4 = 2,
+	POD_INCLUDE_ALL_V6 = 4,
+	POD_HAS_CIDRS = 8, // look into the cidrs trie
+	POD_HAS_PORTS = 16, // look into the ports map
+	POD_INBOUND_LIST = 32, // only listed inbound ports are captured
+};
+
+#define MAX_PROXY_IDS 4
+#define TUNNEL_PORT 15008 // HBONE: the sidecar's own, never captured
+
+struct pod {
+	struct address ip4; // mapped; all zero when the pod has none
+	struct address ip6;
+	__u32 proxy_uid[MAX_PROXY_IDS];
+	__u32 proxy_gid[MAX_PROXY_IDS];
+	__u32 proxy_uids; // how many are set
+	__u32 proxy_gids;
+	__u32 flags;
+	__u16 outbound_port;
+	__u16 inbound_port;
+};
+
+enum cidr_set { CIDR_INCLUDE = 0, CIDR_EXCLUDE = 1 };
+
+enum cidr_value { CIDR_LISTED = 1, CIDR_IN_LOOPBACK = 2 };
+
+// Longest-prefix key: 96 bits name the pod and the set, then the mapped address.
+struct cidr_key {
+	__u32 prefixlen;
+	__u32 netns_low;
+	__u32 netns_high;
+	__u32 set;
+	struct address ip;
+};
+
+enum port_set { OUTBOUND_INCLUDE = 0, OUTBOUND_EXCLUDE = 1, INBOUND_INCLUDE = 2, INBOUND_EXCLUDE = 3 };
+
+struct port_key {
+	__u64 netns;
+	__u16 port;
+	__u16 set;
+	__u32 pad;
+};
+
+// Named counters of a pod; the names are the metric's `reason` labels.
+enum counter {
+	STEERED_OUTBOUND,
+	STEERED_INBOUND,
+	STEERED_SELF,	    // the proxy called its own pod
+	DIRECT_OUTBOUND,    // an application's connection that no rule steers
+	ACCELERATED,	    // sockets put into the sockhash
+	REDIRECTED_BYTES,   // of connections that have closed; open ones: the flows map
+	REDIRECTED_MESSAGES,
+	PASSED_NO_PEER,	    // direction on plain TCP: the peer was not in the sockhash
+	PASSED_UNREAD,	    // direction on plain TCP: the reader left too much unread
+	PASSED_FAST_OPEN,   // socket left alone: data went with the SYN
+	PASSED_FULL,	    // socket left alone: no room in the sockhash
+	REFUSED_NO_STATE,   // connect refused: its original destination could not be kept
+	REFUSED_NO_FLOW,    // SYN refused: came to a sidecar's port without an original destination
+	REFUSED_NO_LISTENER, // SYN refused: the sidecar does not listen
+	COUNTERS,
+};
+
+struct counters {
+	__u64 value[COUNTERS];
+};
+
+#endif

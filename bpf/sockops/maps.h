@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+// Map declarations. Sizes come from the loader (redirector/datapath/loader.py).
+
+// netns cookie -> how this pod is steered.
+BPF_TABLE("hash", __u64, struct pod, pods, MAX_PODS);
+// A pod's own address -> netns cookie of that pod.
+BPF_TABLE("hash", struct address, __u64, pods_by_address, MAX_ADDRESSES);
+// CIDR lists of all pods; longest prefix match.
+BPF_F_TABLE("lpm_trie", struct cidr_key, __u8, cidrs, MAX_CIDRS, BPF_F_NO_PREALLOC);
+// Port lists of all pods.
+BPF_TABLE("hash", struct port_key, __u8, ports, MAX_PORTS);
+// netns cookie -> counters.
+BPF_TABLE("percpu_hash", __u64, struct counters, counters, MAX_PODS);
+
+// Connections that a pod's process opened and that we steer or accelerate, until the client closes.
+BPF_TABLE("hash", struct flow_key, struct flow, flows, MAX_FLOWS);
+// What each socket carries; freed with the socket.
+BPF_SK_STORAGE(states, struct sock_state);
+
+// A sockhash as bcc does not declare it: with lookup, and with the update of sockops programs.
+#define SOCKHASH(NAME, KEY, SIZE)                                                                  \
+	struct NAME##_sockhash {                                                                   \
+		KEY key;                                                                           \
+		__u32 leaf;                                                                        \
+		struct bpf_sock *(*lookup)(KEY *);                                                 \
+		int (*sock_hash_update)(struct bpf_sock_ops *, KEY *, __u64);                      \
+		int (*msg_redirect_hash)(struct sk_msg_md *, KEY *, __u64);                        \
+		__u32 max_entries;                                                                 \
+		int flags;                                                                         \
+	};                                                                                         \
+	__attribute__((section("maps/sockhash"))) struct NAME##_sockhash NAME = {.max_entries = (SIZE)}
+
+// Established sockets that may be short-circuited; carries the sk_msg verdict program.
+SOCKHASH(sockets, struct flow_key, MAX_SOCKETS);
+// netns cookie -> the sidecar's inbound listening socket.
+SOCKHASH(listeners, __u64, MAX_PODS);
+// Index 0: SHA-256 of the sources and constants that this datapath was compiled from.
+struct build {
+	__u8 sha256[32];
+};
+BPF_TABLE("array", __u32, struct build, build_id, 1);

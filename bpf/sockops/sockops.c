@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+// The life of a connection (BPF_CGROUP_SOCK_OPS): flows are kept from the client's SYN to its close;
+// established ends enter the sockhash; the sidecar's inbound listener is found as it listens.
+
+#define SYN 0x02
+
+ALWAYS void addresses(struct bpf_sock_ops *ops, struct address *local, struct address *remote)
+{
+	if (ops->family == AF_INET) {
+		*local = mapped(ops->local_ip4);
+		*remote = mapped(ops->remote_ip4);
+		return;
+	}
+	local->word[0] = ops->local_ip6[0];
+	local->word[1] = ops->local_ip6[1];
+	local->word[2] = ops->local_ip6[2];
+	local->word[3] = ops->local_ip6[3];
+	remote->word[0] = ops->remote_ip6[0];
+	remote->word[1] = ops->remote_ip6[1];
+	remote->word[2] = ops->remote_ip6[2];
+	remote->word[3] = ops->remote_ip6[3];
+}
+
+ALWAYS struct sock_state *state_of(struct bpf_sock_ops *ops, __u64 flags)
+{
+	struct bpf_sock *sk = ops->sk;
+
+	return sk ? states.sk_storage_get(sk, 0, flags) : NULL;
+}
+
+// tcp_connect(), before the SYN leaves: the source port is known, nobody has answered yet.
+ALWAYS void client_starts(struct bpf_sock_ops *ops)
+{
+	struct sock_state *state = state_of(ops, 0);
+	struct flow flow = {};
+	__u64 netns;
+
+	if (!state)
+		return;
+	netns = bpf_get_netns_cookie(ops);
+	addresses(ops, &state->flow.client, &state->flow.server);
+	state->flow.client_port = ops->local_port;
+	state->flow.server_port = bpf_ntohl(ops->remote_port);
+	scope(&state->flow, netns);
+	state->peer = state->flow;
+	state->peer.side = SERVER;
+
+	flow.original = state->original;
+	flow.flags = state->flags;
+	flow.client_netns = netns;
+	flow.opened_ns = bpf_ktime_get_ns();
+	// Without its flow a steered SYN is refused by inbound.c, an accelerated one stays plain.
+	if (flows.update(&state->flow, &flow)) {
+		if (!(state->flags & FLOW_STEERED))
+			count(netns, PASSED_FULL);
+		state->flags &= ~FLOW_ACCELERATE;
+		return;
+	}
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+ALWAYS void enter_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, __u32 side)
+{
+	__u64 netns = bpf_get_netns_cookie(ops);
+	struct flow_key key = state->flow;
+	int failed;
+
+	key.side = side;
+	failed = sockets.sock_hash_update(ops, &key, BPF_ANY); // bcc ends it with a semicolon
+	if (failed) {
+		state->verdict = PASS;
+		count(netns, PASSED_FULL);
+		return;
+	}
+	count(netns, ACCELERATED);
+}
+
+ALWAYS void client_established(struct bpf_sock_ops *ops)
+{
+	struct sock_state *state = state_of(ops, 0);
+
+	if (!state || !(state->flags & FLOW_ACCELERATE))
+		return;
+	// TCP Fast Open: these bytes went before us, the rest must follow on the same way.
+	if (ops->data_segs_out) {
+		state->verdict = PASS;
+		count(bpf_get_netns_cookie(ops), PASSED_FAST_OPEN);
+		return;
+	}
+	enter_sockhash(ops, state, CLIENT);
+}
+
+ALWAYS void server_established(struct bpf_sock_ops *ops)
+{
+	__u64 netns = bpf_get_netns_cookie(ops);
+	struct flow_key key = {};
+	struct sock_state *state;
+	struct flow *flow;
+
+	addresses(ops, &key.server, &key.client);
+	key.server_port = ops->local_port;
+	key.client_port = bpf_ntohl(ops->remote_port);
+	scope(&key, netns);
+	flow = flows.lookup(&key);
+	if (!flow)
+		return;
+	state = state_of(ops, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!state)
+		return;
+	state->flow = key;
+	state->peer = key; // side CLIENT is 0
+	state->original = flow->original;
+	state->side = SERVER;
+	state->flags = flow->flags;
+	if (!(flow->flags & FLOW_ACCELERATE))
+		return;
+	// The SYN made this socket, so it carried data: TCP Fast Open.
+	if (ops->skb_tcp_flags & SYN) {
+		state->verdict = PASS;
+		count(netns, PASSED_FAST_OPEN);
+		return;
+	}
+	enter_sockhash(ops, state, SERVER);
+}
+
+ALWAYS void client_closed(struct bpf_sock_ops *ops)
+{
+	struct sock_state *state = state_of(ops, 0);
+	struct flow *flow;
+
+	if (!state || state->side != CLIENT)
+		return;
+	flow = flows.lookup(&state->flow);
+	if (!flow)
+		return;
+	if (flow->messages[CLIENT] + flow->messages[SERVER]) {
+		count_by(flow->client_netns, REDIRECTED_BYTES,
+			 flow->bytes[CLIENT] + flow->bytes[SERVER]);
+		count_by(flow->client_netns, REDIRECTED_MESSAGES,
+			 flow->messages[CLIENT] + flow->messages[SERVER]);
+	}
+	flows.delete(&state->flow);
+}
+
+ALWAYS void sidecar_listens(struct bpf_sock_ops *ops)
+{
+	__u64 netns = bpf_get_netns_cookie(ops);
+	struct pod *pod = pods.lookup(&netns);
+
+	if (pod && ops->local_port == pod->inbound_port)
+		listeners.sock_hash_update(ops, &netns, BPF_ANY);
+}
+
+ALWAYS void sockops(struct bpf_sock_ops *ops)
+{
+	switch (ops->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		client_starts(ops);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		client_established(ops);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		server_established(ops);
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		sidecar_listens(ops);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ops->args[1] == BPF_TCP_CLOSE)
+			client_closed(ops);
+		break;
+	}
+}
+
+int redirector_sockops(struct bpf_sock_ops *ops)
+{
+	sockops(ops);
+	return 1;
+}

@@ -1,0 +1,1 @@
+"""The kernel side as Python sees it: compile and load, pins, typed maps, links."""

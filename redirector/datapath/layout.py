@@ -1,0 +1,236 @@
+"""The structs of bpf/sockops/layout.h in Python, and the C that proves they are the same.
+
+Sizes are bytes, in the machine's byte order except where the C says __be32. The loader appends
+`static_assertions()` to the source, so a layout that drifts apart does not compile.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from enum import IntEnum, IntFlag
+from ipaddress import IPv4Address, IPv6Address
+
+from redirector.model import IPAddress
+
+MAX_PROXY_IDS = 4
+
+
+def mapped(ip: IPAddress) -> bytes:
+    """16 bytes in network order; IPv4 as ::ffff:a.b.c.d (RFC 4291, 2.5.5.2)."""
+    return ip.packed if isinstance(ip, IPv6Address) else b"\0" * 10 + b"\xff\xff" + ip.packed
+
+
+def unmapped(raw: bytes) -> IPAddress:
+    """The inverse of `mapped`."""
+    ip = IPv6Address(raw)
+    return ip.ipv4_mapped or ip
+
+
+class Struct(ctypes.Structure):
+    """A C struct by name; `bytes(x)` is its memory."""
+
+    c_name: str
+
+
+class Address(Struct):
+    """struct address: an IPv6 or IPv4-mapped address."""
+
+    c_name = "address"
+    _fields_ = (("word", ctypes.c_uint32 * 4),)
+
+    @classmethod
+    def of(cls, ip: IPAddress) -> "Address":
+        """From an address of either family."""
+        return cls.from_buffer_copy(mapped(ip))
+
+    def ip(self) -> IPAddress:
+        """As an address of the family it stands for."""
+        return unmapped(bytes(self))
+
+
+class Endpoint(Struct):
+    """struct endpoint."""
+
+    c_name = "endpoint"
+    _fields_ = (("ip", Address), ("port", ctypes.c_uint16), ("pad", ctypes.c_uint16))
+
+    def __str__(self) -> str:
+        ip = self.ip.ip()
+        return f"{ip}:{self.port}" if isinstance(ip, IPv4Address) else f"[{ip}]:{self.port}"
+
+
+class FlowKey(Struct):
+    """struct flow_key."""
+
+    c_name = "flow_key"
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("client", Address),
+        ("server", Address),
+        ("client_port", ctypes.c_uint16),
+        ("server_port", ctypes.c_uint16),
+        ("side", ctypes.c_uint32),
+    )
+
+
+class FlowFlag(IntFlag):
+    """enum flow_flag."""
+
+    STEERED = 1
+    ANSWERED = 2
+    ACCELERATE = 4
+
+
+class Flow(Struct):
+    """struct flow."""
+
+    c_name = "flow"
+    _fields_ = (
+        ("original", Endpoint),
+        ("flags", ctypes.c_uint32),
+        ("client_netns", ctypes.c_uint64),
+        ("opened_ns", ctypes.c_uint64),
+        ("unread", ctypes.c_uint32 * 2),
+        ("bytes", ctypes.c_uint64 * 2),
+        ("messages", ctypes.c_uint64 * 2),
+    )
+
+
+class PodFlag(IntFlag):
+    """enum pod_flag."""
+
+    ACCELERATE = 1
+    INCLUDE_ALL_V4 = 2
+    INCLUDE_ALL_V6 = 4
+    HAS_CIDRS = 8
+    HAS_PORTS = 16
+    INBOUND_LIST = 32
+
+
+class PodEntry(Struct):
+    """struct pod."""
+
+    c_name = "pod"
+    _fields_ = (
+        ("ip4", Address),
+        ("ip6", Address),
+        ("proxy_uid", ctypes.c_uint32 * MAX_PROXY_IDS),
+        ("proxy_gid", ctypes.c_uint32 * MAX_PROXY_IDS),
+        ("proxy_uids", ctypes.c_uint32),
+        ("proxy_gids", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("outbound_port", ctypes.c_uint16),
+        ("inbound_port", ctypes.c_uint16),
+    )
+
+
+class CidrSet(IntEnum):
+    """enum cidr_set."""
+
+    INCLUDE = 0
+    EXCLUDE = 1
+
+
+class CidrValue(IntEnum):
+    """enum cidr_value."""
+
+    LISTED = 1
+    IN_LOOPBACK = 2
+
+
+class CidrKey(Struct):
+    """struct cidr_key: an LPM trie key; 96 bits before the address always match whole."""
+
+    c_name = "cidr_key"
+    _fields_ = (
+        ("prefixlen", ctypes.c_uint32),
+        ("netns_low", ctypes.c_uint32),
+        ("netns_high", ctypes.c_uint32),
+        ("set", ctypes.c_uint32),
+        ("ip", Address),
+    )
+
+
+class PortSet(IntEnum):
+    """enum port_set."""
+
+    OUTBOUND_INCLUDE = 0
+    OUTBOUND_EXCLUDE = 1
+    INBOUND_INCLUDE = 2
+    INBOUND_EXCLUDE = 3
+
+
+class PortKey(Struct):
+    """struct port_key."""
+
+    c_name = "port_key"
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("port", ctypes.c_uint16),
+        ("set", ctypes.c_uint16),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class Counter(IntEnum):
+    """enum counter."""
+
+    STEERED_OUTBOUND = 0
+    STEERED_INBOUND = 1
+    STEERED_SELF = 2
+    DIRECT_OUTBOUND = 3
+    ACCELERATED = 4
+    REDIRECTED_BYTES = 5
+    REDIRECTED_MESSAGES = 6
+    PASSED_NO_PEER = 7
+    PASSED_UNREAD = 8
+    PASSED_FAST_OPEN = 9
+    PASSED_FULL = 10
+    REFUSED_NO_STATE = 11
+    REFUSED_NO_FLOW = 12
+    REFUSED_NO_LISTENER = 13
+
+
+class Counters(Struct):
+    """struct counters, one for each possible CPU."""
+
+    c_name = "counters"
+    _fields_ = (("value", ctypes.c_uint64 * len(Counter)),)
+
+
+STRUCTS: tuple[type[Struct], ...] = (
+    Address,
+    Endpoint,
+    FlowKey,
+    Flow,
+    PodEntry,
+    CidrKey,
+    PortKey,
+    Counters,
+)
+
+ENUMS: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
+    ("FLOW_", FlowFlag),
+    ("POD_", PodFlag),
+    ("CIDR_", CidrSet),
+    ("CIDR_", CidrValue),
+    ("", PortSet),
+    ("", Counter),
+)
+
+
+def static_assertions() -> Iterator[str]:
+    """C lines that fail to compile where a size, an offset or a constant differs from Python's."""
+    for struct in STRUCTS:
+        name = f"struct {struct.c_name}"
+        yield f'_Static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "size of {name}");'
+        for field in struct._fields_:
+            offset = getattr(struct, field[0]).offset
+            yield (
+                f"_Static_assert(__builtin_offsetof({name}, {field[0]}) == {offset}, "
+                f'"offset of {name}.{field[0]}");'
+            )
+    for prefix, enum in ENUMS:
+        for member in enum:
+            constant = f"{prefix}{member.name}"
+            yield f'_Static_assert({constant} == {member.value}, "value of {constant}");'
+    yield f'_Static_assert(COUNTERS == {len(Counter)}, "number of counters");'

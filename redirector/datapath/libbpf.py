@@ -1,0 +1,143 @@
+"""A small typed wrapper over the stable functions of libbpf, the library that bcc stands on.
+
+Everything here works from pins: no compiler, no bcc. Errors are `OSError` with the kernel's errno;
+the rooms above say what it means for a pod.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+
+class AttachType(IntEnum):
+    """enum bpf_attach_type, linux/bpf.h."""
+
+    CGROUP_SOCK_OPS = 3
+    SK_MSG_VERDICT = 7
+    CGROUP_INET4_CONNECT = 10
+    CGROUP_INET6_CONNECT = 11
+    CGROUP_GETSOCKOPT = 21
+    CGROUP_INET4_GETPEERNAME = 29
+    CGROUP_INET6_GETPEERNAME = 30
+    SK_LOOKUP = 36
+
+
+BPF_ANY = 0
+
+
+@cache
+def _lib() -> ctypes.CDLL:
+    return ctypes.CDLL("libbpf.so.1", use_errno=True)
+
+
+def _check(result: int, what: str) -> int:
+    """libbpf 1.x functions answer -errno and set errno."""
+    if result < 0:
+        code = ctypes.get_errno() or -result
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def obj_get(path: Path) -> int:
+    """A descriptor of the pinned object (bpf_obj_get)."""
+    return _check(_lib().bpf_obj_get(os.fsencode(path)), f"bpf_obj_get {path}")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """`obj_get`, closed on leaving."""
+    fd = obj_get(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def obj_pin(fd: int, path: Path) -> None:
+    """Pins a map, program or link (bpf_obj_pin)."""
+    _check(_lib().bpf_obj_pin(fd, os.fsencode(path)), f"bpf_obj_pin {path}")
+
+
+def prog_attach(prog: int, target: int, kind: AttachType) -> None:
+    """Attaches without a link: sockhash verdicts have links only from Linux 6.10 on."""
+    _check(_lib().bpf_prog_attach(prog, target, int(kind), 0), f"bpf_prog_attach {kind.name}")
+
+
+def link_create(prog: int, target: int, kind: AttachType) -> int:
+    """A link's descriptor; cgroup links always allow others beside them (bpf_link_create)."""
+    return _check(_lib().bpf_link_create(prog, target, int(kind), None), f"attach {kind.name}")
+
+
+class _CgroupLinkInfo(ctypes.Structure):
+    """struct bpf_link_info of a cgroup or netns link, linux/bpf.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("prog_id", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("target", ctypes.c_uint64),
+        ("rest", ctypes.c_uint8 * 64),
+    )
+
+
+_BPF_LINK_TYPE_NETNS = 5
+
+
+def link_target(fd: int) -> int:
+    """Inode number of the cgroup or network namespace that a link holds; 0 when it is gone."""
+    info = _CgroupLinkInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    _check(_lib().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)), "link info")
+    # A namespace's number has 32 bits; what follows is the attach type.
+    return int(info.target & 0xFFFFFFFF if info.type == _BPF_LINK_TYPE_NETNS else info.target)
+
+
+def map_update(fd: int, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
+    """bpf_map_update_elem; OSError E2BIG when the map is full."""
+    _check(_lib().bpf_map_update_elem(fd, key, value, ctypes.c_uint64(flags)), "map update")
+
+
+def map_delete(fd: int, key: bytes) -> bool:
+    """bpf_map_delete_elem; False when there was no such key."""
+    try:
+        _check(_lib().bpf_map_delete_elem(fd, key), "map delete")
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return True
+
+
+def map_lookup(fd: int, key: bytes, size: int) -> bytes | None:
+    """The value's `size` bytes (per-CPU maps: 8-aligned times possible CPUs), None if absent."""
+    value = ctypes.create_string_buffer(size)
+    try:
+        _check(_lib().bpf_map_lookup_elem(fd, key, value), "map lookup")
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return value.raw
+
+
+def map_keys(fd: int, size: int) -> Iterator[bytes]:
+    """All keys of `size` bytes; safe against deletion of what it has answered (get_next_key)."""
+    keys: list[bytes] = []
+    key: bytes | None = None
+    following = ctypes.create_string_buffer(size)
+    while _lib().bpf_map_get_next_key(fd, key, following) == 0:
+        key = following.raw
+        keys.append(key)
+    return iter(keys)
+
+
+@cache
+def possible_cpus() -> int:
+    """libbpf_num_possible_cpus: how many values a per-CPU map holds for each key."""
+    return _check(_lib().libbpf_num_possible_cpus(), "libbpf_num_possible_cpus")

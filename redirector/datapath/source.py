@@ -1,0 +1,63 @@
+"""The kernel side's source as one translation unit.
+
+bcc rewrites map operations only in the main file, so the files are joined, each behind a #line
+that keeps the compiler's messages true.
+"""
+
+import hashlib
+from pathlib import Path
+
+from redirector.datapath.btf import member_offset
+from redirector.datapath.layout import static_assertions
+from redirector.errors import MachineError
+
+DIRECTORY = Path(__file__).resolve().parents[2] / "bpf" / "sockops"
+#: In the order in which they must be compiled.
+FILES = (
+    "layout.h",
+    "maps.h",
+    "common.h",
+    "connect.c",
+    "sockopt.c",
+    "sockops.c",
+    "redirect.c",
+    "inbound.c",
+)
+INCLUDES = ("uapi/linux/bpf.h", "uapi/linux/in.h", "uapi/linux/in6.h", "linux/socket.h")
+
+#: Entries of each map, all pods of a node together. A full map is counted, never silent.
+SIZES = {
+    "MAX_PODS": 4096,
+    "MAX_ADDRESSES": 16384,
+    "MAX_CIDRS": 1 << 20,
+    "MAX_PORTS": 1 << 17,
+    "MAX_FLOWS": 1 << 17,
+    "MAX_SOCKETS": 1 << 18,
+}
+
+
+def translation_unit() -> str:
+    """All of bpf/sockops, the kernel's own offsets and the layout check, ready for bcc."""
+    constants = dict(SIZES)
+    # 0 when the kernel has no BTF: a direction's budget is then never given back.
+    constants["RMEM_OFFSET"] = member_offset("sock", "sk_backlog", "rmem_alloc") or 0
+    parts = [f"#include <{name}>" for name in INCLUDES]
+    parts += [f"#define {name} {value}" for name, value in constants.items()]
+    for name in FILES:
+        path = DIRECTORY / name
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise MachineError(
+                f"{path}: {error.strerror}; the programs' source belongs to the installation: "
+                "install the project again"
+            ) from error
+        parts.append(f'#line 1 "{name}"\n{text}')
+    parts.append('#line 1 "layout.py"')
+    parts += static_assertions()
+    return "\n".join(parts) + "\n"
+
+
+def build_id(unit: str) -> bytes:
+    """SHA-256 (32 bytes) of a translation unit: tells a running datapath from the shipped one."""
+    return hashlib.sha256(unit.encode()).digest()

@@ -1,0 +1,177 @@
+"""eBPF mode: programs on the pod's cgroup and network namespace, loaded once for a node."""
+
+import time
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address
+
+from redirector.datapath.layout import (
+    MAX_PROXY_IDS,
+    Address,
+    CidrSet,
+    FlowFlag,
+    PodEntry,
+    PodFlag,
+    PortSet,
+)
+from redirector.datapath.listeners import listening_socket
+from redirector.datapath.pins import ALL_HOOKS, CGROUP_HOOKS, CONNECT_HOOKS, INBOUND_HOOK, Datapath
+from redirector.errors import DatapathError, InputError
+from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
+
+#: How long a sidecar may take to ask for the original destination of what it has accepted.
+DRAIN_SECONDS = 1.0
+
+
+class EbpfMode:
+    """A ModeDriver (redirector.modes.base)."""
+
+    mode = Mode.EBPF
+
+    def __init__(self, datapath: Datapath) -> None:
+        self._datapath = datapath
+
+    def install(self, pod: Pod) -> None:
+        """Attach the pod to the loaded programs; load them first if this is the node's first."""
+        entry = pod_entry(pod)
+        self._datapath.ensure()
+        fresh = not self._datapath.has_pod(pod.netns_cookie)
+        try:
+            self._publish(pod, entry)
+            self._attach(pod)
+        except BaseException:
+            if fresh:
+                self.remove(pod)
+            raise
+
+    def _publish(self, pod: Pod, entry: PodEntry) -> None:
+        steering, netns = pod.steering, pod.netns_cookie
+        self._datapath.put_cidrs(
+            netns,
+            {
+                CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
+                CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
+            },
+        )
+        self._datapath.put_ports(
+            netns,
+            {
+                PortSet.OUTBOUND_INCLUDE: steering.include_outbound_ports,
+                PortSet.OUTBOUND_EXCLUDE: steering.exclude_outbound_ports,
+                PortSet.INBOUND_INCLUDE: steering.include_inbound_ports or frozenset(),
+                PortSet.INBOUND_EXCLUDE: steering.exclude_inbound_ports,
+            },
+        )
+        self._datapath.put_addresses(netns, pod.addresses)
+        self._datapath.put_pod(netns, entry)
+
+    def _attach(self, pod: Pod) -> None:
+        pins = pin_name(pod.name)
+        for hook, kind in CGROUP_HOOKS:
+            self._datapath.attach(pins, hook, kind, pod.cgroup)
+        with listening_socket(pod.cgroup, pod.steering.inbound_port) as socket:
+            if socket is not None:
+                self._datapath.put_listener(pod.netns_cookie, socket)
+        self._datapath.attach(pins, *INBOUND_HOOK, pod.netns)
+        for hook, kind in CONNECT_HOOKS:
+            self._datapath.attach(pins, hook, kind, pod.cgroup)
+
+    def remove(self, pod: Pod) -> None:
+        """Detach. What was steered a moment ago still gets its original destination."""
+        if not self._datapath.is_loaded():
+            return
+        pins = pin_name(pod.name)
+        for hook, _ in (*CONNECT_HOOKS, INBOUND_HOOK):
+            self._datapath.detach(pins, hook)
+        self._drain(pod)
+        self._datapath.forget(pins)
+        self._datapath.delete_pod(pod.netns_cookie)
+
+    def _drain(self, pod: Pod) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while time.monotonic() < deadline and self._unanswered(pod):
+            time.sleep(0.005)
+
+    def _unanswered(self, pod: Pod) -> bool:
+        return any(
+            found.flow.client_netns == pod.netns_cookie
+            and found.flow.flags & FlowFlag.STEERED
+            and not found.flow.flags & FlowFlag.ANSWERED
+            for found in self._datapath.flows()
+        )
+
+    def missing(self, pod: Pod) -> list[str]:
+        """Name the hooks that do not hold, and the pod's entry if the programs lack it."""
+        if not self._datapath.is_loaded():
+            return ["the programs"]
+        lost = [
+            hook
+            for hook, _ in ALL_HOOKS
+            if not self._datapath.holds(
+                pin_name(pod.name), hook, pod.netns if hook == INBOUND_HOOK[0] else pod.cgroup
+            )
+        ]
+        if not self._datapath.has_pod(pod.netns_cookie):
+            lost.append("its entry in the pods map")
+        return lost
+
+
+def pin_name(pod: str) -> str:
+    """A pod's directory under bpffs, which refuses dots in names (kernel/bpf/inode.c)."""
+    return pod.replace("%", "%25").replace(".", "%2e").replace("/", "%2f")
+
+
+def pod_entry(pod: Pod) -> PodEntry:
+    """The pod as the programs know it. InputError when it does not fit their layout."""
+    steering = pod.steering
+    for name, ids in (("proxy-uid", steering.proxy_uids), ("proxy-gid", steering.proxy_gids)):
+        if len(ids) > MAX_PROXY_IDS:
+            raise InputError(
+                f"pod {pod.name}: {name} {','.join(map(str, ids))}: at most {MAX_PROXY_IDS} "
+                "in eBPF mode; name fewer or use --mode iptables"
+            )
+    flags = PodFlag(0)
+    if pod.accelerate is not Accelerate.OFF:
+        flags |= PodFlag.ACCELERATE
+    if EVERYWHERE[0] in steering.include_outbound_cidrs:
+        flags |= PodFlag.INCLUDE_ALL_V4
+    if EVERYWHERE[1] in steering.include_outbound_cidrs:
+        flags |= PodFlag.INCLUDE_ALL_V6
+    if steering.exclude_outbound_cidrs or _partial(steering.include_outbound_cidrs):
+        flags |= PodFlag.HAS_CIDRS
+    if (
+        steering.include_outbound_ports
+        or steering.exclude_outbound_ports
+        or steering.exclude_inbound_ports
+    ):
+        flags |= PodFlag.HAS_PORTS
+    if steering.include_inbound_ports is not None:
+        flags |= PodFlag.INBOUND_LIST
+    ip4 = [ip for ip in pod.addresses if isinstance(ip, IPv4Address)]
+    ip6 = [ip for ip in pod.addresses if isinstance(ip, IPv6Address)]
+    if not ip4 and not ip6:
+        raise DatapathError(
+            f"pod {pod.name}: {pod.netns} has no address but loopback; enroll it once its "
+            "network is up"
+        )
+    entry = PodEntry(
+        ip4=Address.of(ip4[0]) if ip4 else Address(),
+        ip6=Address.of(ip6[0]) if ip6 else Address(),
+        proxy_uids=len(steering.proxy_uids),
+        proxy_gids=len(steering.proxy_gids),
+        flags=flags,
+        outbound_port=steering.outbound_port,
+        inbound_port=steering.inbound_port,
+    )
+    _fill(entry.proxy_uid, steering.proxy_uids)
+    _fill(entry.proxy_gid, steering.proxy_gids)
+    return entry
+
+
+def _fill(array: "object", values: Sequence[int]) -> None:
+    for index, value in enumerate(values):
+        array[index] = value  # type: ignore[index]
+
+
+def _partial(networks: tuple[IPNetwork, ...]) -> tuple[IPNetwork, ...]:
+    """Those that are not a whole family, which a flag says more cheaply."""
+    return tuple(network for network in networks if network.prefixlen)
