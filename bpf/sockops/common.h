@@ -77,3 +77,21 @@ ALWAYS bool port_listed(__u64 netns, __u16 port, __u16 set)
 
 	return ports.lookup(&key) != NULL;
 }
+
+ALWAYS bool is_proxy_uid(const struct pod *pod, __u32 uid)
+{
+#pragma unroll
+	for (int i = 0; i < MAX_PROXY_IDS; i++)
+		if (i < pod->proxy_uids && pod->proxy_uid[i] == uid)
+			return true;
+	return false;
+}
+
+ALWAYS bool is_proxy_gid(const struct pod *pod, __u32 gid)
+{
+#pragma unroll
+	for (int i = 0; i < MAX_PROXY_IDS; i++)
+		if (i < pod->proxy_gids && pod->proxy_gid[i] == gid)
+			return true;
+	return false;
+}

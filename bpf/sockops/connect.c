@@ -4,24 +4,6 @@
 
 enum aim { AIM_DIRECT, AIM_NEAR, AIM_OUTBOUND, AIM_INBOUND };
 
-ALWAYS bool is_proxy_uid(const struct pod *pod, __u32 uid)
-{
-#pragma unroll
-	for (int i = 0; i < MAX_PROXY_IDS; i++)
-		if (i < pod->proxy_uids && pod->proxy_uid[i] == uid)
-			return true;
-	return false;
-}
-
-ALWAYS bool is_proxy_gid(const struct pod *pod, __u32 gid)
-{
-#pragma unroll
-	for (int i = 0; i < MAX_PROXY_IDS; i++)
-		if (i < pod->proxy_gids && pod->proxy_gid[i] == gid)
-			return true;
-	return false;
-}
-
 // 0 when no range of the set holds the address, else enum cidr_value of the longest that does.
 ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
 {

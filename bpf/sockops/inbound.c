@@ -11,27 +11,32 @@ ALWAYS bool captured(const struct pod *pod, __u64 netns, __u16 port)
 	return !(pod->flags & POD_HAS_PORTS) || !port_listed(netns, port, INBOUND_EXCLUDE);
 }
 
-ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 netns)
+ALWAYS bool assign(struct bpf_sk_lookup *ctx, __u64 netns, __u32 family)
 {
-	struct bpf_sock *listener;
+	struct listener_key key = {.netns = netns, .family = family};
+	struct bpf_sock *listener = listeners.lookup(&key);
 	long failed;
 
-	if (!captured(pod, netns, ctx->local_port))
-		return SK_PASS;
-	listener = listeners.lookup(&netns);
-	if (!listener) {
-		// As with REDIRECT to a closed port: refused, never past the sidecar.
-		count(netns, REFUSED_NO_LISTENER);
-		return SK_DROP;
-	}
+	if (!listener)
+		return false;
 	failed = bpf_sk_assign(ctx, listener, 0);
 	bpf_sk_release(listener);
-	if (failed) {
-		count(netns, REFUSED_NO_LISTENER);
-		return SK_DROP;
+	return !failed;
+}
+
+ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 netns)
+{
+	if (!captured(pod, netns, ctx->local_port))
+		return SK_PASS;
+	// An IPv6 socket that is not IPV6_V6ONLY serves IPv4 too; the kernel refuses the others.
+	if ((ctx->family == AF_INET && assign(ctx, netns, AF_INET)) ||
+	    assign(ctx, netns, AF_INET6)) {
+		count(netns, STEERED_INBOUND);
+		return SK_PASS;
 	}
-	count(netns, STEERED_INBOUND);
-	return SK_PASS;
+	// As with REDIRECT to a closed port: refused, never past the sidecar.
+	count(netns, REFUSED_NO_LISTENER);
+	return SK_DROP;
 }
 
 ALWAYS int inbound(struct bpf_sk_lookup *ctx)

@@ -81,6 +81,12 @@ struct pod {
 	__u16 inbound_port;
 };
 
+struct listener_key {
+	__u64 netns;
+	__u32 family; // of the socket: AF_INET, or AF_INET6, which may serve IPv4 too
+	__u32 pad;
+};
+
 enum cidr_set { CIDR_INCLUDE = 0, CIDR_EXCLUDE = 1 };
 
 enum cidr_value { CIDR_LISTED = 1, CIDR_IN_LOOPBACK = 2 };

@@ -32,8 +32,8 @@ BPF_SK_STORAGE(states, struct sock_state);
 
 // Established sockets that may be short-circuited; carries the sk_msg verdict program.
 SOCKHASH(sockets, struct flow_key, MAX_SOCKETS);
-// netns cookie -> the sidecar's inbound listening socket.
-SOCKHASH(listeners, __u64, MAX_PODS);
+// The sidecar's inbound listening sockets.
+SOCKHASH(listeners, struct listener_key, 2 * MAX_PODS);
 // Index 0: SHA-256 of the sources and constants that this datapath was compiled from.
 struct build {
 	__u8 sha256[32];

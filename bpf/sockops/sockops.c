@@ -146,9 +146,10 @@ ALWAYS void sidecar_listens(struct bpf_sock_ops *ops)
 {
 	__u64 netns = bpf_get_netns_cookie(ops);
 	struct pod *pod = pods.lookup(&netns);
+	struct listener_key key = {.netns = netns, .family = ops->family};
 
 	if (pod && ops->local_port == pod->inbound_port)
-		listeners.sock_hash_update(ops, &netns, BPF_ANY);
+		listeners.sock_hash_update(ops, &key, BPF_ANY);
 }
 
 ALWAYS void sockops(struct bpf_sock_ops *ops)

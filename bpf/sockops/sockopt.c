@@ -15,7 +15,7 @@ ALWAYS bool local_is_original(struct bpf_sockopt *ctx, struct endpoint *original
 	struct pod *pod = pods.lookup(&netns);
 	struct bpf_sock *sk = ctx->sk;
 
-	if (!pod || !sk || (__u32)bpf_get_current_uid_gid() != pod->proxy_uid[0])
+	if (!pod || !sk || !is_proxy_uid(pod, bpf_get_current_uid_gid()))
 		return false;
 	original->port = sk->src_port;
 	if (sk->family == AF_INET) {

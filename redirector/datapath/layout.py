@@ -123,6 +123,17 @@ class PodEntry(Struct):
     )
 
 
+class ListenerKey(Struct):
+    """struct listener_key."""
+
+    c_name = "listener_key"
+    _fields_ = (
+        ("netns", ctypes.c_uint64),
+        ("family", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
 class CidrSet(IntEnum):
     """enum cidr_set."""
 
@@ -203,6 +214,7 @@ STRUCTS: tuple[type[Struct], ...] = (
     FlowKey,
     Flow,
     PodEntry,
+    ListenerKey,
     CidrKey,
     PortKey,
     Counters,

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from redirector.datapath.layout import (
     Counters,
     Flow,
     FlowKey,
+    ListenerKey,
     PodEntry,
     PortKey,
     PortSet,
@@ -182,9 +184,12 @@ class Datapath:
 
     def delete_pod(self, netns: int) -> None:
         """Forget the pod's steering, lists, addresses, counters and open flows."""
-        for name in ("pods", "counters", "listeners"):
+        for name in ("pods", "counters"):
             with self._map(name) as fd:
                 libbpf.map_delete(fd, _key(netns))
+        with self._map("listeners") as fd:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                libbpf.map_delete(fd, bytes(ListenerKey(netns=netns, family=family)))
         self.put_addresses(netns, ())
         self.put_cidrs(netns, {})
         self.put_ports(netns, {})
@@ -233,10 +238,11 @@ class Datapath:
             for key in wanted:
                 libbpf.map_update(fd, key, b"\1")
 
-    def put_listener(self, netns: int, socket: int) -> None:
-        """Make a listening socket's descriptor the pod's inbound listener."""
+    def put_listener(self, netns: int, family: int, listener: int) -> None:
+        """Make a listening socket's descriptor the pod's inbound listener of its family."""
         with self._map("listeners") as fd:
-            libbpf.map_update(fd, _key(netns), socket.to_bytes(4, "little"))
+            key = bytes(ListenerKey(netns=netns, family=family))
+            libbpf.map_update(fd, key, listener.to_bytes(4, "little"))
 
     def has_pod(self, netns: int) -> bool:
         """Whether the programs act on this namespace."""

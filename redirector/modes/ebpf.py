@@ -13,7 +13,7 @@ from redirector.datapath.layout import (
     PodFlag,
     PortSet,
 )
-from redirector.datapath.listeners import listening_socket
+from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.pins import ALL_HOOKS, CGROUP_HOOKS, CONNECT_HOOKS, INBOUND_HOOK, Datapath
 from redirector.errors import DatapathError, InputError
 from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
@@ -68,9 +68,9 @@ class EbpfMode:
         pins = pin_name(pod.name)
         for hook, kind in CGROUP_HOOKS:
             self._datapath.attach(pins, hook, kind, pod.cgroup)
-        with listening_socket(pod.cgroup, pod.steering.inbound_port) as socket:
-            if socket is not None:
-                self._datapath.put_listener(pod.netns_cookie, socket)
+        with listening_sockets(pod.cgroup, pod.steering.inbound_port) as sockets:
+            for family, socket in sockets.items():
+                self._datapath.put_listener(pod.netns_cookie, family, socket)
         self._datapath.attach(pins, *INBOUND_HOOK, pod.netns)
         for hook, kind in CONNECT_HOOKS:
             self._datapath.attach(pins, hook, kind, pod.cgroup)
