@@ -26,5 +26,6 @@ class Problem:
 
 def shown(value: object) -> str:
     """The value as a message shows it: short, whatever was given (aliases may nest for ever)."""
-    shortener = reprlib.Repr(maxlevel=3, maxstring=80, maxother=80, maxlong=40)
+    shortener = reprlib.Repr()
+    shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, 80, 80
     return shortener.repr(value)

@@ -11,6 +11,7 @@ from xds_server.errors import Problem, shown
 from xds_server.sources.objects import KubeObject
 
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
+_TEXT = "tag:yaml.org,2002:str"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
@@ -18,10 +19,9 @@ class _Loader(yaml.CSafeLoader):
     """Safe YAML, with what Kubernetes has and YAML 1.1 has not: times stay text, and a key given
     twice is an error, because the policy a reader sees must be the one that holds."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
-        for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
-    }
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: tuple[bool, bool]) -> str:
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return _TEXT if tag == _TIMESTAMP else tag
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

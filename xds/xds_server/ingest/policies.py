@@ -1,0 +1,232 @@
+"""AuthorizationPolicies (manifests/crds/authorizationpolicies.yaml)."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+
+from redirector.model import IPNetwork
+from xds_server.ingest.core import Members, Pod, RawService, selects
+from xds_server.ingest.reader import TOKEN, Field, Item
+from xds_server.ir import (
+    Action,
+    MatchKind,
+    Name,
+    NamedMatch,
+    Operation,
+    Policy,
+    PolicyRule,
+    Source,
+    StringMatch,
+)
+
+POLICY_GROUP = "policy.redirector.io"
+POLICY_VERSION = f"{POLICY_GROUP}/v1alpha1"
+
+
+class _HeaderType(StrEnum):
+    EXACT = "Exact"
+    PREFIX = "Prefix"
+    REGEX = "RegularExpression"
+
+
+_HEADER_KINDS = {
+    _HeaderType.EXACT: MatchKind.EXACT,
+    _HeaderType.PREFIX: MatchKind.PREFIX,
+    _HeaderType.REGEX: MatchKind.REGEX,
+}
+
+
+class Origins:
+    """Which addresses traffic of a namespace or service account comes from.
+
+    A pod in its node's network shares its address with the whole node. So it cannot be allowed by
+    name, which would let all of them in, but it can be denied.
+    """
+
+    def __init__(self, pods: Iterable[Pod]) -> None:
+        self._own: dict[tuple[str, ...], set[IPNetwork]] = defaultdict(set)
+        self._any: dict[tuple[str, ...], set[IPNetwork]] = defaultdict(set)
+        for pod in pods:
+            namespace = pod.name.namespace
+            for key in ((namespace,), (namespace, pod.service_account)):
+                networks = {ip_network(address) for address in pod.addresses}
+                self._any[key] |= networks
+                if not pod.host_network:
+                    self._own[key] |= networks
+
+    def of(self, keys: Iterable[tuple[str, ...]], action: Action) -> tuple[IPNetwork, ...]:
+        known = self._own if action is Action.ALLOW else self._any
+        return _collapsed(network for key in keys for network in known.get(key, ()))
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyReader:
+    """Reads policies against the pods and services there are."""
+
+    pods: Mapping[Name, Pod]
+    services: Mapping[Name, RawService]
+    members: Members
+    origins: Origins
+
+    def read(self, item: Item) -> Policy:
+        spec = item.spec
+        if not spec.present:
+            spec.problem("is required; add it")
+        spec.only("targetRefs", "selector", "action", "rules")
+        action = spec["action"].choice(Action, Action.ALLOW)
+        rules = tuple(self._rule(item.name.namespace, action, r) for r in spec["rules"].items())
+        return Policy(item.name, action, self._targets(item), rules)
+
+    def _targets(self, item: Item) -> frozenset[Name] | None:
+        spec, namespace = item.spec, item.name.namespace
+        if spec["targetRefs"].present and spec["selector"].present:
+            spec["selector"].problem("must not be given with targetRefs; keep one of them")
+        if spec["targetRefs"].present:
+            found: set[Name] = set()
+            for reference in spec["targetRefs"].filled("remove it to mean the whole namespace"):
+                found |= self._target(namespace, reference)
+            return frozenset(found)
+        if spec["selector"].present:
+            selector = spec["selector"]
+            selector.only("matchLabels", way_out="use matchLabels")
+            wanted = selector["matchLabels"].labels()
+            if not wanted:
+                selector["matchLabels"].problem(
+                    "must name a label; remove the selector to mean the whole namespace"
+                )
+            return frozenset(
+                pod.name
+                for pod in self.pods.values()
+                if pod.name.namespace == namespace and selects(wanted, pod.labels)
+            )
+        return None
+
+    def _target(self, namespace: str, reference: Field) -> frozenset[Name]:
+        reference.only("group", "kind", "name")
+        if reference["group"].text("") != "":
+            reference["group"].problem("must be '': Services and Pods are in the core group")
+        name = Name(namespace, reference["name"].text())
+        match reference["kind"].text():
+            case "Service":
+                if name in self.services:
+                    return self.members.of(name)
+            case "Pod":
+                if name in self.pods:
+                    return frozenset({name})
+            case _:
+                reference["kind"].problem("must be Service or Pod")
+                return frozenset()
+        reference["name"].problem(
+            f"there is no {reference['kind'].value} {name}; create it or correct this"
+        )
+        return frozenset()
+
+    def _rule(self, namespace: str, action: Action, rule: Field) -> PolicyRule:
+        rule.only("from", "to", "when")
+        everyone = "remove it to mean every peer"
+        everything = "remove it to mean every request"
+        rule["when"].only("headers")
+        return PolicyRule(
+            tuple(
+                self._source(namespace, action, source) for source in rule["from"].filled(everyone)
+            ),
+            tuple(_operation(operation) for operation in rule["to"].filled(everything)),
+            tuple(_header(header) for header in rule["when"]["headers"].filled(everything)),
+        )
+
+    def _source(self, namespace: str, action: Action, source: Field) -> Source:
+        source.only("namespaces", "serviceAccounts", "cidrs")
+        if source.value == {}:
+            source.problem("says nothing; remove it to mean every peer")
+        groups: list[tuple[IPNetwork, ...]] = []
+        way_out = "remove it, or name one"
+        namespaces = source["namespaces"]
+        if namespaces.present:
+            keys = [(field.dns_name(),) for field in namespaces.filled(way_out)]
+            groups.append(self.origins.of(keys, action))
+        accounts = source["serviceAccounts"]
+        if accounts.present:
+            names = [_account(namespace, field) for field in accounts.filled(way_out)]
+            groups.append(self.origins.of(names, action))
+        cidrs = source["cidrs"]
+        if cidrs.present:
+            networks = [field.network() for field in cidrs.filled(way_out)]
+            groups.append(_collapsed(network for network in networks if network is not None))
+        return Source(tuple(groups))
+
+
+def _account(namespace: str, field: Field) -> tuple[str, str]:
+    """`name` is of the policy's namespace, `namespace/name` of another."""
+    parts = field.text().split("/")
+    if len(parts) > 2 or not all(parts):
+        field.problem("must be a service account's name or namespace/name")
+    return (namespace if len(parts) < 2 else parts[0]), parts[-1]
+
+
+def _operation(operation: Field) -> Operation:
+    operation.only("methods", "paths", "hosts", "ports")
+    if operation.value == {}:
+        operation.problem("says nothing; remove it to mean every request")
+
+    def each(name: str, read: Callable[[Field], StringMatch]) -> tuple[StringMatch, ...]:
+        return tuple(read(field) for field in operation[name].filled("remove it, or name one"))
+
+    return Operation(
+        tuple(
+            field.matching(TOKEN, "an HTTP method")
+            for field in operation["methods"].filled("remove it, or name one")
+        ),
+        each("paths", _path),
+        each("hosts", _host),
+        tuple(field.port() for field in operation["ports"].filled("remove it, or name one")),
+    )
+
+
+def _path(field: Field) -> StringMatch:
+    text = field.text()
+    body = text.removesuffix("*")
+    if text == "*":
+        return StringMatch(MatchKind.PREFIX, "/")
+    if not text.startswith("/") or "*" in body or "?" in body or "#" in body:
+        field.problem("must be a path such as /admin, or the beginning of one such as /admin*")
+    if "//" in body or "/./" in body or "/../" in body or "%" in body or "\\" in body:
+        field.problem(
+            "must be a normalized path (no '//', '/./', '/../', '%' or '\\'): requests are "
+            "normalized before they are judged, so that this would never match"
+        )
+    return StringMatch(MatchKind.EXACT if body == text else MatchKind.PREFIX, body)
+
+
+def _host(field: Field) -> StringMatch:
+    text = field.text().lower()
+    if text.startswith("*") and len(text) > 1:
+        kind, body = MatchKind.SUFFIX, text[1:]
+    elif text.endswith("*"):
+        kind, body = MatchKind.PREFIX, text[:-1]
+    else:
+        kind, body = MatchKind.EXACT, text
+    if "*" in body or ":" in body or "/" in body:
+        field.problem("must be a host name without a port, with * at its beginning or end at most")
+    return StringMatch(kind, body)
+
+
+def _header(header: Field) -> NamedMatch:
+    header.only("name", "type", "value")
+    name = header["name"].matching(TOKEN, "a header name").lower()
+    if name == "host":
+        header["name"].problem("use `to: [{hosts: [...]}]` for the host")
+    kind = header["type"].choice(_HeaderType, _HeaderType.EXACT)
+    value = header["value"]
+    text = value.regex() if kind is _HeaderType.REGEX else value.text()
+    if kind is _HeaderType.PREFIX and text == "":
+        value.problem("must not be empty for a prefix; use the regular expression .* instead")
+    return NamedMatch(name, StringMatch(_HEADER_KINDS[kind], text))
+
+
+def _collapsed(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:
+    found = set(networks)
+    four = collapse_addresses(n for n in found if isinstance(n, IPv4Network))
+    six = collapse_addresses(n for n in found if isinstance(n, IPv6Network))
+    return (*four, *six)

@@ -1,0 +1,238 @@
+"""Reads untyped objects and never raises: what is wrong becomes a Problem, and reading goes on.
+
+A getter that has reported a problem answers with something harmless of the right type (empty text,
+the lower bound), which is never translated: a mesh with problems is not used.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from ipaddress import ip_address, ip_network
+from typing import TypeVar
+
+from redirector.model import IPAddress, IPNetwork
+from xds_server.errors import Problem, shown
+from xds_server.ir import Name, NamedMatch
+from xds_server.sources.objects import KubeObject
+
+E = TypeVar("E", bound=StrEnum)
+T = TypeVar("T")
+
+DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+\-.^_`|~]+")
+"""RFC 9110, 5.6.2: what a header or method is made of."""
+
+_DURATION = re.compile(r"([0-9]{1,5}(h|m|s|ms)){1,4}")
+_UNITS = {"h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
+# What Python's re takes and RE2 (Envoy's) does not: lookaround, conditions, backreferences, some
+# flags and escapes, possessive repeats. Character classes and plain escapes are taken out first.
+_PLAIN = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[^1-9ZuUN]")
+_NOT_RE2 = re.compile(r"\(\?(?:<?[=!]|\(|>|P=|#|[imsaLux-]*[aLux])|\\[1-9ZuUN]|[*+?}]\+")
+_REPEATS = re.compile(r"\{[0-9,]*[0-9]{4}")
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """A value somewhere in an object, with the path to it. A missing field and null are the same
+    thing, as in Kubernetes."""
+
+    value: object
+    path: str
+    file: str
+    subject: str
+    problems: list[Problem]
+
+    def __getitem__(self, name: str) -> "Field":
+        path = f"{self.path}.{name}" if self.path else name
+        inner = self.value.get(name) if isinstance(self.value, Mapping) else None
+        if self.present and not isinstance(self.value, Mapping):
+            self.problem("must be a mapping")
+        return Field(inner, path, self.file, self.subject, self.problems)
+
+    @property
+    def present(self) -> bool:
+        return self.value is not None
+
+    def problem(self, message: str) -> None:
+        value = shown(self.value) if self.present else ""
+        found = Problem(self.file, self.subject, self.path, value, message)
+        if found not in self.problems:
+            self.problems.append(found)
+
+    def only(self, *names: str, way_out: str = "remove it") -> None:
+        """Reports every other field, because what is not understood must not be lost in silence."""
+        if not isinstance(self.value, Mapping):
+            if self.present:
+                self.problem("must be a mapping")
+            return
+        for name in self.value:
+            if name not in names and self.value[name] is not None:
+                self[str(name)].problem(f"is not supported (known: {', '.join(names)}); {way_out}")
+
+    def items(self) -> list["Field"]:
+        """The entries of a list; none when it is missing."""
+        if not self.present:
+            return []
+        if not isinstance(self.value, list):
+            self.problem("must be a list")
+            return []
+        return [
+            Field(item, f"{self.path}[{index}]", self.file, self.subject, self.problems)
+            for index, item in enumerate(self.value)
+        ]
+
+    def filled(self, way_out: str) -> list["Field"]:
+        """The entries of a list that says something if it is there at all: an empty one is a
+        mistake that could be read both as all and as nothing."""
+        items = self.items()
+        if self.value == []:
+            self.problem(f"must not be empty; {way_out}")
+        return items
+
+    def _missing(self) -> None:
+        self.problem("is required; add it")
+
+    def text(self, default: str | None = None) -> str:
+        if not self.present:
+            if default is None:
+                self._missing()
+            return default or ""
+        if not isinstance(self.value, str):
+            self.problem("must be a string; put it in quotes")
+            return default or ""
+        return self.value
+
+    def matching(self, pattern: re.Pattern[str], what: str, default: str | None = None) -> str:
+        text = self.text(default)
+        if isinstance(self.value, str) and (len(text) > 253 or not pattern.fullmatch(text)):
+            self.problem(f"is not {what}")
+        return text
+
+    def dns_name(self, default: str | None = None) -> str:
+        return self.matching(DNS_NAME, "a name: use a-z, 0-9, '-' and '.'", default)
+
+    def integer(self, low: int, high: int, default: int | None = None) -> int:
+        if not self.present:
+            if default is None:
+                self._missing()
+            return low if default is None else default
+        if isinstance(self.value, bool) or not isinstance(self.value, int):
+            self.problem(f"must be a number from {low} to {high}")
+            return low
+        if not low <= self.value <= high:
+            self.problem(f"must be from {low} to {high}")
+            return low
+        return self.value
+
+    def port(self) -> int:
+        return self.integer(1, 65535)
+
+    def boolean(self, default: bool) -> bool:
+        if not self.present:
+            return default
+        if not isinstance(self.value, bool):
+            self.problem("must be true or false")
+            return default
+        return self.value
+
+    def choice(self, kind: type[E], default: E) -> E:
+        text = self.text(default.value)
+        if text in list(kind):
+            return kind(text)
+        self.problem(f"must be one of {', '.join(kind)}")
+        return default
+
+    def labels(self) -> dict[str, str]:
+        """A mapping from text to text; empty when it is missing."""
+        if not self.present:
+            return {}
+        if not isinstance(self.value, Mapping):
+            self.problem("must be a mapping")
+            return {}
+        return {str(key): self[str(key)].text() for key in self.value}
+
+    def address(self) -> IPAddress | None:
+        return self._parsed(ip_address, "an IP address such as 10.0.0.1 or fd00::1")
+
+    def network(self) -> IPNetwork | None:
+        """A CIDR; bits set behind the prefix are a mistake (Envoy would drop them unseen)."""
+        return self._parsed(ip_network, "a network such as 10.0.0.0/8, zeros behind the prefix")
+
+    def _parsed(self, parse: Callable[[str], T], what: str) -> T | None:
+        text = self.text()
+        if isinstance(self.value, str):
+            try:
+                if "%" not in text:  # a scoped address means nothing on another machine
+                    return parse(text)
+            except ValueError:
+                pass
+            self.problem(f"is not {what}")
+        return None
+
+    def duration(self) -> timedelta | None:
+        """GEP-2257: up to four of hours, minutes, seconds and milliseconds; None when missing."""
+        if not self.present:
+            return None
+        text = self.text()
+        if not _DURATION.fullmatch(text):
+            self.problem("is not a duration such as 10s, 500ms or 1h30m")
+            return None
+        parts = re.findall(r"([0-9]+)(ms|[hms])", text)
+        return timedelta(milliseconds=sum(int(number) * _UNITS[unit] for number, unit in parts))
+
+    def regex(self) -> str:
+        text = self.text()
+        if len(text) > 1024:
+            self.problem("is too long for a regular expression; keep it within 1024 characters")
+            return ""
+        bare = _PLAIN.sub("c", text)
+        if _NOT_RE2.search(bare) or _REPEATS.search(bare):
+            self.problem(
+                "is not an RE2 expression (no lookaround, backreferences, atomic groups, "
+                "possessive repeats, \\Z, \\u, nor more than 999 repeats); rewrite it without"
+            )
+            return ""
+        try:
+            re.compile(text)
+        except (re.error, OverflowError, RecursionError) as error:
+            self.problem(f"is not a regular expression: {error}")
+            return ""
+        return text
+
+
+def first_of_each(matches: list[NamedMatch]) -> tuple[NamedMatch, ...]:
+    """By name; of several under one name only the first counts (Gateway API, HTTPHeaderMatch)."""
+    kept: dict[str, NamedMatch] = {}
+    for match in matches:
+        kept.setdefault(match.name, match)
+    return tuple(kept[name] for name in sorted(kept))
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """An object on its way in: who it is, and its fields."""
+
+    name: Name
+    kind: str
+    root: Field
+
+    @property
+    def spec(self) -> Field:
+        return self.root["spec"]
+
+
+def identify(source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | None:
+    """The object's apiVersion and the object; None when it does not say what it is."""
+    anonymous = Field(source.data, "", source.file, "", problems)
+    before = len(problems)
+    version, kind = anonymous["apiVersion"].text(), anonymous["kind"].text()
+    metadata = anonymous["metadata"]
+    name = metadata["name"].matching(re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?"), "a name")
+    namespace = metadata["namespace"].dns_name("default")
+    if len(problems) > before:
+        return None
+    where = name if kind == "Namespace" else f"{namespace}/{name}"
+    root = Field(source.data, "", source.file, f"{kind} {where}", problems)
+    return version, Item(Name(namespace, name), kind, root)

@@ -1,0 +1,133 @@
+"""Clusters and their endpoints: the same for every sidecar."""
+
+from collections.abc import Iterable
+
+from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2
+from envoy.config.core.v3 import address_pb2, protocol_pb2
+from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
+from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from xds_server.ir import Endpoint, Name, Protocol, Service
+from xds_server.translate.messages import ads, packed, socket_address
+
+PASSTHROUGH = "passthrough"
+INBOUND = "inbound"
+BLACKHOLE = "blackhole"
+
+#: What the datapath knows the sidecar's own connections to its application by.
+INBOUND_SOURCE_IPV4 = "127.0.0.6"
+INBOUND_SOURCE_IPV6 = "::6"
+
+_HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+_UNLIMITED = 2**32 - 1
+
+
+def cluster_name(service: Name, port: int) -> str:
+    return f"outbound|{port}|{service.name}.{service.namespace}"
+
+
+def outbound_clusters(services: Iterable[Service]) -> dict[str, Message]:
+    """A cluster for each service port, with its endpoints to be asked for over ADS."""
+    found: dict[str, Message] = {}
+    for service in services:
+        for port in service.ports:
+            name = cluster_name(service.name, port.number)
+            cluster = _cluster(name, cluster_pb2.Cluster.DiscoveryType.EDS)
+            cluster.eds_cluster_config.eds_config.CopyFrom(ads())
+            cluster.lb_policy = cluster_pb2.Cluster.LbPolicy.LEAST_REQUEST
+            _speak(cluster, port.protocol)
+            found[name] = cluster
+    return found
+
+
+def outbound_endpoints(services: Iterable[Service]) -> dict[str, Message]:
+    """An assignment for each of `outbound_clusters`; without one Envoy would warm it for ever."""
+    found: dict[str, Message] = {}
+    for service in services:
+        for port in service.ports:
+            name = cluster_name(service.name, port.number)
+            found[name] = endpoint_pb2.ClusterLoadAssignment(
+                cluster_name=name,
+                endpoints=[
+                    endpoint_components_pb2.LocalityLbEndpoints(
+                        lb_endpoints=[_lb_endpoint(endpoint) for endpoint in port.endpoints]
+                    )
+                ]
+                if port.endpoints
+                else [],
+            )
+    return found
+
+
+def fixed_clusters() -> dict[str, Message]:
+    """What every sidecar has, whatever the mesh: onwards to where the application wanted to go, to
+    the application itself, and nowhere."""
+    passthrough = _original_destination(PASSTHROUGH)
+    inbound = _original_destination(INBOUND)
+    _speak(inbound, Protocol.HTTP)
+    inbound.upstream_bind_config.source_address.CopyFrom(socket_address(INBOUND_SOURCE_IPV4, 0))
+    # Envoy takes the first one of the destination's own family.
+    inbound.upstream_bind_config.extra_source_addresses.add().address.CopyFrom(
+        socket_address(INBOUND_SOURCE_IPV6, 0)
+    )
+    blackhole = _cluster(BLACKHOLE, cluster_pb2.Cluster.DiscoveryType.STATIC)
+    return {BLACKHOLE: blackhole, INBOUND: inbound, PASSTHROUGH: passthrough}
+
+
+def _cluster(name: str, kind: cluster_pb2.Cluster.DiscoveryType) -> cluster_pb2.Cluster:
+    return cluster_pb2.Cluster(
+        name=name,
+        type=kind,
+        connect_timeout=Duration(seconds=10),
+        # Without a sidecar there would be no limit either; Envoy's default is 1,024 of each.
+        circuit_breakers=circuit_breaker_pb2.CircuitBreakers(
+            thresholds=[
+                {
+                    "max_connections": {"value": _UNLIMITED},
+                    "max_pending_requests": {"value": _UNLIMITED},
+                    "max_requests": {"value": _UNLIMITED},
+                    "max_retries": {"value": _UNLIMITED},
+                }
+            ]
+        ),
+    )
+
+
+def _original_destination(name: str) -> cluster_pb2.Cluster:
+    cluster = _cluster(name, cluster_pb2.Cluster.DiscoveryType.ORIGINAL_DST)
+    cluster.lb_policy = cluster_pb2.Cluster.LbPolicy.CLUSTER_PROVIDED
+    # A destination stays known for as long as connections to it come at least this often.
+    cluster.cleanup_interval.seconds = 30
+    return cluster
+
+
+def _speak(cluster: cluster_pb2.Cluster, protocol: Protocol) -> None:
+    """HTTP is spoken as the client speaks it (1.1 or 2), HTTP2 always as HTTP/2."""
+    options = http_protocol_options_pb2.HttpProtocolOptions
+    http2 = protocol_pb2.Http2ProtocolOptions()
+    match protocol:
+        case Protocol.HTTP:
+            chosen = options(
+                use_downstream_protocol_config=options.UseDownstreamHttpConfig(
+                    http_protocol_options=protocol_pb2.Http1ProtocolOptions(),
+                    http2_protocol_options=http2,
+                )
+            )
+        case Protocol.HTTP2:
+            chosen = options(
+                explicit_http_config=options.ExplicitHttpConfig(http2_protocol_options=http2)
+            )
+        case Protocol.TCP:
+            return
+    cluster.typed_extension_protocol_options[_HTTP_OPTIONS].CopyFrom(packed(chosen))
+
+
+def _lb_endpoint(endpoint: Endpoint) -> endpoint_components_pb2.LbEndpoint:
+    address = address_pb2.Address(
+        socket_address=socket_address(str(endpoint.address), endpoint.port)
+    )
+    return endpoint_components_pb2.LbEndpoint(
+        endpoint=endpoint_components_pb2.Endpoint(address=address)
+    )

@@ -1,0 +1,51 @@
+"""Where the application's own connections go: by service address and port, never by Host."""
+
+from collections.abc import Iterable
+
+from envoy.config.listener.v3 import listener_pb2
+
+from xds_server.ir import OUTBOUND_PORT, Service, ServicePort
+from xds_server.translate.clusters import PASSTHROUGH, cluster_name
+from xds_server.translate.listeners import (
+    Chain,
+    Manager,
+    chain,
+    http_manager,
+    listener,
+    network_filter,
+    tcp_proxy,
+)
+from xds_server.translate.messages import cidr
+
+OUTBOUND = "outbound"
+
+
+def outbound_listener(services: Iterable[Service]) -> listener_pb2.Listener:
+    """A filter chain for each port of each service that has an address; the rest passes through."""
+    return listener(
+        OUTBOUND,
+        OUTBOUND_PORT,
+        (
+            _service_chain(service, port)
+            for service in services
+            if service.addresses
+            for port in service.ports
+        ),
+        chain(PASSTHROUGH, None, [tcp_proxy(PASSTHROUGH)]),
+    )
+
+
+def _service_chain(service: Service, port: ServicePort) -> Chain:
+    name = cluster_name(service.name, port.number)
+    if port.protocol.is_http:
+        host = f"{service.name.name}.{service.name.namespace}.svc.cluster.local"
+        manager = http_manager(name, host)
+        # The application's X-Forwarded-For, if any, is its own matter.
+        manager.skip_xff_append = True
+        manager.codec_type = Manager.CodecType.AUTO
+        filters = [network_filter("http", manager)]
+    else:
+        filters = [tcp_proxy(name)]
+    result = chain(name, port.number, filters)
+    result.filter_chain_match.prefix_ranges.extend(cidr(address) for address in service.addresses)
+    return result

@@ -1,0 +1,185 @@
+"""Policies as Envoy's role-based access control, for HTTP and for bytes.
+
+As Istio has it: a DENY that matches refuses; then, if any ALLOW holds for the pod, one of them
+must match; else everything goes. On a TCP port nothing is known of HTTP, so a rule that asks for it
+fails closed there: a DENY forgets its HTTP parts (and refuses more), an ALLOW never matches.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from envoy.config.rbac.v3 import rbac_pb2
+from envoy.config.route.v3 import route_components_pb2
+from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as http_rbac_pb2
+from envoy.extensions.filters.network.http_connection_manager.v3 import (
+    http_connection_manager_pb2 as hcm_pb2,
+)
+from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as network_rbac_pb2
+from google.protobuf.any_pb2 import Any
+
+from xds_server.ir import (
+    Action,
+    MatchKind,
+    NamedMatch,
+    Operation,
+    Policy,
+    PolicyRule,
+    Source,
+    StringMatch,
+)
+from xds_server.translate.listeners import Filter, network_filter
+from xds_server.translate.messages import cidr, packed, string_matcher
+
+_ANYTHING = rbac_pb2.Permission(any=True)
+_ANYONE = rbac_pb2.Principal(any=True)
+_NOBODY = rbac_pb2.Principal(not_id=_ANYONE)
+
+_ORDER = (Action.DENY, Action.ALLOW)
+
+
+def http_filters() -> list[hcm_pb2.HttpFilter]:
+    """The places in the filter chain; the rules come with the routes (`per_route`), so that a
+    change of them closes no connection. Without those the second one refuses everything."""
+    closed = http_rbac_pb2.RBAC(rules=rbac_pb2.RBAC(action=rbac_pb2.RBAC.Action.ALLOW))
+    return [
+        hcm_pb2.HttpFilter(name=_filter_name(action), typed_config=packed(closed))
+        if action is Action.ALLOW
+        else hcm_pb2.HttpFilter(
+            name=_filter_name(action), typed_config=packed(http_rbac_pb2.RBAC())
+        )
+        for action in _ORDER
+    ]
+
+
+def per_route(policies: Sequence[Policy]) -> dict[str, Any]:
+    """The rules for `http_filters`, by the filter's name."""
+    found = {}
+    for action in _ORDER:
+        rules = _rules(policies, action, http=True)
+        config = http_rbac_pb2.RBAC()
+        if rules is not None:
+            config = http_rbac_pb2.RBAC(rules=rules, rules_stat_prefix=f"{_word(action)}_")
+        found[_filter_name(action)] = packed(http_rbac_pb2.RBACPerRoute(rbac=config))
+    return found
+
+
+def network_filters(policies: Sequence[Policy]) -> list[Filter]:
+    """The filters that stand before a TCP proxy."""
+    found = []
+    for action in _ORDER:
+        rules = _rules(policies, action, http=False)
+        if rules is not None:
+            config = network_rbac_pb2.RBAC(rules=rules, stat_prefix=f"{_word(action)}_")
+            found.append(network_filter(_filter_name(action), config))
+    return found
+
+
+def _filter_name(action: Action) -> str:
+    return f"rbac.{_word(action)}"
+
+
+def _word(action: Action) -> str:
+    return action.value.lower()
+
+
+def _rules(policies: Iterable[Policy], action: Action, *, http: bool) -> rbac_pb2.RBAC | None:
+    """None when no policy of this kind holds; an ALLOW without rules allows nothing."""
+    chosen = [policy for policy in policies if policy.action is action]
+    if not chosen:
+        return None
+    result = rbac_pb2.RBAC(action=rbac_pb2.RBAC.Action.Value(action.value))
+    for policy in chosen:
+        for number, rule in enumerate(policy.rules):
+            built = _policy(rule, http=http, deny=action is Action.DENY)
+            if built is not None:
+                result.policies[f"{policy.name}/{number}"].CopyFrom(built)
+    return result
+
+
+def _policy(rule: PolicyRule, *, http: bool, deny: bool) -> rbac_pb2.Policy | None:
+    """None for a rule that cannot match here."""
+    if not http and rule.headers and not deny:
+        return None
+    operations = [
+        _operation(operation, http=http)
+        for operation in rule.operations
+        if http or deny or not operation.needs_http
+    ]
+    if rule.operations and not operations:
+        return None
+    permission = _any_of(operations) if operations else _ANYTHING
+    if http and rule.headers:
+        permission = _all_of([permission, *(_header(header) for header in rule.headers)])
+    principals = [_source(source) for source in rule.sources] or [_ANYONE]
+    return rbac_pb2.Policy(permissions=[permission], principals=principals)
+
+
+def _source(source: Source) -> rbac_pb2.Principal:
+    """The peer's own address, never one that a header claims."""
+    groups = []
+    for networks in source.groups:
+        if not networks:
+            return _NOBODY
+        ids = [rbac_pb2.Principal(direct_remote_ip=cidr(network)) for network in networks]
+        groups.append(
+            ids[0] if len(ids) == 1 else rbac_pb2.Principal(or_ids=rbac_pb2.Principal.Set(ids=ids))
+        )
+    if len(groups) == 1:
+        return groups[0]
+    return rbac_pb2.Principal(and_ids=rbac_pb2.Principal.Set(ids=groups))
+
+
+def _operation(operation: Operation, *, http: bool) -> rbac_pb2.Permission:
+    parts: list[rbac_pb2.Permission] = []
+    if operation.ports:
+        parts.append(
+            _any_of([rbac_pb2.Permission(destination_port=port) for port in operation.ports])
+        )
+    if http:
+        parts += (
+            _any_of(permissions)
+            for permissions in (
+                [
+                    _header(NamedMatch(":method", StringMatch(MatchKind.EXACT, method)))
+                    for method in operation.methods
+                ],
+                [_path(path) for path in operation.paths],
+                [_header(NamedMatch(":authority", _authority(host))) for host in operation.hosts],
+            )
+            if permissions
+        )
+    return _all_of(parts) if parts else _ANYTHING
+
+
+def _any_of(permissions: Sequence[rbac_pb2.Permission]) -> rbac_pb2.Permission:
+    if len(permissions) == 1:
+        return permissions[0]
+    return rbac_pb2.Permission(or_rules=rbac_pb2.Permission.Set(rules=permissions))
+
+
+def _all_of(permissions: Sequence[rbac_pb2.Permission]) -> rbac_pb2.Permission:
+    if len(permissions) == 1:
+        return permissions[0]
+    return rbac_pb2.Permission(and_rules=rbac_pb2.Permission.Set(rules=permissions))
+
+
+def _header(match: NamedMatch) -> rbac_pb2.Permission:
+    header = route_components_pb2.HeaderMatcher(
+        name=match.name, string_match=string_matcher(match.value)
+    )
+    return rbac_pb2.Permission(header=header)
+
+
+def _path(match: StringMatch) -> rbac_pb2.Permission:
+    """The path without its query."""
+    result = rbac_pb2.Permission()
+    result.url_path.path.CopyFrom(string_matcher(match))
+    return result
+
+
+def _authority(host: StringMatch) -> StringMatch:
+    """A host in any case and with any port."""
+    body = re.escape(host.value)
+    before = ".*" if host.kind is MatchKind.SUFFIX else ""
+    after = ".*" if host.kind is MatchKind.PREFIX else ""
+    return StringMatch(MatchKind.REGEX, f"(?i){before}{body}{after}(:[0-9]+)?")
