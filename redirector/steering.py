@@ -62,9 +62,9 @@ class Connection:
     gid: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "destination", _as_routed(self.destination))
-        if self.source is not None:
-            object.__setattr__(self, "source", _unmapped(self.source))
+        source = None if self.source is None else _unmapped(self.source)
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "destination", _as_routed(_unmapped(self.destination), source))
 
     @property
     def local(self) -> bool:
@@ -101,12 +101,17 @@ def honoured_loopback(steering: Steering) -> tuple[IPNetwork, ...]:
     return tuple(net for net in steering.include_outbound_cidrs if net.is_loopback)
 
 
-def _as_routed(address: IPAddress) -> IPAddress:
-    """Connecting to the unspecified address reaches localhost (ip_route_connect and its v6 kin)."""
-    address = _unmapped(address)
-    if address.is_unspecified:
-        return IPv4Address("127.0.0.1") if address.version == 4 else IPv6Address("::1")
-    return address
+def _as_routed(destination: IPAddress, source: IPAddress | None) -> IPAddress:
+    """Return where connecting to the unspecified address leads.
+
+    To the bound address or localhost in IPv4 (ip_route_output_key_hash_rcu), to localhost in IPv6
+    (tcp_v6_connect).
+    """
+    if not destination.is_unspecified:
+        return destination
+    if destination.version == 6:
+        return IPv6Address("::1")
+    return IPv4Address("127.0.0.1") if source is None or source.is_unspecified else source
 
 
 def _unmapped(address: IPAddress) -> IPAddress:

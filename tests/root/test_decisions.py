@@ -1,0 +1,254 @@
+"""What the kernel does with a connection is what `steering.decide` says, in each mode."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+
+import probes
+import pytest
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+
+from redirector.lab import LabPod, Node
+from redirector.model import EVERYWHERE, IPAddress, IPNetwork, Mode, Pod, Steering
+from redirector.network import addresses
+from redirector.steering import (
+    INBOUND_RULES,
+    OUTBOUND_RULES,
+    PASSTHROUGH_SOURCES,
+    TUNNEL_PORT,
+    Connection,
+    Direction,
+    Verdict,
+    decide,
+)
+
+pytestmark = pytest.mark.root
+
+#: Where applications listen; all but the plain three are special to some sidecar or rule.
+PORTS = (53, 80, 443, 8080, 15008, 15020, 15090)
+#: Addresses beyond the node's subnet; the peer answers for all of them.
+SERVICES = (IPv4Network("10.96.0.0/16"), IPv6Network("fd96::/64"))
+SERVICE_IPS: tuple[IPAddress, ...] = (
+    IPv4Address("10.96.0.1"),
+    IPv4Address("10.96.7.7"),
+    IPv6Address("fd96::1"),
+    IPv6Address("::ffff:10.96.0.1"),
+)
+LOOPBACK_IPS: tuple[IPAddress, ...] = tuple(
+    ip_address(text) for text in ("127.0.0.1", "127.0.0.2", "127.1.2.3", "0.0.0.0", "::1", "::")
+)
+OUTBOUND_PORT, INBOUND_PORT = 15001, 15006
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The pod under test and another one."""
+
+    pod: LabPod
+    peer: LabPod
+
+    @property
+    def own(self) -> tuple[IPAddress, ...]:
+        return addresses(self.pod.netns)
+
+
+def ips(pod: LabPod) -> tuple[IPAddress, ...]:
+    return ip_address(pod.ip), ip_address(pod.ip6)
+
+
+@dataclass(frozen=True)
+class Caller:
+    uid: int
+    gid: int
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with Node(prefix="rdrdecide") as node:
+        made = Mesh(node.pod("pod"), node.pod("peer"))
+        for net, via in zip(SERVICES, (made.peer.ip, made.peer.ip6), strict=True):
+            made.peer.run(["ip", "route", "add", "local", str(net), "dev", "lo"], check=True)
+            made.pod.run(["ip", "route", "add", str(net), "via", via], check=True)
+        made.pod.run(["ip", "address", "add", "::6/128", "dev", "lo"], check=True)
+        sidecar = [(Verdict.OUTBOUND, OUTBOUND_PORT), (Verdict.INBOUND, INBOUND_PORT)]
+        probes.start(made.pod, sidecar, sidecar=True)
+        for pod in (made.pod, made.peer):
+            probes.start(pod, [(Verdict.DIRECT, port) for port in PORTS])
+        yield made
+
+
+def ports() -> st.SearchStrategy[frozenset[int]]:
+    return st.frozensets(st.sampled_from(PORTS), max_size=2)
+
+
+def cidrs() -> st.SearchStrategy[tuple[IPNetwork, ...]]:
+    choice: tuple[IPNetwork, ...] = (
+        *SERVICES,
+        IPv4Network("10.96.7.0/24"),
+        IPv4Network("10.0.0.0/8"),
+        IPv4Network("127.0.0.0/8"),
+        IPv4Network("127.1.0.0/16"),
+        IPv4Network("127.0.0.1/32"),
+        IPv6Network("fd00::/8"),
+        IPv6Network("::1/128"),
+    )
+    return st.lists(st.sampled_from(choice), max_size=3, unique=True).map(tuple)
+
+
+def steerings() -> st.SearchStrategy[Steering]:
+    return st.builds(
+        Steering,
+        proxy_uids=st.sampled_from([(1337,), (1337, 1338), (1338, 1337), ()]),
+        proxy_gids=st.sampled_from([(1337,), (1337, 1338), ()]),
+        include_outbound_cidrs=st.just(EVERYWHERE) | cidrs(),
+        exclude_outbound_cidrs=st.just(())
+        | st.sampled_from(SERVICES).map(lambda net: (net,))
+        | cidrs(),
+        include_outbound_ports=ports(),
+        exclude_outbound_ports=st.just(frozenset()) | ports(),
+        include_inbound_ports=st.none() | ports(),
+        exclude_inbound_ports=st.just(Steering().exclude_inbound_ports) | ports(),
+    )
+
+
+def callers() -> st.SearchStrategy[Caller]:
+    return st.builds(
+        Caller, uid=st.sampled_from([0, 1000, 1337, 1338]), gid=st.sampled_from([0, 0, 1337, 1338])
+    )
+
+
+@st.composite
+def outbound_calls(draw: st.DrawFn, mesh: Mesh) -> probes.Call:
+    own, peers = ips(mesh.pod), ips(mesh.peer)
+    destination = draw(
+        st.one_of(
+            st.sampled_from(own),
+            st.sampled_from(LOOPBACK_IPS),
+            st.sampled_from((*SERVICE_IPS, *peers)),
+        )
+    )
+    source = None
+    if destination in own or destination in LOOPBACK_IPS:
+        # Only what stays in the pod can be sent from a loopback address.
+        same = [ip for ip in PASSTHROUGH_SOURCES if ip.version == destination.version]
+        source = draw(st.sampled_from([None] * 6 + same))
+    return probes.Call(destination, draw(st.sampled_from((*PORTS, TUNNEL_PORT))), source)
+
+
+#: With `calls_for_every_rule` and `reached_for_every_rule`, each rule is met at least once.
+EVERY_RULE = Steering(
+    include_outbound_cidrs=SERVICES[:1],
+    exclude_outbound_cidrs=(IPv4Network("10.96.7.0/24"),),
+    include_outbound_ports=frozenset({8080}),
+    exclude_outbound_ports=frozenset({443}),
+)
+
+
+def calls_for_every_rule(mesh: Mesh) -> list[tuple[Caller, probes.Call]]:
+    app, proxy, group = Caller(0, 0), Caller(1337, 1337), Caller(0, 1337)
+    own, (peer, peer6) = ip_address(mesh.pod.ip), ips(mesh.peer)
+    service, excluded = SERVICE_IPS[:2]
+    return [
+        (app, probes.Call(service, 443)),
+        (proxy, probes.Call(own, 80, IPv4Address("127.0.0.6"))),
+        (proxy, probes.Call(own, TUNNEL_PORT)),
+        (proxy, probes.Call(own, 80)),
+        (proxy, probes.Call(service, 80)),
+        (group, probes.Call(service, 80)),
+        (app, probes.Call(own, 80)),
+        (app, probes.Call(excluded, 8080)),
+        (app, probes.Call(peer6, 8080)),
+        (app, probes.Call(service, 80)),
+        (app, probes.Call(peer, 80)),
+    ]
+
+
+def reached_for_every_rule(mesh: Mesh) -> list[probes.Call]:
+    return [probes.Call(ip_address(mesh.pod.ip), port) for port in (TUNNEL_PORT, 15020, 80)]
+
+
+def check(
+    steering: Steering, connection: Connection, outcome: probes.Arrival | str, mode: Mode
+) -> str:
+    """Hold one outcome to the rules; return the rule's name."""
+    expected = decide(steering, connection)
+    story = f"{mode}: {connection} by {expected.rule} of {steering}: {outcome}"
+    assert isinstance(outcome, probes.Arrival), story
+    assert outcome.verdict == expected.verdict, story
+    assert (outcome.destination, outcome.port) == (connection.destination, connection.port), story
+    return expected.rule
+
+
+@pytest.mark.parametrize("mode", probes.DRIVERS)
+def test_kernel_decides_as_the_rules_say(mesh: Mesh, mode: Mode) -> None:
+    driver = probes.DRIVERS[mode]()
+    own = mesh.own
+    met: Counter[str] = Counter()
+    outbound = st.tuples(callers(), outbound_calls(mesh))
+    inbound = st.builds(probes.Call, st.sampled_from(ips(mesh.pod)), st.sampled_from(PORTS))
+
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+    )
+    @given(
+        steerings(),
+        st.lists(outbound, min_size=12, max_size=20),
+        st.lists(inbound, min_size=4, max_size=6),
+    )
+    @example(EVERY_RULE, calls_for_every_rule(mesh), reached_for_every_rule(mesh))
+    @example(Steering(include_inbound_ports=frozenset({80})), [], [probes.Call(own[0], 443)])
+    def hold(
+        steering: Steering, out: list[tuple[Caller, probes.Call]], into: list[probes.Call]
+    ) -> None:
+        pod = Pod(
+            mesh.pod.name, mesh.pod.netns, mesh.pod.cgroup, mode, steering=steering, addresses=own
+        )
+        driver.install(pod)
+        try:
+            compare(steering, out, into)
+        finally:
+            driver.remove(pod)
+
+    def compare(
+        steering: Steering, out: list[tuple[Caller, probes.Call]], into: list[probes.Call]
+    ) -> None:
+        def key(item: tuple[Caller, probes.Call]) -> tuple[int, int]:
+            return item[0].uid, item[0].gid
+
+        for (uid, gid), group in itertools.groupby(sorted(out, key=key), key=key):
+            calls = [call for _, call in group]
+            outcomes = mesh.pod.call(probes.dial, calls, uid=uid, gid=gid)
+            for call, outcome in zip(calls, outcomes, strict=True):
+                connection = Connection(
+                    Direction.OUTBOUND, call.destination, call.port, own, call.source, uid, gid
+                )
+                met[check(steering, connection, outcome, mode)] += 1
+        for call, outcome in zip(into, mesh.peer.call(probes.dial, into), strict=True):
+            connection = Connection(Direction.INBOUND, call.destination, call.port, own)
+            met[check(steering, connection, outcome, mode)] += 1
+
+    hold()
+    rules = {rule.name for rule in (*OUTBOUND_RULES, *INBOUND_RULES)}
+    assert met.keys() == rules, f"the calls never met {rules - met.keys()}"
+
+
+@pytest.mark.parametrize("mode", probes.DRIVERS)
+def test_everything_is_direct_after_removal(mesh: Mesh, mode: Mode) -> None:
+    driver = probes.DRIVERS[mode]()
+    pod = Pod(mesh.pod.name, mesh.pod.netns, mesh.pod.cgroup, mode, addresses=mesh.own)
+    call = probes.Call(SERVICE_IPS[0], 80)
+    driver.install(pod)
+    try:
+        assert mesh.pod.call(probes.dial, [call])[0].verdict == Verdict.OUTBOUND
+    finally:
+        driver.remove(pod)
+    assert mesh.pod.call(probes.dial, [call])[0].verdict == Verdict.DIRECT
+    own = probes.Call(ip_address(mesh.pod.ip), 80)
+    assert mesh.peer.call(probes.dial, [own])[0].verdict == Verdict.DIRECT
