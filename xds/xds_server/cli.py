@@ -1,0 +1,220 @@
+"""The `xds-server` command: manifests in a directory become configuration of the sidecars."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from redirector.errors import InputError, RedirectorError
+from xds_server.errors import Problem
+from xds_server.generation import Generation
+from xds_server.ingest import ingest
+from xds_server.ir import Mesh, NodeId
+from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars, parse
+from xds_server.push import Push, count
+from xds_server.server import Server
+from xds_server.sources.files import load
+from xds_server.translate import translate
+from xds_server.watch import Change, Listing, changes, listing
+
+log = logging.getLogger("xds_server")
+
+_DEFAULT_LISTEN = "127.0.0.1:18000"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 1 for bad manifests, 2 for bad options."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.validate:
+            return validate(options.manifests, sys.stdout, sys.stderr)
+        return _serve(options)
+    except RedirectorError as error:
+        print(f"xds-server: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="xds-server", description="Serve Envoy sidecars from Kubernetes manifests, over ADS."
+    )
+    parser.add_argument(
+        "--manifests",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of *.yaml, *.yml and *.json files, watched for changes",
+    )
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="ADDR",
+        help=f"loopback host:port or unix:/path; may be repeated (default {_DEFAULT_LISTEN})",
+    )
+    parser.add_argument(
+        "--insecure-listen",
+        action="store_true",
+        help="allow --listen addresses that other machines reach, unencrypted",
+    )
+    parser.add_argument(
+        "--validate", action="store_true", help="check the manifests, print every problem and exit"
+    )
+    parser.add_argument(
+        "--events", type=Path, metavar="FILE", help="append one JSON line for each push"
+    )
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info"
+    )
+    return parser
+
+
+def read(directory: Path) -> tuple[Mesh, int, list[Problem]]:
+    """The mesh in a directory, how many objects it was read from, and every problem."""
+    objects, problems = load(directory)
+    mesh, more = ingest(objects)
+    return mesh, len(objects), [*problems, *more]
+
+
+def validate(directory: Path, out: TextIO, err: TextIO) -> int:
+    """Check a directory: 0, or 1 after one line for each problem."""
+    mesh, objects, problems = read(directory)
+    if problems:
+        for problem in problems:
+            print(problem, file=err)
+        print(f"{count(objects, 'object')}, {count(len(problems), 'problem')}", file=err)
+        return 1
+    generation = Generation(partial(translate, mesh))
+    for name, workload in mesh.workloads.items():
+        for address in workload.addresses[:1]:
+            generation.snapshot(NodeId(str(address), name.name, name.namespace))
+    print(f"{count(objects, 'object')}, no problems", file=out)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    _start_log(options.log_level)
+    texts = options.listen or [_DEFAULT_LISTEN]
+    addresses = [parse(text, insecure=options.insecure_listen) for text in texts]
+    seen = listing(options.manifests)
+    mesh, objects, problems = read(options.manifests)
+    if problems:
+        for problem in problems:
+            print(f"xds-server: {problem}", file=sys.stderr)
+        found = count(len(problems), "problem")
+        print(f"xds-server: {found} in {options.manifests}: nothing to serve", file=sys.stderr)
+        return 1
+    _note_ignored(mesh)
+    report = _reporter(options.events)
+    for address in addresses:
+        claim(address)
+    log.info("%s read from %s", count(objects, "object"), options.manifests)
+    asyncio.run(_run(options.manifests, seen, mesh, addresses, report))
+    return 0
+
+
+def _reporter(path: Path | None) -> Callable[[Push], None]:
+    if path is None:
+        return lambda _: None
+    try:
+        path.touch()
+    except OSError as error:
+        raise InputError(f"--events {path}: {error.strerror}; give a file to append to") from error
+
+    def append(push: Push) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{push.event()}\n")
+        except OSError as error:
+            log.warning("--events %s: %s; the push is not recorded", path, error.strerror)
+
+    return append
+
+
+async def _run(
+    directory: Path,
+    seen: Listing,
+    mesh: Mesh,
+    addresses: Sequence[Address],
+    report: Callable[[Push], None],
+) -> None:
+    server = Server(Generation(partial(translate, mesh)), report=report)
+    for address in addresses:
+        _listen(server, address)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    watcher = asyncio.create_task(_follow(directory, seen, server))
+    try:
+        await stop.wait()
+    finally:
+        log.info("stopping")
+        watcher.cancel()
+        await server.stop()
+        for address in addresses:
+            if isinstance(address, UnixAddress):
+                address.path.unlink(missing_ok=True)
+
+
+def _listen(server: Server, address: Address) -> None:
+    try:
+        port = server.listen(str(address))
+    except RuntimeError as error:
+        raise InputError(f"--listen {address}: {error}; use another address") from error
+    if isinstance(address, UnixAddress):
+        barred = open_to_sidecars(address.path)
+        if barred is not None:
+            log.warning("%s: sidecars cannot reach it, %s is closed to others", address, barred)
+        log.info("listening on %s", address)
+    else:
+        log.info("listening on %s", type(address)(address.host, port))
+
+
+async def _follow(directory: Path, seen: Listing, server: Server) -> None:
+    """Publish what changes; whatever is wrong with it, the last good state stays."""
+    async for change in changes(directory, seen):
+        try:
+            await _reload(directory, change, server)
+        except RedirectorError as error:
+            log.error("%s", error)
+            log.error("still serving the last good state (%s)", change.reason)
+        except Exception:
+            log.exception("still serving the last good state (%s)", change.reason)
+
+
+async def _reload(directory: Path, change: Change, server: Server) -> None:
+    mesh, _, problems = await asyncio.to_thread(read, directory)
+    if problems:
+        for problem in problems:
+            log.error("%s", problem)
+        found = count(len(problems), "problem")
+        log.error("%s, still serving the last good state (%s)", found, change.reason)
+        return
+    _note_ignored(mesh)
+    await server.publish(Generation(partial(translate, mesh)), change.reason, change.at)
+
+
+def _note_ignored(mesh: Mesh) -> None:
+    for name in mesh.ignored:
+        log.debug("ignored: %s", name)
+
+
+class _OneLine(logging.Formatter):
+    """What clients say must not break or forge lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return " ".join(super().formatMessage(record).split())
+
+
+def _start_log(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    # Its own lines say less than ours: which file changed, and what became of it.
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)

@@ -1,0 +1,149 @@
+"""Notices that manifests changed: which files, and when."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from watchfiles import awatch
+
+from xds_server.sources.files import SUFFIXES
+
+#: A change is taken in once the directory was quiet for _STEP_MS, after _DEBOUNCE_MS at the latest.
+_DEBOUNCE_MS = 50
+_STEP_MS = 20
+#: How often the directory is compared without any notice (started too late, remote file system).
+_COMPARE_EVERY_MS = 1000
+#: An empty or missing file may be one that an editor is about to write: wait before believing it.
+_SETTLE_S = 0.25
+_RETRY_S = 0.25
+
+
+class FileState(NamedTuple):
+    """Tells one state of a file from another."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The manifests in a directory; `directory` is None when it cannot be read."""
+
+    directory: FileState | None
+    files: dict[str, FileState]
+
+
+@dataclass(frozen=True)
+class Change:
+    """`reason` is for people; `at` is when the file system took it in, seconds since the epoch."""
+
+    reason: str
+    at: float
+
+
+def listing(directory: Path) -> Listing:
+    """What the directory holds now."""
+    files = {}
+    try:
+        own = _state(directory)
+        for path in directory.iterdir():
+            if path.suffix in SUFFIXES and not path.name.startswith("."):
+                try:
+                    files[path.name] = _state(path)
+                except FileNotFoundError:
+                    continue  # renamed away since it was listed
+    except OSError:
+        return Listing(None, {})
+    return Listing(own, files)
+
+
+def _state(path: Path) -> FileState:
+    found = path.stat()
+    return FileState(
+        found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    )
+
+
+def compare(old: Listing, new: Listing, now: float) -> Change | None:
+    """What changed between two listings; None when nothing did."""
+    if old.files == new.files and (old.directory is None) == (new.directory is None):
+        return None
+    if new.directory is None:
+        return Change("directory vanished", now)
+    added = sorted(new.files.keys() - old.files.keys())
+    removed = sorted(old.files.keys() - new.files.keys())
+    changed = sorted(n for n in new.files.keys() & old.files.keys() if new.files[n] != old.files[n])
+    words = [("changed", changed), ("added", added), ("removed", removed)]
+    reason = ", ".join(f"{word} {' '.join(names)}" for word, names in words if names)
+    # A rename keeps the file's mtime but moves its ctime; a removal shows on the directory only.
+    moments = [new.files[name].changed_ns for name in (*changed, *added)]
+    if removed:
+        moments.append(new.directory.modified_ns)
+    at = max(moments, default=int(now * 1e9)) / 1e9
+    return Change(reason or "directory is back", min(at, now))
+
+
+def unsettled(old: Listing, new: Listing) -> bool:
+    """A file is gone or was emptied, as happens in the middle of a save."""
+    return any(
+        name not in new.files or (new.files[name].size == 0 and state.size > 0)
+        for name, state in old.files.items()
+    )
+
+
+async def changes(directory: Path, seen: Listing) -> AsyncIterator[Change]:
+    """Every change from `seen` on, as long as the caller asks for more.
+
+    Survives that the directory is removed and made again.
+    """
+    while True:
+        try:
+            watcher = awatch(
+                directory,
+                watch_filter=None,
+                debounce=_DEBOUNCE_MS,
+                step=_STEP_MS,
+                rust_timeout=_COMPARE_EVERY_MS,
+                yield_on_timeout=True,
+                recursive=False,
+            )
+            watched = listing(directory).directory
+            async with aclosing(watcher):
+                async for _ in watcher:
+                    found = await _settled(directory, seen)
+                    change = compare(seen, found, time.time())
+                    seen = found
+                    if change is not None:
+                        yield change
+                    if not _same(watched, found.directory):
+                        break  # the watch is on a directory that is no longer there
+        except OSError:
+            found = listing(directory)
+            change = compare(seen, found, time.time())
+            seen = found
+            if change is not None:
+                yield change
+        await asyncio.sleep(_RETRY_S)
+
+
+async def _settled(directory: Path, seen: Listing) -> Listing:
+    found = listing(directory)
+    if unsettled(seen, found):
+        await asyncio.sleep(_SETTLE_S)
+        found = listing(directory)
+    return found
+
+
+def _same(one: FileState | None, other: FileState | None) -> bool:
+    return (
+        one is not None
+        and other is not None
+        and (one.device, one.inode) == (other.device, other.inode)
+    )
