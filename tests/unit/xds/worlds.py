@@ -11,7 +11,6 @@ from envoy.extensions.filters.network.http_connection_manager.v3 import (
     http_connection_manager_pb2 as manager_pb2,
 )
 from google.protobuf.message import Message
-
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 
 Resources = Mapping[str, Mapping[str, Message]]
