@@ -1,0 +1,197 @@
+"""The command line. Nouns read (check, status, bootstrap), verbs change (enroll, mode, ...)."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from redirector import steering
+from redirector.bootstrap import bootstrap
+from redirector.enrollment import Enrollment, PodStatus, default_enrollment
+from redirector.errors import RedirectorError
+from redirector.model import Accelerate, Mode
+from redirector.records import to_json
+
+STATE_VARIABLE = "REDIRECTOR_STATE"
+PINS_VARIABLE = "REDIRECTOR_PINS"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a command may touch of the process it runs in."""
+
+    out: TextIO
+    environment: Mapping[str, str]
+
+    def enrollment(self) -> Enrollment:
+        """The node's pods, at the places that the environment names."""
+        state = self.environment.get(STATE_VARIABLE)
+        pins = self.environment.get(PINS_VARIABLE)
+        return default_enrollment(Path(state) if state else None, Path(pins) if pins else None)
+
+
+Command = Callable[[argparse.Namespace, Context], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code. A user's error is one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        return command(arguments, Context(sys.stdout, os.environ))
+    except RedirectorError as error:
+        print(f"redirector: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader has gone (`redirector status | head`); Python would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("redirector: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="redirector",
+        description="Routes pod traffic to an Envoy sidecar, by eBPF or by iptables.",
+        epilog=f"{STATE_VARIABLE} and {PINS_VARIABLE} name other places for records and pins.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Command, help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        sub.set_defaults(command=command)
+        return sub
+
+    status = add("status", _status, "list the enrolled pods and their counters")
+    status.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    boot = add("bootstrap", _bootstrap, "print a sidecar's Envoy bootstrap (JSON)")
+    boot.add_argument("pod", metavar="POD")
+    boot.add_argument("--namespace", default="default")
+    boot.add_argument("--ip", required=True, help="the pod's own address")
+    boot.add_argument(
+        "--xds",
+        default="unix:/run/redirector/xds.sock",
+        metavar="ADDRESS",
+        help="the xDS server: unix:PATH or HOST:PORT (default: %(default)s)",
+    )
+    boot.add_argument("--admin-port", type=int, default=15000, metavar="PORT")
+
+    modes = [mode.value for mode in Mode]
+    enroll = add("enroll", _enroll, "steer a pod's traffic to its sidecar")
+    enroll.add_argument("name", metavar="NAME")
+    enroll.add_argument("--netns", type=Path, required=True, help="the pod's network namespace")
+    enroll.add_argument("--cgroup", type=Path, required=True, help="the pod's cgroup2 directory")
+    enroll.add_argument("--mode", choices=modes, required=True)
+    enroll.add_argument(
+        "--accelerate",
+        choices=[choice.value for choice in Accelerate],
+        default=Accelerate.AUTO.value,
+        help="short-circuit the bytes of steered connections (eBPF mode; default: %(default)s)",
+    )
+    for option in steering.OPTIONS:
+        enroll.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help)
+    change = add("mode", _mode, "move an enrolled pod to another mode, under traffic")
+    change.add_argument("name", metavar="NAME")
+    change.add_argument("mode", choices=modes)
+    unenroll = add("unenroll", _unenroll, "make a pod's traffic direct again")
+    unenroll.add_argument("name", metavar="NAME")
+    add("uninstall", _uninstall, "remove everything from this machine's kernel")
+    return parser
+
+
+def _status(arguments: argparse.Namespace, context: Context) -> int:
+    pods = context.enrollment().status()
+    if arguments.output == "json":
+        json.dump([_status_json(status) for status in pods], context.out, indent=2)
+        context.out.write("\n")
+    else:
+        context.out.write("".join(_status_text(status) for status in pods) or "no pod enrolled\n")
+    return 1 if any(status.missing for status in pods) else 0
+
+
+def _status_json(status: PodStatus) -> dict[str, object]:
+    return to_json(status.pod) | {
+        "missing": list(status.missing),
+        "counters": {counter.name.lower(): n for counter, n in status.counters.items()},
+    }
+
+
+def _status_text(status: PodStatus) -> str:
+    pod = status.pod
+    addresses = " ".join(map(str, pod.addresses))
+    lines = [f"{pod.name}  {pod.mode}  {addresses}"]
+    if pod.mode is Mode.EBPF:
+        lines[0] += f"  accelerate {pod.accelerate}"
+    if status.missing:
+        lines.append(
+            f"  INCOMPLETE: lacks {', '.join(status.missing)}; repair: redirector mode "
+            f"{pod.name} {pod.mode}"
+        )
+    lines += [
+        f"  {counter.name.lower().replace('_', '-'):24}{n:>14}"
+        for counter, n in status.counters.items()
+        if n
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
+    made = bootstrap(
+        arguments.pod,
+        arguments.namespace,
+        arguments.ip,
+        xds=arguments.xds,
+        admin_port=arguments.admin_port,
+    )
+    json.dump(made, context.out, indent=2)
+    context.out.write("\n")
+    return 0
+
+
+def _enroll(arguments: argparse.Namespace, context: Context) -> int:
+    given = vars(arguments)
+    values = {
+        option.name: given[option.field]
+        for option in steering.OPTIONS
+        if given[option.field] is not None
+    }
+    pod = context.enrollment().enroll(
+        arguments.name,
+        arguments.netns,
+        arguments.cgroup,
+        Mode(arguments.mode),
+        Accelerate(arguments.accelerate),
+        steering.parse(values),
+    )
+    context.out.write(f"pod {pod.name} enrolled in {pod.mode} mode\n")
+    return 0
+
+
+def _mode(arguments: argparse.Namespace, context: Context) -> int:
+    pod = context.enrollment().change_mode(arguments.name, Mode(arguments.mode))
+    context.out.write(f"pod {pod.name} is in {pod.mode} mode\n")
+    return 0
+
+
+def _unenroll(arguments: argparse.Namespace, context: Context) -> int:
+    context.enrollment().unenroll(arguments.name)
+    context.out.write(f"pod {arguments.name} unenrolled\n")
+    return 0
+
+
+def _uninstall(_arguments: argparse.Namespace, context: Context) -> int:
+    problems = context.enrollment().uninstall()
+    for problem in problems:
+        print(f"redirector: {problem}", file=sys.stderr)
+    context.out.write("nothing of redirector is left\n" if not problems else "")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Enrolling pods by hand: the verbs of the CLI, without their words.
+
+The order of steps is what makes a kill at any moment harmless: the record is written before the
+kernel is touched and deleted after it is clean, so `unenroll` and `uninstall` find everything.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from redirector import machine, network
+from redirector.datapath.layout import Counter
+from redirector.datapath.pins import Datapath
+from redirector.errors import AlreadyEnrolled, InputError, NotEnrolled, RedirectorError
+from redirector.model import Accelerate, Mode, Pod, Steering
+from redirector.modes.base import ModeDriver
+from redirector.modes.ebpf import EbpfMode
+from redirector.modes.iptables import IptablesMode
+from redirector.records import Records
+
+#: Where the records live; below the directory that the xDS server's socket is in.
+STATE = Path("/run/redirector/pods")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+@dataclass(frozen=True)
+class PodStatus:
+    """A pod as recorded, what the kernel lacks of it, and its counters (eBPF mode)."""
+
+    pod: Pod
+    missing: tuple[str, ...]
+    counters: dict[Counter, int]
+
+
+class Enrollment:
+    """The pods of this node. Needs root; MachineError otherwise."""
+
+    def __init__(self, records: Records, datapath: Datapath) -> None:
+        machine.require_root()
+        self._records = records
+        self._datapath = datapath
+        self._modes: dict[Mode, ModeDriver] = {
+            Mode.EBPF: EbpfMode(datapath),
+            Mode.IPTABLES: IptablesMode(),
+        }
+
+    def enroll(
+        self,
+        name: str,
+        netns: Path,
+        cgroup: Path,
+        mode: Mode,
+        accelerate: Accelerate = Accelerate.AUTO,
+        steering: Steering | None = None,
+    ) -> Pod:
+        """Steer a pod's new connections to its sidecar. All or nothing."""
+        if not _NAME.fullmatch(name) or len(name) > 200:
+            raise InputError(
+                f"pod {name!r}: not a name; use letters, digits, '-', '.', and one '/' "
+                "between namespace and pod"
+            )
+        pod = Pod(
+            name=name,
+            netns=netns.absolute(),
+            cgroup=require_cgroup(cgroup),
+            mode=mode,
+            accelerate=accelerate,
+            steering=steering or Steering(),
+            addresses=network.addresses(netns),
+            netns_cookie=network.netns_cookie(netns),
+        )
+        with self._records.locked():
+            self._require_new(pod)
+            self._records.put(pod)
+            try:
+                self._modes[mode].install(pod)
+            except BaseException:
+                self._modes[mode].remove(pod)
+                self._records.delete(name)
+                raise
+        return pod
+
+    def _require_new(self, pod: Pod) -> None:
+        for other in self._records.all():
+            if other.name == pod.name:
+                raise AlreadyEnrolled(
+                    f"pod {pod.name}: enrolled already in {other.mode} mode; change it with "
+                    f"'redirector mode {pod.name} MODE' or take it off with "
+                    f"'redirector unenroll {pod.name}'"
+                )
+            if other.netns_cookie == pod.netns_cookie:
+                raise AlreadyEnrolled(
+                    f"pod {pod.name}: netns {pod.netns} is enrolled already as pod {other.name}; "
+                    f"take it off with 'redirector unenroll {other.name}'"
+                )
+
+    def change_mode(self, name: str, mode: Mode) -> Pod:
+        """Move a pod to another mode. Both steer for a moment, so no connection slips past."""
+        with self._records.locked():
+            old = self._require(name)
+            new = replace(old, mode=mode)
+            self._modes[mode].install(new)
+            self._records.put(new)
+            for other in self._modes.values():
+                if other.mode is not mode:
+                    other.remove(old)
+        return new
+
+    def unenroll(self, name: str) -> None:
+        """Make a pod's new connections direct; open ones go on."""
+        with self._records.locked():
+            self._remove(self._require(name))
+
+    def _remove(self, pod: Pod) -> None:
+        # Of every mode: a change of mode may have been interrupted.
+        for driver in self._modes.values():
+            driver.remove(pod)
+        self._records.delete(pod.name)
+
+    def _require(self, name: str) -> Pod:
+        pod = self._records.get(name)
+        if pod is None:
+            known = ", ".join(other.name for other in self._records.all()) or "none"
+            raise NotEnrolled(f"pod {name}: is not enrolled; enrolled are: {known}")
+        return pod
+
+    def status(self) -> list[PodStatus]:
+        """Every enrolled pod, by name."""
+        return [
+            PodStatus(
+                pod=pod,
+                missing=tuple(self._modes[pod.mode].missing(pod)),
+                counters=self._datapath.counters(pod.netns_cookie)
+                if pod.mode is Mode.EBPF and self._datapath.is_loaded()
+                else {},
+            )
+            for pod in self._records.all()
+        ]
+
+    def uninstall(self) -> list[str]:
+        """Remove everything this product put into the kernel, and the records. Idempotent.
+
+        Answers what could not be undone, a line each; the rest is removed all the same.
+        """
+        problems: list[str] = []
+        if not self._records.directory.exists() and not self._datapath.root.exists():
+            return problems
+        with self._records.locked():
+            for path in self._records.paths():
+                try:
+                    self._remove(self._records.read(path))
+                except RedirectorError as error:
+                    problems.append(str(error))
+            self._datapath.unload()
+            self._records.clear()
+        return problems
+
+
+def require_cgroup(path: Path) -> Path:
+    """The path of a cgroup2 directory below the mount's root. InputError says what it is not."""
+    mount = machine.cgroup2_mount()
+    hint = f"give a pod's directory below {mount}"
+    path = path.absolute()
+    if not path.exists():
+        raise InputError(f"cgroup {path}: does not exist; {hint}")
+    if not (path / "cgroup.procs").exists():
+        raise InputError(f"cgroup {path}: is not a cgroup2 directory; {hint}")
+    if not path.is_relative_to(mount):
+        raise InputError(f"cgroup {path}: is not in the cgroup2 mount; {hint}")
+    if path == mount:
+        raise InputError(f"cgroup {path}: is the root of all processes; {hint}")
+    return path
+
+
+def default_enrollment(state: Path | None, pins: Path | None) -> Enrollment:
+    """The node's own, at the default places unless told otherwise."""
+    machine.require_root()
+    root = pins or machine.ensure_bpffs() / "redirector"
+    return Enrollment(Records(state or STATE), Datapath(root))

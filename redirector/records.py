@@ -1,0 +1,120 @@
+"""What is enrolled, kept beside the kernel's own state: one JSON file a pod, changed by rename."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+from collections.abc import Iterator
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+from redirector.errors import DatapathError
+from redirector.model import Accelerate, Mode, Pod, Steering
+
+
+class Records:
+    """The directory of records; made when first written to, mode 700."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other commands that change pods out until leaving."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.directory / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def all(self) -> list[Pod]:
+        """Every record, by name. DatapathError names a file that is not a record."""
+        return [self.read(path) for path in self.paths()]
+
+    def paths(self) -> list[Path]:
+        """The files of all records, by name."""
+        return sorted(self.directory.glob("*.json"))
+
+    def get(self, name: str) -> Pod | None:
+        """The record of one pod."""
+        path = self._path(name)
+        return self.read(path) if path.exists() else None
+
+    @staticmethod
+    def read(path: Path) -> Pod:
+        """The record in a file. DatapathError when it is none."""
+        try:
+            return from_json(json.loads(path.read_text()))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise DatapathError(
+                f"{path}: is not a record of this version ({error}); remove everything with: "
+                "redirector uninstall"
+            ) from error
+
+    def put(self, pod: Pod) -> None:
+        """Write a record; a reader sees the old one or the new one, never half of it."""
+        path = self._path(pod.name)
+        staging = path.with_suffix(".new")
+        staging.write_text(json.dumps(to_json(pod), indent=2) + "\n")
+        staging.rename(path)
+
+    def delete(self, name: str) -> None:
+        """Forget a record; one that is not there is no error."""
+        self._path(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove the directory with all that this class put into it."""
+        for pattern in ("*.json", "*.new", ".lock"):
+            for path in self.directory.glob(pattern):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
+
+    def _path(self, name: str) -> Path:
+        # A name may hold a slash ("namespace/pod"), a file's name may not.
+        return self.directory / f"{name.replace('%', '%25').replace('/', '%2f')}.json"
+
+
+def to_json(pod: Pod) -> dict[str, Any]:
+    """A pod as JSON values; `from_json` is the inverse."""
+    return {
+        field.name: _plain(getattr(pod, field.name))
+        for field in dataclasses.fields(pod)
+        if field.name != "steering"
+    } | {
+        "steering": {
+            field.name: _plain(getattr(pod.steering, field.name))
+            for field in dataclasses.fields(pod.steering)
+        }
+    }
+
+
+def from_json(data: dict[str, Any]) -> Pod:
+    """The pod that `to_json` wrote. KeyError, TypeError or ValueError when it is none."""
+    steering = dict(data["steering"])
+    for name, value in steering.items():
+        if name.endswith("_cidrs"):
+            steering[name] = tuple(ip_network(text) for text in value)
+        elif name.endswith("_ports"):
+            steering[name] = None if value is None else frozenset(value)
+        elif name.endswith(("_uids", "_gids")):
+            steering[name] = tuple(value)
+    return Pod(
+        **{
+            **data,
+            "netns": Path(data["netns"]),
+            "cgroup": Path(data["cgroup"]),
+            "mode": Mode(data["mode"]),
+            "accelerate": Accelerate(data["accelerate"]),
+            "steering": Steering(**steering),
+            "addresses": tuple(ip_address(text) for text in data["addresses"]),
+        }
+    )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, int | str) else str(value)
