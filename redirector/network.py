@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,8 @@ T = TypeVar("T")
 _NS_GET_NSTYPE = 0xB703  # _IO(0xb7, 0x3), ioctl_ns(2)
 _CLONE_NEWNET = 0x40000000
 _SO_NETNS_COOKIE = 71  # Linux 5.14; Python has no name for it
+#: TIME_WAIT, CLOSE and LISTEN (include/net/tcp_states.h).
+_NOT_OPEN = frozenset({"06", "07", "0A"})
 
 
 def require_netns(path: Path) -> None:
@@ -47,6 +49,14 @@ def netns_cookie(netns: Path) -> int:
     MachineError on kernels that do not tell it (before 5.14).
     """
     return within(netns, _cookie)
+
+
+def local_addresses(netns: Path, port: int) -> frozenset[IPAddress]:
+    """Return the local addresses of the TCP connections that are open on a local port.
+
+    An IPv4-mapped address counts as IPv4. Source: proc_pid_net(5), tcp and tcp6.
+    """
+    return within(netns, lambda: frozenset(_local_addresses(port)))
 
 
 def run_in(
@@ -137,3 +147,24 @@ def _addresses() -> tuple[IPAddress, ...]:
             if not (address.is_loopback or address.is_link_local):
                 found[address] = None
     return tuple(found)
+
+
+def _local_addresses(port: int) -> Iterator[IPAddress]:
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/thread-self/net/{table}").read_text().splitlines()[1:]
+        except FileNotFoundError:
+            continue  # a kernel without IPv6
+        for line in lines:
+            _, local, _, state, *_ = line.split(None, 4)
+            address, _, hex_port = local.partition(":")
+            if state not in _NOT_OPEN and int(hex_port, 16) == port:
+                yield _from_proc(address)
+
+
+def _from_proc(text: str) -> IPAddress:
+    """The kernel prints an address as 32-bit numbers of the machine's byte order."""
+    words = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
+    address = ip_address(struct.pack(f"={len(words)}I", *words))
+    mapped = address.ipv4_mapped if address.version == 6 else None
+    return mapped or address

@@ -19,12 +19,15 @@ from pathlib import Path
 from redirector.errors import DatapathError, InputError, MachineError, RedirectorError
 from redirector.machine import find_tool
 from redirector.model import IPNetwork, Mode, Pod, Steering
-from redirector.network import require_netns, run_in
-from redirector.steering import TUNNEL_PORT, honoured_loopback
+from redirector.network import local_addresses, require_netns, run_in
+from redirector.steering import LOCALHOST, TUNNEL_PORT, honoured_loopback
 
 OUTPUT_CHAIN = "REDIRECTOR_OUTPUT"
 INBOUND_CHAIN = "REDIRECTOR_INBOUND"
 CHAINS = (OUTPUT_CHAIN, INBOUND_CHAIN)
+#: What `remove` leaves while redirected connections are open; nothing jumps to it.
+KEEP_CHAIN = "REDIRECTOR_KEEP"
+_OWN_CHAINS = (*CHAINS, KEEP_CHAIN)
 
 #: xt_multiport takes this many ports (XT_MULTI_PORTS).
 _MULTIPORT = 15
@@ -95,8 +98,8 @@ def _output_rules(steering: Steering, family: Family) -> Iterator[NatRule]:
     def rule(name: str, match: str, target: str) -> NatRule:
         return NatRule(OUTPUT_CHAIN, f"outbound.{name}", match, target)
 
-    to_outbound = f"REDIRECT --to-ports {steering.outbound_port}"
-    to_inbound = f"REDIRECT --to-ports {steering.inbound_port}"
+    to_outbound = _redirect(steering.outbound_port)
+    to_inbound = _redirect(steering.inbound_port)
     for ports in _multiports(steering.exclude_outbound_ports):
         yield rule("excluded-port", ports, "RETURN")
     yield rule("passthrough", f"-s {family.passthrough} -o lo", "RETURN")
@@ -128,7 +131,7 @@ def _inbound_rules(steering: Steering) -> Iterator[NatRule]:
     def rule(name: str, match: str, target: str) -> NatRule:
         return NatRule(INBOUND_CHAIN, f"inbound.{name}", match, target)
 
-    to_inbound = f"REDIRECT --to-ports {steering.inbound_port}"
+    to_inbound = _redirect(steering.inbound_port)
     yield rule("tunnel-port", f"-p tcp --dport {TUNNEL_PORT}", "RETURN")
     if steering.include_inbound_ports is None:
         for ports in _multiports(steering.exclude_inbound_ports):
@@ -137,6 +140,10 @@ def _inbound_rules(steering: Steering) -> Iterator[NatRule]:
     else:
         for ports in _multiports(steering.include_inbound_ports):
             yield rule("included-port", ports, to_inbound)
+
+
+def _redirect(port: int) -> str:
+    return f"REDIRECT --to-ports {port}"
 
 
 def _of(family: Family, networks: Iterable[IPNetwork]) -> Iterator[IPNetwork]:
@@ -183,14 +190,25 @@ def _desired(steering: Steering, family: Family) -> _State:
     return _State(CHAINS, tuple(lines))
 
 
+def _kept(steering: Steering) -> _State:
+    """What keeps the NAT of open connections alive and steers nothing.
+
+    The kernel tracks a namespace's connections only while a rule needs it (nf_ct_netns_get);
+    without one, packets of redirected connections are no longer translated and are answered by a
+    reset.
+    """
+    rule = NatRule(KEEP_CHAIN, "open-connections", "-p tcp", _redirect(steering.outbound_port))
+    return _State((KEEP_CHAIN,), (rule.line(),))
+
+
 def _parse(saved: str) -> _State:
     """Read our part out of what iptables-save prints."""
     chains, lines = [], []
     for line in saved.splitlines():
         words = line.split()
-        if line.startswith(":") and words[0][1:] in CHAINS:
+        if line.startswith(":") and words[0][1:] in _OWN_CHAINS:
             chains.append(words[0][1:])
-        elif line.startswith("-A ") and (words[1] in CHAINS or _target(words) in CHAINS):
+        elif line.startswith("-A ") and (words[1] in _OWN_CHAINS or _target(words) in _OWN_CHAINS):
             lines.append(line)
     return _State(tuple(chains), tuple(lines))
 
@@ -204,7 +222,7 @@ def _transaction(now: _State, then: _State) -> str:
 
     Base chains stay: with them would go the NAT hook, and with it the open connections' NAT.
     """
-    jumps = [line for line in now.lines if line.split()[1] not in CHAINS]
+    jumps = [line for line in now.lines if line.split()[1] not in _OWN_CHAINS]
     gone = [chain for chain in now.chains if chain not in then.chains]
     return "\n".join(
         [
@@ -248,9 +266,7 @@ class IptablesMode:
         errors: list[RedirectorError] = []
         for family in _families():
             try:
-                state = _read(pod, family)
-                if state != _State():
-                    _commit(pod, family, state, _State())
+                _take_off(pod, family)
             except RedirectorError as error:
                 errors.append(error)
         if errors:
@@ -282,6 +298,28 @@ def _difference(wanted: dict[str, list[str]], found: dict[str, list[str]]) -> It
             yield from (f"rule {name} in chain {chain}" for name in absent.elements())
         if present != expected and not absent:
             yield f"chain {chain} as it was installed: somebody added or moved rules"
+
+
+def _take_off(pod: Pod, family: Family) -> None:
+    state = _read(pod, family)
+    if state == _State():
+        return
+    # Only once nothing is redirected any more can the open connections be counted.
+    kept = _kept(pod.steering)
+    if state.signatures() != kept.signatures():
+        _commit(pod, family, state, kept)
+    if not _redirected(pod, family):
+        _commit(pod, family, kept, _State())
+
+
+def _redirected(pod: Pod, family: Family) -> bool:
+    """Whether connections that NAT brought to the sidecar are open.
+
+    REDIRECT brings the pod's own to localhost, those from outside to the pod's address.
+    """
+    outbound = local_addresses(pod.netns, pod.steering.outbound_port) & LOCALHOST
+    inbound = local_addresses(pod.netns, pod.steering.inbound_port)
+    return any(address.version == family.version for address in outbound | inbound)
 
 
 def _families() -> tuple[Family, ...]:

@@ -1,0 +1,259 @@
+"""The iptables mode on the real kernel, with both flavours of iptables."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+from socket import socket
+
+import probes
+import pytest
+
+from redirector.errors import DatapathError, InputError
+from redirector.lab import LabPod, Node
+from redirector.model import IPAddress, Mode, Pod, Steering
+from redirector.modes.iptables import KEEP_CHAIN, IptablesMode
+from redirector.network import addresses, local_addresses, within
+from redirector.steering import Verdict
+
+pytestmark = pytest.mark.root
+
+FLAVOURS = {"nft": "xtables-nft-multi", "legacy": "xtables-legacy-multi"}
+PROGRAMS = [f"ip{six}tables{verb}" for six in ("", "6") for verb in ("", "-restore", "-save")]
+DRIVER = IptablesMode()
+
+
+@pytest.fixture(params=FLAVOURS)
+def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder at the head of PATH where iptables is of one flavour."""
+    program = shutil.which(FLAVOURS[request.param], path="/usr/sbin:/sbin")
+    assert program, f"{FLAVOURS[request.param]} is not installed: apt-get install iptables"
+    for name in PROGRAMS:
+        (tmp_path / name).symlink_to(program)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path
+
+
+@pytest.fixture
+def peers(node: Node) -> tuple[LabPod, LabPod]:
+    """Two pods: the first has a sidecar and an application, the second just an application."""
+    first, second = node.pod("first"), node.pod("second")
+    sidecar = [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)]
+    probes.start(first, sidecar, sidecar=True)
+    for pod in (first, second):
+        probes.start(pod, [(Verdict.DIRECT, 80)])
+    return first, second
+
+
+def as_pod(lab: LabPod, steering: Steering | None = None) -> Pod:
+    return Pod(
+        lab.name,
+        lab.netns,
+        lab.cgroup,
+        Mode.IPTABLES,
+        steering=steering or Steering(),
+        addresses=addresses(lab.netns),
+    )
+
+
+def saved(lab: LabPod) -> str:
+    """All NAT rules of both families; without the packet counters and dates."""
+    text = "".join(lab.run([f"ip{six}tables-save"], check=True).stdout for six in ("", "6"))
+    return "\n".join(line.split(" [")[0] for line in text.splitlines() if line[:1] != "#")
+
+
+def connect(lab: LabPod, destination: str, port: int = 80) -> tuple[socket, probes.Arrival]:
+    call = probes.Call(ip_address(destination), port)
+    return within(lab.netns, lambda: probes.connect(call))
+
+
+def arrival(lab: LabPod, destination: str, port: int = 80) -> probes.Arrival:
+    connection, arrived = connect(lab, destination, port)
+    connection.close()
+    return arrived
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + probes.TIMEOUT
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ips(first: LabPod, second: LabPod) -> list[tuple[str, str]]:
+    return [(first.ip, second.ip), (first.ip6, second.ip6)]
+
+
+@pytest.mark.usefixtures("path")
+def test_steers_both_families_and_keeps_the_original_destination(
+    peers: tuple[LabPod, LabPod],
+) -> None:
+    first, second = peers
+    DRIVER.install(as_pod(first))
+    assert DRIVER.missing(as_pod(first)) == []
+    for own, other in ips(first, second):
+        client: IPAddress = ip_address(own)
+        target: IPAddress = ip_address(other)
+        assert arrival(first, other) == probes.Arrival(Verdict.OUTBOUND, target, 80, client)
+        assert arrival(second, own) == probes.Arrival(Verdict.INBOUND, client, 80, target)
+
+
+@pytest.mark.usefixtures("path")
+def test_second_install_changes_nothing(node: Node) -> None:
+    lab = node.pod("a")
+    DRIVER.install(as_pod(lab))
+    before = saved(lab)
+    DRIVER.install(as_pod(lab))
+    assert saved(lab) == before
+    assert before.count("-j REDIRECTOR_OUTPUT") == 2, before
+
+
+@pytest.mark.usefixtures("path")
+def test_install_with_other_options_replaces_the_rules(node: Node) -> None:
+    lab = node.pod("a")
+    other = as_pod(lab, Steering(exclude_outbound_ports=frozenset(range(1, 40))))
+    DRIVER.install(as_pod(lab))
+    assert "IPv4 jump from chain OUTPUT" in DRIVER.missing(other)
+    DRIVER.install(other)
+    assert DRIVER.missing(other) == []
+    DRIVER.remove(other)
+    DRIVER.install(other)
+    assert DRIVER.missing(other) == []
+
+
+@pytest.mark.usefixtures("path")
+def test_remove_leaves_nothing_of_ours_and_all_that_is_not(node: Node) -> None:
+    lab = node.pod("a")
+    theirs = "-A OUTPUT -d 192.0.2.1/32 -p tcp -j REDIRECT --to-ports 9"
+    lab.run(["iptables", "-t", "nat", *theirs.split()], check=True)
+    DRIVER.install(as_pod(lab))
+    DRIVER.remove(as_pod(lab))
+    after = saved(lab)
+    assert "REDIRECTOR" not in after
+    assert theirs in lab.run(["iptables-save"]).stdout
+    DRIVER.remove(as_pod(lab))
+    assert saved(lab) == after
+
+
+def test_remove_needs_no_namespace(tmp_path: Path) -> None:
+    plain = tmp_path / "file"
+    plain.touch()
+    for gone in (tmp_path / "gone", plain):
+        DRIVER.remove(Pod("gone", gone, tmp_path, Mode.IPTABLES))
+
+
+@pytest.mark.usefixtures("path")
+def test_open_connections_survive_every_change(peers: tuple[LabPod, LabPod]) -> None:
+    first, second = peers
+    pod = as_pod(first)
+    wider = replace(pod, steering=Steering(include_inbound_ports=frozenset({80})))
+    connections: list[tuple[socket, Verdict]] = []
+
+    def open_all(outbound: Verdict, inbound: Verdict) -> None:
+        for own, other in ips(first, second):
+            for lab, destination, verdict in ((first, other, outbound), (second, own, inbound)):
+                connection, arrived = connect(lab, destination)
+                connections.append((connection, verdict))
+                assert arrived.verdict == verdict
+
+    def all_alive() -> None:
+        for number, (connection, verdict) in enumerate(connections):
+            text = f"{number} {verdict}".encode()
+            assert probes.echo(connection, text) == text
+
+    try:
+        open_all(Verdict.DIRECT, Verdict.DIRECT)
+        DRIVER.install(pod)
+        all_alive()
+        open_all(Verdict.OUTBOUND, Verdict.INBOUND)
+        DRIVER.install(wider)
+        all_alive()
+        DRIVER.remove(wider)
+        all_alive()
+        open_all(Verdict.DIRECT, Verdict.DIRECT)
+        DRIVER.install(pod)
+        all_alive()
+    finally:
+        for connection, _ in connections:
+            connection.close()
+
+
+@pytest.mark.usefixtures("path")
+def test_remove_keeps_nat_only_while_redirected_connections_are_open(
+    peers: tuple[LabPod, LabPod],
+) -> None:
+    first, second = peers
+    pod = as_pod(first)
+    DRIVER.install(pod)
+    for destination in (second.ip, second.ip6):
+        connection, arrived = connect(first, destination)
+        with connection:
+            assert arrived.verdict == Verdict.OUTBOUND
+            DRIVER.remove(pod)
+            assert saved(first).count(f"-A {KEEP_CHAIN}") == 1
+            assert arrival(first, destination).verdict == Verdict.DIRECT
+        until(lambda: not local_addresses(first.netns, pod.steering.outbound_port))
+        DRIVER.remove(pod)
+        assert "REDIRECTOR" not in saved(first)
+        DRIVER.install(pod)
+    DRIVER.remove(pod)
+    assert "REDIRECTOR" not in saved(first)
+
+
+@pytest.mark.usefixtures("path")
+def test_a_refused_rule_is_named_and_leaves_nothing(node: Node) -> None:
+    lab = node.pod("a")
+    with pytest.raises(DatapathError, match=rf"pod {lab.name}: .*70000"):
+        DRIVER.install(as_pod(lab, Steering(outbound_port=70000)))
+    assert "REDIRECTOR" not in saved(lab)
+
+
+def break_ipv6(path: Path) -> None:
+    program = path / "ip6tables-restore"
+    program.unlink()
+    program.write_text("#!/bin/sh\necho out of memory >&2\nexit 1\n")
+    program.chmod(0o755)
+
+
+def test_a_failure_half_way_leaves_nothing(node: Node, path: Path) -> None:
+    lab = node.pod("a")
+    break_ipv6(path)
+    with pytest.raises(DatapathError, match="ip6tables-restore refused: out of memory"):
+        DRIVER.install(as_pod(lab))
+    assert "REDIRECTOR" not in saved(lab)
+
+
+def test_a_failed_change_leaves_the_rules_as_they_were(node: Node, path: Path) -> None:
+    lab = node.pod("a")
+    DRIVER.install(as_pod(lab))
+    before = saved(lab)
+    break_ipv6(path)
+    with pytest.raises(DatapathError, match="out of memory"):
+        DRIVER.install(as_pod(lab, Steering(proxy_uids=(7,))))
+    assert saved(lab) == before
+
+
+@pytest.mark.usefixtures("path")
+def test_missing_names_what_somebody_took_away(node: Node) -> None:
+    lab = node.pod("a")
+    pod = as_pod(lab)
+    DRIVER.install(pod)
+    lab.run(["iptables", "-t", "nat", "-D", "REDIRECTOR_OUTPUT", "2"], check=True)
+    lab.run(["ip6tables", "-t", "nat", "-F", "PREROUTING"], check=True)
+    lab.run(["ip6tables", "-t", "nat", "-A", "REDIRECTOR_INBOUND", "-j", "RETURN"], check=True)
+    assert DRIVER.missing(pod) == [
+        "IPv4 rule outbound.proxy-self in chain REDIRECTOR_OUTPUT",
+        "IPv6 chain REDIRECTOR_INBOUND as it was installed: somebody added or moved rules",
+        "IPv6 jump from chain PREROUTING",
+    ]
+    DRIVER.install(pod)
+    assert DRIVER.missing(pod) == []
+
+
+def test_a_namespace_that_is_gone_is_a_clear_error(tmp_path: Path) -> None:
+    gone = Pod("gone", tmp_path / "gone", tmp_path, Mode.IPTABLES)
+    with pytest.raises(InputError, match=rf"netns {gone.netns}: No such file .*; give a path"):
+        DRIVER.install(gone)
+    assert DRIVER.missing(gone) != []
