@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -150,6 +151,7 @@ async def _run(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await server.start()
+    log.info("serving")
     watcher = asyncio.create_task(_follow(directory, seen, server))
     try:
         await stop.wait()
@@ -173,7 +175,7 @@ def _listen(server: Server, address: Address) -> None:
             log.warning("%s: sidecars cannot reach it, %s is closed to others", address, barred)
         log.info("listening on %s", address)
     else:
-        log.info("listening on %s", type(address)(address.host, port))
+        log.info("listening on %s", replace(address, port=port))
 
 
 async def _follow(directory: Path, seen: Listing, server: Server) -> None:

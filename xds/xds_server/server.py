@@ -197,6 +197,7 @@ class Server:
     def _receive(self, connection: Connection, request: Any) -> None:
         now = self._clock()
         answer = connection.stream.receive(request)
+        log.debug("%s asks %s", connection, _question(request))
         connection.wake.set()
         if answer is None:
             return
@@ -254,6 +255,19 @@ class Server:
             _contents(response),
             len(response.body),
         )
+
+
+def _question(request: DeltaDiscoveryRequest | DiscoveryRequest) -> str:
+    if isinstance(request, DiscoveryRequest):
+        words = [("names", request.resource_names)]
+    else:
+        words = [
+            ("subscribes", request.resource_names_subscribe),
+            ("unsubscribes", request.resource_names_unsubscribe),
+            ("has", request.initial_resource_versions),
+        ]
+    parts = [f"{word} {len(names)} ({listed(names)})" for word, names in words if names]
+    return f"{kind(request.type_url)}: {', '.join(parts) or 'nothing by name'}"
 
 
 def _contents(response: Response) -> str:

@@ -1,0 +1,61 @@
+"""What the end-to-end tests run in: pods made by hand, and a folder that sidecars can read."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from running import Sidecar, XdsServer
+
+from redirector.lab import Node
+
+DEMO = Path(__file__).parents[2] / "manifests" / "demo"
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    if os.geteuid() != 0:
+        pytest.fail("this test makes namespaces and cgroups: run it as root")
+    with Node(prefix="rdrtest") as made:
+        yield made
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that uid 1337 may enter, which pytest's own tmp_path is not."""
+    path = Path(tempfile.mkdtemp(prefix="rdrtest-"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def manifests(place: Path) -> Path:
+    """A copy of the demo's manifests to edit."""
+    return Path(shutil.copytree(DEMO, place / "manifests"))
+
+
+@pytest.fixture
+def serve(place: Path, manifests: Path) -> Iterator[Callable[[], XdsServer]]:
+    """Starts `xds-server` on the manifests; stopped after the test."""
+    running: list[XdsServer] = []
+
+    def start() -> XdsServer:
+        running.append(XdsServer(place, manifests))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture
+def sidecar(node: Node, place: Path) -> Callable[[str, str, str], Sidecar]:
+    """Starts an Envoy in a pod of its own: name of the demo's pod, its IP, the xDS address."""
+
+    def start(name: str, ip: str, xds: str) -> Sidecar:
+        return Sidecar(node.pod(name, ip), place, name, "demo", xds)
+
+    return start

@@ -1,0 +1,129 @@
+"""Real Envoys take their configuration from the real server over its Unix socket."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from running import Sidecar, XdsServer, eventually
+
+Serve = Callable[[], XdsServer]
+StartSidecar = Callable[[str, str, str], Sidecar]
+
+WEB = "outbound|80|web.demo"
+
+
+def weights(sidecar: Sidecar) -> list[list[int]]:
+    """The weights of every weighted route of the service `web`."""
+    (host,) = sidecar.routes()[WEB]["virtual_hosts"]
+    actions = [route.get("route", {}) for route in host["routes"]]
+    found = [
+        action["weighted_clusters"]["clusters"]
+        for action in actions
+        if "weighted_clusters" in action
+    ]
+    return [[entry.get("weight", 0) for entry in clusters] for clusters in found]
+
+
+def ready(sidecar: Sidecar) -> Sidecar:
+    eventually("both listeners", lambda: sidecar.listeners() == ["inbound", "outbound"])
+    return sidecar
+
+
+def test_envoy_receives_follows_and_keeps_its_configuration(
+    serve: Serve, sidecar: StartSidecar, manifests: Path
+) -> None:
+    server = serve()
+    client = ready(sidecar("client", "10.77.0.10", f"unix:{server.socket}"))
+
+    # Everything arrived, and nothing warms for ever.
+    assert {WEB, "outbound|80|web-v1.demo", "outbound|80|web-v2.demo"} <= set(client.clusters())
+    assert client.endpoints()["outbound|80|web-v1.demo"] == ["10.77.0.11:8080"]
+    assert weights(client) == [[90, 10]]
+    assert "NACK" not in server.log
+
+    # An edited file reaches Envoy, and the report says so.
+    route = manifests / "route-web.yaml"
+    original = route.read_text()
+    edited = original.replace("weight: 90", "weight: 50").replace("weight: 10", "weight: 51")
+    event = server.event_after(lambda: route.write_text(edited))
+    assert event["changed"] == [f"route {WEB}"]
+    assert (event["sidecars"], event["nacks"], event["waiting"]) == (1, [], [])
+    assert 0 < event["last_ack_ms"] < 10_000
+    assert "changed route-web.yaml" in event["reason"]
+    assert weights(client) == [[50, 51]]
+
+    # A broken file changes nothing but the log.
+    route.write_text(edited.replace("weight: 50", "weight: -1"))
+    line = server.wait_for_log(r".*route-web\.yaml.*weight.*-1.*")
+    server.wait_for_log(r"1 problem, still serving the last good state")
+    assert "HTTPRoute demo/web" in line[0]
+    assert weights(client) == [[50, 51]]
+
+    # Repaired, it is served again.
+    server.event_after(lambda: route.write_text(original))
+    assert weights(client) == [[90, 10]]
+    assert "NACK" not in server.log
+
+
+def test_restarted_server_sends_an_unchanged_envoy_nothing(
+    serve: Serve, sidecar: StartSidecar, manifests: Path
+) -> None:
+    first = serve()
+    client = ready(sidecar("client", "10.77.0.10", f"unix:{first.socket}"))
+    assert first.stop() == 0
+    assert not first.socket.exists()
+
+    second = serve()
+    for kind in ("cluster", "endpoints", "listener", "route"):
+        second.wait_for_log(rf"asks {kind}: .*has ")
+    route = manifests / "route-web.yaml"
+    text = route.read_text().replace("weight: 90", "weight: 70")
+    event = second.event_after(lambda: route.write_text(text))
+    assert event["sidecars"] == 1
+    assert second.sent() == [f"route: 1 ({WEB})"]
+    assert weights(client) == [[70, 10]]
+
+
+def test_change_of_a_cluster_does_not_leave_it_warming(
+    serve: Serve, sidecar: StartSidecar, manifests: Path
+) -> None:
+    server = serve()
+    client = ready(sidecar("client", "10.77.0.10", f"unix:{server.socket}"))
+    service = manifests / "service-web-v1.yaml"
+    text = service.read_text().replace("name: http", "name: grpc")
+    event = server.event_after(lambda: service.write_text(text))
+    assert "cluster outbound|80|web-v1.demo" in event["changed"]
+    assert (event["sidecars"], event["nacks"], event["waiting"]) == (1, [], [])
+    eventually("no cluster that warms", lambda: not client.warming())
+    assert client.endpoints()["outbound|80|web-v1.demo"] == ["10.77.0.11:8080"]
+
+
+def test_service_comes_and_goes_with_its_route(
+    serve: Serve, sidecar: StartSidecar, manifests: Path
+) -> None:
+    server = serve()
+    client = ready(sidecar("client", "10.77.0.10", f"unix:{server.socket}"))
+    spare = manifests / "spare.yaml"
+    text = (manifests / "service-web-v1.yaml").read_text()
+    text = text.replace("web-v1", "spare").replace("10.96.77.2", "10.96.77.99")
+
+    server.event_after(lambda: spare.write_text(text))
+    eventually("the new cluster", lambda: "outbound|80|spare.demo" in client.clusters())
+    event = server.event_after(spare.unlink)
+    assert event["reason"] == "removed spare.yaml"
+    assert (event["sidecars"], event["nacks"], event["waiting"]) == (1, [], [])
+    assert "outbound|80|spare.demo" not in client.clusters()
+
+
+def test_one_change_reaches_every_sidecar_that_it_concerns(
+    serve: Serve, sidecar: StartSidecar, manifests: Path
+) -> None:
+    server = serve()
+    xds = f"unix:{server.socket}"
+    pods = {"client": "10.77.0.10", "web-v1": "10.77.0.11"}
+    started = [ready(sidecar(name, ip, xds)) for name, ip in pods.items()]
+    route = manifests / "route-web.yaml"
+    text = route.read_text().replace("weight: 90", "weight: 1")
+    event = server.event_after(lambda: route.write_text(text))
+    assert (event["sidecars"], event["nacks"], event["waiting"]) == (2, [], [])
+    assert [weights(each) for each in started] == [[[1, 10]]] * 2
+    server.wait_for_log(r"pushed 1 change to 2 sidecars, last ACK after \d+\.\d ms")
