@@ -128,7 +128,7 @@ def read_service(item: Item) -> RawService:
         number, name = field["port"].port(), field["name"].text("")
         if isinstance(field["targetPort"].value, int):
             field["targetPort"].port()
-        if not _is_tcp(field):
+        if not _is_tcp(field) or number != field["port"].value:
             continue
         if any(number == port.number for port in ports):
             field["port"].problem("is given twice; give each port of a service its own number")

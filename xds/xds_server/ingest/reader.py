@@ -6,7 +6,7 @@ the lower bound), which is never translated: a mesh with problems is not used.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 from ipaddress import ip_address, ip_network
@@ -24,6 +24,8 @@ DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0
 TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+\-.^_`|~]+")
 """RFC 9110, 5.6.2: what a header or method is made of."""
 
+# RBAC objects, which are not ours, may have colons.
+_OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")
 _DURATION = re.compile(r"([0-9]{1,5}(h|m|s|ms)){1,4}")
 _UNITS = {"h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 # What Python's re takes and RE2 (Envoy's) does not: lookaround, conditions, backreferences, some
@@ -225,14 +227,16 @@ class Item:
 
 def identify(source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | None:
     """The object's apiVersion and the object; None when it does not say what it is."""
-    anonymous = Field(source.data, "", source.file, "", problems)
-    before = len(problems)
+    wrong: list[Problem] = []
+    anonymous = Field(source.data, "", source.file, "", wrong)
     version, kind = anonymous["apiVersion"].text(), anonymous["kind"].text()
     metadata = anonymous["metadata"]
-    name = metadata["name"].matching(re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?"), "a name")
+    name = metadata["name"].matching(_OBJECT_NAME, "a name: use a-z, 0-9, '-' and '.'")
     namespace = metadata["namespace"].dns_name("default")
-    if len(problems) > before:
-        return None
     where = name if kind == "Namespace" else f"{namespace}/{name}"
-    root = Field(source.data, "", source.file, f"{kind} {where}", problems)
+    subject = f"{kind} {where}" if kind and name else ""
+    if wrong:
+        problems += (replace(problem, object=subject) for problem in wrong)
+        return None
+    root = Field(source.data, "", source.file, subject, problems)
     return version, Item(Name(namespace, name), kind, root)

@@ -89,10 +89,7 @@ class RouteReader:
         parents: list[Parent] = []
         for reference in references:
             parents += (p for p in self._parents(item, reference) if p not in parents)
-        hostnames = [
-            host.matching(_HOSTNAME, "a host name (an IP address or port does not belong here)")
-            for host in spec["hostnames"].items()
-        ]
+        hostnames = [_hostname(host) for host in spec["hostnames"].items()]
         rules = spec["rules"].items()
         if not rules and not spec["rules"].present:
             # The API server defaults a route without rules to one that matches everything.
@@ -182,6 +179,13 @@ class RouteReader:
             and grant.service in (None, service.name)
             for grant in self.grants
         )
+
+
+def _hostname(host: Field) -> str:
+    text = host.matching(_HOSTNAME, "a host name such as web.example.com or *.example.com")
+    if text.replace(".", "").isdecimal():
+        host.problem("must not be an IP address; use a host name")
+    return text
 
 
 def _ports(service: RawService) -> str:

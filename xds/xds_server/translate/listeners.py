@@ -38,9 +38,6 @@ def listener(
                 name="original_dst", typed_config=packed(original_dst_pb2.OriginalDst())
             )
         ],
-        # The server speaks first in some protocols: never wait for the client's first bytes.
-        listener_filters_timeout=NO_TIMEOUT,
-        continue_on_listener_filters_timeout=True,
         filter_chains=[*blackholes(), *chains],
         default_filter_chain=default,
     )
@@ -63,11 +60,9 @@ def chain(name: str, port: int | None, filters: Iterable[Filter]) -> Chain:
 
 
 def tcp_proxy(cluster: str) -> Filter:
+    # Applications decide how long their connections may be idle.
     proxy = tcp_proxy_pb2.TcpProxy(
-        # Applications decide how long their connections may be idle.
-        stat_prefix=stat_prefix(cluster),
-        cluster=cluster,
-        idle_timeout=NO_TIMEOUT,
+        stat_prefix=stat_prefix(cluster), cluster=cluster, idle_timeout=NO_TIMEOUT
     )
     return network_filter("tcp_proxy", proxy)
 

@@ -1,0 +1,41 @@
+"""The resources of a sidecar as one static bootstrap, so that Envoy can be asked without a server."""
+
+from typing import Any
+
+from envoy.config.bootstrap.v3 import bootstrap_pb2
+from envoy.config.cluster.v3 import cluster_pb2
+from envoy.extensions.filters.network.http_connection_manager.v3 import (
+    http_connection_manager_pb2 as hcm_pb2,
+)
+from google.protobuf import json_format
+
+from xds_server.translate import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resources
+
+HCM = hcm_pb2.HttpConnectionManager
+
+
+def bootstrap(resources: Resources) -> Any:
+    """An envoy.config.bootstrap.v3.Bootstrap with what ADS would have brought put in its place."""
+    result = bootstrap_pb2.Bootstrap()
+    for name, cluster in resources[CLUSTER].items():
+        copy = result.static_resources.clusters.add()
+        copy.CopyFrom(cluster)
+        if copy.HasField("eds_cluster_config"):
+            copy.ClearField("eds_cluster_config")
+            copy.type = cluster_pb2.Cluster.DiscoveryType.STATIC
+            copy.load_assignment.CopyFrom(resources[ENDPOINT][name])
+    for listener in resources[LISTENER].values():
+        copy = result.static_resources.listeners.add()
+        copy.CopyFrom(listener)
+        for chain in copy.filter_chains:
+            for part in chain.filters:
+                if part.typed_config.Is(HCM.DESCRIPTOR):
+                    manager = HCM()
+                    part.typed_config.Unpack(manager)
+                    manager.route_config.CopyFrom(resources[ROUTE][manager.rds.route_config_name])
+                    part.typed_config.Pack(manager, deterministic=True)
+    return result
+
+
+def as_json(message: Any) -> str:
+    return str(json_format.MessageToJson(message, preserving_proto_field_name=True))
