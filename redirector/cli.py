@@ -118,6 +118,7 @@ def _status(arguments: argparse.Namespace, context: Context) -> int:
 def _status_json(status: PodStatus) -> dict[str, object]:
     return to_json(status.pod) | {
         "missing": list(status.missing),
+        "kernel_defects": [str(defect.name).lower() for defect in status.defects],
         "counters": {counter.name.lower(): n for counter, n in status.counters.items()},
     }
 
@@ -128,6 +129,9 @@ def _status_text(status: PodStatus) -> str:
     lines = [f"{pod.name}  {pod.mode}  {addresses}"]
     if pod.mode is Mode.EBPF:
         lines[0] += f"  accelerate {pod.accelerate}"
+        if status.defects and pod.accelerate is Accelerate.AUTO:
+            names = ", ".join(str(defect.name).lower() for defect in status.defects)
+            lines[0] += f" (off: this kernel is wrong about {names} of redirected bytes)"
     if status.missing:
         lines.append(
             f"  INCOMPLETE: lacks {', '.join(status.missing)}; repair: redirector mode "

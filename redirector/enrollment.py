@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from redirector import machine, network
-from redirector.datapath.layout import Counter
+from redirector.datapath.layout import Counter, Defect
 from redirector.datapath.pins import Datapath
 from redirector.errors import AlreadyEnrolled, InputError, NotEnrolled, RedirectorError
 from redirector.model import Accelerate, Mode, Pod, Steering
@@ -30,6 +30,8 @@ class PodStatus:
     pod: Pod
     missing: tuple[str, ...]
     counters: dict[Counter, int]
+    #: What the kernel does wrong with redirected bytes; `accelerate auto` is off then.
+    defects: Defect
 
 
 class Enrollment:
@@ -126,16 +128,14 @@ class Enrollment:
 
     def status(self) -> list[PodStatus]:
         """Every enrolled pod, by name."""
-        return [
-            PodStatus(
-                pod=pod,
-                missing=tuple(self._modes[pod.mode].missing(pod)),
-                counters=self._datapath.counters(pod.netns_cookie)
-                if pod.mode is Mode.EBPF and self._datapath.is_loaded()
-                else {},
-            )
-            for pod in self._records.all()
-        ]
+        return [self._status(pod) for pod in self._records.all()]
+
+    def _status(self, pod: Pod) -> PodStatus:
+        missing = tuple(self._modes[pod.mode].missing(pod))
+        if pod.mode is not Mode.EBPF or not self._datapath.is_loaded():
+            return PodStatus(pod, missing, {}, Defect(0))
+        counters = self._datapath.counters(pod.netns_cookie)
+        return PodStatus(pod, missing, counters, self._datapath.defects())
 
     def uninstall(self) -> list[str]:
         """Remove everything this product put into the kernel, and the records. Idempotent.

@@ -132,4 +132,15 @@ struct counters {
 	__u64 value[COUNTERS];
 };
 
+// What the running kernel does wrong with redirected bytes; found by trying, at load.
+enum defect {
+	DEFECT_FIONREAD = 1, // readers are not told of them
+	DEFECT_UNREAD = 2,   // their owner cannot tell how many it has not read
+};
+
+struct about {
+	__u8 sha256[32]; // of the source and constants that this datapath was compiled from
+	__u32 defects;
+};
+
 #endif

@@ -34,8 +34,5 @@ BPF_SK_STORAGE(states, struct sock_state);
 SOCKHASH(sockets, struct flow_key, MAX_SOCKETS);
 // The sidecar's inbound listening sockets.
 SOCKHASH(listeners, struct listener_key, 2 * MAX_PODS);
-// Index 0: SHA-256 of the sources and constants that this datapath was compiled from.
-struct build {
-	__u8 sha256[32];
-};
-BPF_TABLE("array", __u32, struct build, build_id, 1);
+// Index 0: this datapath and what it found out about the kernel.
+BPF_TABLE("array", __u32, struct about, about, 1);

@@ -95,6 +95,41 @@ class Flow(Struct):
     )
 
 
+class Side(IntEnum):
+    """enum side."""
+
+    CLIENT = 0
+    SERVER = 1
+
+
+class SockState(Struct):
+    """struct sock_state."""
+
+    c_name = "sock_state"
+    _fields_ = (
+        ("flow", FlowKey),
+        ("peer", FlowKey),
+        ("original", Endpoint),
+        ("side", ctypes.c_uint32),
+        ("verdict", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class Defect(IntFlag):
+    """enum defect: what the running kernel does wrong with redirected bytes."""
+
+    FIONREAD = 1
+    UNREAD = 2
+
+
+class About(Struct):
+    """struct about: the one entry of the map of that name."""
+
+    c_name = "about"
+    _fields_ = (("sha256", ctypes.c_uint8 * 32), ("defects", ctypes.c_uint32))
+
+
 class PodFlag(IntFlag):
     """enum pod_flag."""
 
@@ -213,6 +248,8 @@ STRUCTS: tuple[type[Struct], ...] = (
     Endpoint,
     FlowKey,
     Flow,
+    SockState,
+    About,
     PodEntry,
     ListenerKey,
     CidrKey,
@@ -221,7 +258,9 @@ STRUCTS: tuple[type[Struct], ...] = (
 )
 
 ENUMS: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
+    ("", Side),
     ("FLOW_", FlowFlag),
+    ("DEFECT_", Defect),
     ("POD_", PodFlag),
     ("CIDR_", CidrSet),
     ("CIDR_", CidrValue),

@@ -7,7 +7,6 @@ whole, by one rename:
     ROOT/maps/NAME   ROOT/programs/NAME   ROOT/pods/
 """
 
-import ctypes
 import os
 import shutil
 import sys
@@ -17,6 +16,8 @@ from pathlib import Path
 from bcc import BPF, lib
 
 from redirector.datapath import libbpf
+from redirector.datapath.defects import PROBED, find_defects
+from redirector.datapath.layout import About
 from redirector.datapath.source import build_id, translation_unit
 
 MAPS = (
@@ -29,7 +30,7 @@ MAPS = (
     "states",
     "sockets",
     "listeners",
-    "build_id",
+    "about",
 )
 
 
@@ -73,8 +74,9 @@ def load(root: Path) -> None:
             libbpf.obj_pin(function.fd, staging / "programs" / program.name)
             if program.attach is _A.SK_MSG_VERDICT:
                 libbpf.prog_attach(function.fd, _map_fd(module, "sockets"), program.attach)
-        zero = ctypes.c_uint32(0)
-        libbpf.map_update(_map_fd(module, "build_id"), bytes(zero), build_id(unit))
+        about = About(defects=find_defects(*(_map_fd(module, name) for name in PROBED)))
+        about.sha256[:] = build_id(unit)
+        libbpf.map_update(_map_fd(module, "about"), bytes(4), bytes(about))
         staging.rename(root)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

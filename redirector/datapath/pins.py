@@ -14,12 +14,14 @@ from pathlib import Path
 
 from redirector.datapath import libbpf
 from redirector.datapath.layout import (
+    About,
     Address,
     CidrKey,
     CidrSet,
     CidrValue,
     Counter,
     Counters,
+    Defect,
     Flow,
     FlowKey,
     ListenerKey,
@@ -88,8 +90,18 @@ class Datapath:
 
     def is_current(self) -> bool:
         """Whether what is pinned was compiled from the shipped source with the same constants."""
-        with self._map("build_id") as fd:
-            return libbpf.map_lookup(fd, b"\0" * 4, 32) == build_id(translation_unit())
+        return bytes(self._about().sha256) == build_id(translation_unit())
+
+    def defects(self) -> Defect:
+        """What the running kernel does wrong with redirected bytes."""
+        return Defect(self._about().defects)
+
+    def _about(self) -> About:
+        with self._map("about") as fd:
+            raw = libbpf.map_lookup(fd, bytes(4), ctypes.sizeof(About))
+        if raw is None:
+            raise DatapathError(f"{self.root}/maps/about: is empty; use: redirector uninstall")
+        return About.from_buffer_copy(raw)
 
     def _load(self) -> None:
         environment = {**os.environ, "BCC_KERNEL_SOURCE": str(kernel_headers())}

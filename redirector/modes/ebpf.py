@@ -32,8 +32,8 @@ class EbpfMode:
 
     def install(self, pod: Pod) -> None:
         """Attach the pod to the loaded programs; load them first if this is the node's first."""
-        entry = pod_entry(pod)
         self._datapath.ensure()
+        entry = pod_entry(pod, self.accelerates(pod))
         fresh = not self._datapath.has_pod(pod.netns_cookie)
         try:
             self._publish(pod, entry)
@@ -42,6 +42,12 @@ class EbpfMode:
             if fresh:
                 self.remove(pod)
             raise
+
+    def accelerates(self, pod: Pod) -> bool:
+        """Whether the pod's connections are short-circuited; `auto` asks what the kernel can do."""
+        if pod.accelerate is Accelerate.AUTO:
+            return not self._datapath.defects()
+        return pod.accelerate is Accelerate.ON
 
     def _publish(self, pod: Pod, entry: PodEntry) -> None:
         steering, netns = pod.steering, pod.netns_cookie
@@ -120,7 +126,7 @@ def pin_name(pod: str) -> str:
     return pod.replace("%", "%25").replace(".", "%2e").replace("/", "%2f")
 
 
-def pod_entry(pod: Pod) -> PodEntry:
+def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
     """The pod as the programs know it. InputError when it does not fit their layout."""
     steering = pod.steering
     for name, ids in (("proxy-uid", steering.proxy_uids), ("proxy-gid", steering.proxy_gids)):
@@ -130,7 +136,7 @@ def pod_entry(pod: Pod) -> PodEntry:
                 "in eBPF mode; name fewer or use --mode iptables"
             )
     flags = PodFlag(0)
-    if pod.accelerate is not Accelerate.OFF:
+    if accelerate:
         flags |= PodFlag.ACCELERATE
     if EVERYWHERE[0] in steering.include_outbound_cidrs:
         flags |= PodFlag.INCLUDE_ALL_V4
