@@ -48,7 +48,7 @@ def netns_cookie(netns: Path) -> int:
 
     MachineError on kernels that do not tell it (before 5.14).
     """
-    return within(netns, _cookie)
+    return within(netns, own_netns_cookie)
 
 
 def local_addresses(netns: Path, port: int) -> frozenset[IPAddress]:
@@ -121,7 +121,8 @@ def _enter(fd: int, path: Path) -> None:
         raise MachineError(f"netns {path}: cannot enter: {reason}; run this as root")
 
 
-def _cookie() -> int:
+def own_netns_cookie() -> int:
+    """Return the same for the calling thread's own namespace; this needs no privilege."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
             (cookie,) = struct.unpack(

@@ -86,11 +86,15 @@ def ruleset(steering: Steering, family: Family) -> tuple[NatRule, ...]:
     return (*_output_rules(steering, family), *_inbound_rules(steering))
 
 
+def restore_text(pod: Pod, family: Family) -> str:
+    """Return what `install` feeds to `family.restore` in a namespace that has nothing of ours."""
+    return _transaction(_State(), _desired(pod.steering, family))
+
+
 def rules(pod: Pod) -> str:
-    """Return what `install` puts into a namespace that has nothing of ours, for a dry run."""
+    """Return the restore texts of both families, for a dry run."""
     return "".join(
-        f"# {family.restore} --noflush\n" + _transaction(_State(), _desired(pod.steering, family))
-        for family in (IPV4, IPV6)
+        f"# {family.restore} --noflush\n{restore_text(pod, family)}" for family in (IPV4, IPV6)
     )
 
 
