@@ -11,6 +11,10 @@ from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import Node
 from redirector.machine import ensure_bpffs
+from redirector.model import Mode
+from redirector.modes.base import ModeDriver
+from redirector.modes.ebpf import EbpfMode
+from redirector.modes.iptables import IptablesMode
 from redirector.records import Records
 
 
@@ -35,6 +39,12 @@ def node() -> Iterator[Node]:
 @pytest.fixture
 def datapath(pins: Path) -> Datapath:
     return Datapath(pins)
+
+
+@pytest.fixture(params=list(Mode))
+def driver(request: pytest.FixtureRequest, datapath: Datapath) -> ModeDriver:
+    """Each mode that must follow the decision rules."""
+    return EbpfMode(datapath) if request.param is Mode.EBPF else IptablesMode()
 
 
 @pytest.fixture

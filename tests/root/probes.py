@@ -11,20 +11,15 @@ import os
 import selectors
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 from redirector.lab import LabPod
 from redirector.lab.enter import Place
-from redirector.model import IPAddress, Mode
-from redirector.modes.base import ModeDriver
-from redirector.modes.iptables import IptablesMode
+from redirector.model import IPAddress
 from redirector.steering import Verdict
-
-#: Every mode that must follow the decision rules.
-DRIVERS: dict[Mode, Callable[[], ModeDriver]] = {Mode.IPTABLES: IptablesMode}
 
 SO_ORIGINAL_DST = 80  # of SOL_IP and, as IP6T_SO_ORIGINAL_DST, of SOL_IPV6
 SOL_IPV6 = 41

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from redirector.lab import LabPod, Node
 from redirector.model import EVERYWHERE, IPAddress, IPNetwork, Mode, Pod, Steering
-from redirector.network import addresses
+from redirector.modes.base import ModeDriver
+from redirector.network import addresses, netns_cookie
 from redirector.steering import (
     INBOUND_RULES,
     OUTBOUND_RULES,
@@ -53,6 +54,18 @@ class Mesh:
     @property
     def own(self) -> tuple[IPAddress, ...]:
         return addresses(self.pod.netns)
+
+    def enrolled(self, mode: Mode, steering: Steering) -> Pod:
+        """The pod under test as a mode's driver is given it."""
+        return Pod(
+            self.pod.name,
+            self.pod.netns,
+            self.pod.cgroup,
+            mode,
+            steering=steering,
+            addresses=self.own,
+            netns_cookie=netns_cookie(self.pod.netns),
+        )
 
 
 def ips(pod: LabPod) -> tuple[IPAddress, ...]:
@@ -182,9 +195,7 @@ def check(
     return expected.rule
 
 
-@pytest.mark.parametrize("mode", probes.DRIVERS)
-def test_kernel_decides_as_the_rules_say(mesh: Mesh, mode: Mode) -> None:
-    driver = probes.DRIVERS[mode]()
+def test_kernel_decides_as_the_rules_say(mesh: Mesh, driver: ModeDriver) -> None:
     own = mesh.own
     met: Counter[str] = Counter()
     outbound = st.tuples(callers(), outbound_calls(mesh))
@@ -207,9 +218,7 @@ def test_kernel_decides_as_the_rules_say(mesh: Mesh, mode: Mode) -> None:
     def hold(
         steering: Steering, out: list[tuple[Caller, probes.Call]], into: list[probes.Call]
     ) -> None:
-        pod = Pod(
-            mesh.pod.name, mesh.pod.netns, mesh.pod.cgroup, mode, steering=steering, addresses=own
-        )
+        pod = mesh.enrolled(driver.mode, steering)
         driver.install(pod)
         try:
             compare(steering, out, into)
@@ -229,20 +238,18 @@ def test_kernel_decides_as_the_rules_say(mesh: Mesh, mode: Mode) -> None:
                 connection = Connection(
                     Direction.OUTBOUND, call.destination, call.port, own, call.source, uid, gid
                 )
-                met[check(steering, connection, outcome, mode)] += 1
+                met[check(steering, connection, outcome, driver.mode)] += 1
         for call, outcome in zip(into, mesh.peer.call(probes.dial, into), strict=True):
             connection = Connection(Direction.INBOUND, call.destination, call.port, own)
-            met[check(steering, connection, outcome, mode)] += 1
+            met[check(steering, connection, outcome, driver.mode)] += 1
 
     hold()
     rules = {rule.name for rule in (*OUTBOUND_RULES, *INBOUND_RULES)}
     assert met.keys() == rules, f"the calls never met {rules - met.keys()}"
 
 
-@pytest.mark.parametrize("mode", probes.DRIVERS)
-def test_everything_is_direct_after_removal(mesh: Mesh, mode: Mode) -> None:
-    driver = probes.DRIVERS[mode]()
-    pod = Pod(mesh.pod.name, mesh.pod.netns, mesh.pod.cgroup, mode, addresses=mesh.own)
+def test_everything_is_direct_after_removal(mesh: Mesh, driver: ModeDriver) -> None:
+    pod = mesh.enrolled(driver.mode, Steering())
     call = probes.Call(SERVICE_IPS[0], 80)
     driver.install(pod)
     try:
