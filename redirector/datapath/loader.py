@@ -63,8 +63,8 @@ def load(root: Path) -> None:
     module = BPF(text=unit, cflags=["-Wno-address-of-packed-member", "-Werror"])
     staging = root.with_name(f"{root.name}-loading-{os.getpid()}")
     try:
-        for directory in ("maps", "programs", "pods"):
-            (staging / directory).mkdir(parents=True, mode=0o700)
+        for directory in (".", "maps", "programs", "pods"):
+            (staging / directory).mkdir(mode=0o700)
         for name in MAPS:
             libbpf.obj_pin(_map_fd(module, name), staging / "maps" / name)
         for program in PROGRAMS:
