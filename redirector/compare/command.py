@@ -1,0 +1,182 @@
+"""`redirector compare`: options, the rounds, and where the report goes."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from redirector.compare import host, load, statistics
+from redirector.compare.cases import CASES, Case, Rung
+from redirector.compare.plan import Plan
+from redirector.compare.report import html, json, table
+from redirector.compare.report.data import Report
+from redirector.compare.topology import Topology
+from redirector.errors import InputError, RedirectorError
+
+FULL_ROUNDS, FULL_WARMUP, FULL_SECONDS = 10, 0.1, 0.5
+QUICK_ROUNDS, QUICK_WARMUP, QUICK_SECONDS = 3, 0.03, 0.2
+#: For all measurements of a quick run; the rest of its minute is set-up and clean-up.
+QUICK_BUDGET = 42.0
+MAX_ROUNDS = 1000
+
+Progress = Callable[[str], None]
+Choice = TypeVar("Choice")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `redirector compare`."""
+    parser.add_argument("--quick", action="store_true", help="end within 60 s, less sure")
+    parser.add_argument("--rounds", type=int, metavar="N", help=f"default {FULL_ROUNDS}")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help=f"a measurement's length; default {FULL_SECONDS}"
+    )
+    parser.add_argument(
+        "--cases", metavar="LIST", help="some of: " + ",".join(case.name for case in CASES)
+    )
+    parser.add_argument("--rungs", metavar="LIST", help="some of: " + ",".join(Rung))
+    parser.add_argument(
+        "--cpu", type=int, metavar="N", help="the CPU to pin to; default the last one allowed"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots")
+
+
+def run(arguments: argparse.Namespace, out: TextIO, progress: TextIO = sys.stderr) -> int:
+    """Compare, print the table to `out`, write the files; the exit code. Needs root.
+
+    Raises InputError on a wrong option before anything is set up.
+    """
+    plan = make_plan(arguments)
+    cpu = choose_cpu(arguments.cpu, os.sched_getaffinity(0))
+    for path in (arguments.json, arguments.html):
+        _require_writable(path)
+
+    def say(text: str) -> None:
+        print(f"compare: {text}", file=progress, flush=True)
+
+    report = compare(plan, cpu, say)
+    out.write(table.render(report))
+    for path, render in ((arguments.json, json.render), (arguments.html, html.render)):
+        if path is not None:
+            path.write_text(render(report))
+            say(f"wrote {path}")
+    return 0
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """Read the options into a plan. InputError names the option and the value."""
+    quick: bool = arguments.quick
+    plan = Plan(
+        cases=_choose("--cases", arguments.cases, {case.name: case for case in CASES}),
+        rungs=_choose("--rungs", arguments.rungs, {rung.value: rung for rung in Rung}),
+        rounds=QUICK_ROUNDS if quick else FULL_ROUNDS,
+        warmup=QUICK_WARMUP if quick else FULL_WARMUP,
+        seconds=QUICK_SECONDS if quick else FULL_SECONDS,
+        budget=QUICK_BUDGET if quick else None,
+    )
+    for option in ("rounds", "seconds"):
+        if quick and getattr(arguments, option) is not None:
+            raise InputError(f"--{option}: --quick sets it; leave one of the two out")
+    if arguments.rounds is not None:
+        if not 1 <= arguments.rounds <= MAX_ROUNDS:
+            raise InputError(f"--rounds: {arguments.rounds} is not in 1-{MAX_ROUNDS}")
+        plan = replace(plan, rounds=arguments.rounds)
+    if arguments.seconds is not None:
+        if not 0.05 <= arguments.seconds <= 60:
+            raise InputError(f"--seconds: {arguments.seconds} is not in 0.05-60")
+        plan = replace(plan, seconds=arguments.seconds)
+    return plan
+
+
+def choose_cpu(asked: int | None, allowed: set[int]) -> int:
+    """The CPU to pin to: the last allowed one, since interrupts like the first."""
+    if asked is None:
+        return max(allowed)
+    if asked not in allowed:
+        listed = ", ".join(map(str, sorted(allowed)))
+        raise InputError(f"--cpu: {asked} is not a CPU this process may use; choose of: {listed}")
+    return asked
+
+
+def compare(plan: Plan, cpu: int, say: Progress) -> Report:
+    """Lay out the pods, measure, take everything down again."""
+    results: list[statistics.Result] = []
+    say("laying out pods and sidecars")
+    with _off_cpu(cpu), Topology(plan.rungs, cpu=cpu) as topology:
+        facts = host.describe(
+            topology.envoy, cpu=cpu, rounds=plan.rounds, warmup=plan.warmup, seconds=plan.seconds
+        )
+        say(f"{plan.cells()} measurements in {plan.rounds} rounds, all on CPU {cpu}")
+        started = time.monotonic()
+        shown: tuple[int, Case] | None = None
+        for number, case, rung in plan.order():
+            elapsed = time.monotonic() - started
+            if shown != (number, case):
+                shown = (number, case)
+                say(f"round {number}/{plan.rounds}  {case.name}  ({elapsed:.0f} s)")
+            try:
+                m = load.measure(
+                    topology.luajit,
+                    case,
+                    topology.way(case, rung),
+                    cpu=cpu,
+                    warmup=plan.warmup,
+                    seconds=plan.seconds_now(elapsed, len(results)),
+                )
+            except RedirectorError as error:
+                topology.check()
+                raise RedirectorError(f"rung {rung}: {error}") from error
+            results.append(
+                statistics.Result(
+                    case=case.name,
+                    rung=rung,
+                    round=number,
+                    p50_us=m.p50_us,
+                    p90_us=m.p90_us,
+                    p99_us=m.p99_us,
+                    p999_us=m.p999_us,
+                    ops_per_s=m.ops_per_s,
+                    cpu_us_per_op=m.cpu_us_per_op,
+                )
+            )
+        topology.require_accelerated()
+    ratios = statistics.ratios(results)
+    return Report(facts, plan.rounds, plan.cases, plan.rungs, tuple(results), tuple(ratios))
+
+
+@contextmanager
+def _off_cpu(cpu: int) -> Iterator[None]:
+    """Keep this process off the measured CPU while there is another."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, allowed - {cpu} or allowed)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _choose(option: str, listed: str | None, known: dict[str, Choice]) -> tuple[Choice, ...]:
+    """The listed ones in their fixed order; all without a list."""
+    if listed is None:
+        return tuple(known.values())
+    names = [name.strip() for name in listed.split(",")]
+    for name in names:
+        if name not in known:
+            raise InputError(f"{option}: {name!r} is none of: {', '.join(known)}")
+    return tuple(value for name, value in known.items() if name in names)
+
+
+def _require_writable(path: Path | None) -> None:
+    """Minutes of measuring are not to end with a file that cannot be written."""
+    if path is None:
+        return
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None

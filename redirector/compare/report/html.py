@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from redirector.compare.report.data import Report
+
+
+def render(report: Report) -> str:
+    return ""
