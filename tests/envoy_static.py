@@ -1,4 +1,4 @@
-"""The resources of a sidecar as one static bootstrap, so that Envoy can be asked without a server."""
+"""A sidecar's resources as one static bootstrap: Envoy can be asked without a server."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from envoy.extensions.filters.network.http_connection_manager.v3 import (
     http_connection_manager_pb2 as hcm_pb2,
 )
 from google.protobuf import json_format
-
 from xds_server.translate import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resources
 
 HCM = hcm_pb2.HttpConnectionManager

@@ -162,6 +162,17 @@ class HeaderChange:
     def __bool__(self) -> bool:
         return bool(self.set or self.add or self.remove)
 
+    def then(self, later: "HeaderChange") -> "HeaderChange":
+        """The one change that does what this one and then `later` do."""
+        lost = {name.lower() for name in (*later.remove, *(name for name, _ in later.set))}
+
+        def left(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+            return tuple((name, value) for name, value in pairs if name.lower() not in lost)
+
+        return HeaderChange(
+            left(self.set) + later.set, left(self.add) + later.add, self.remove + later.remove
+        )
+
 
 @dataclass(frozen=True)
 class HeaderChanges:
@@ -169,6 +180,12 @@ class HeaderChanges:
 
     request: HeaderChange = HeaderChange()
     response: HeaderChange = HeaderChange()
+
+    def __bool__(self) -> bool:
+        return bool(self.request or self.response)
+
+    def then(self, later: "HeaderChanges") -> "HeaderChanges":
+        return HeaderChanges(self.request.then(later.request), self.response.then(later.response))
 
 
 @dataclass(frozen=True)

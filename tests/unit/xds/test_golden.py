@@ -16,20 +16,20 @@ from envoy_static import as_json, bootstrap
 from google.protobuf import symbol_database
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
-
-from redirector.machine import envoy_binary
 from xds_server.errors import Problem
 from xds_server.ingest import ingest
 from xds_server.ir import NodeId
 from xds_server.sources.files import parse
 from xds_server.translate import Resources, translate
 
+from redirector.machine import envoy_binary
+
 GOLDEN = Path(__file__).parents[2] / "golden" / "xds"
 NAMES = sorted(path.name.removesuffix(".in.yaml") for path in GOLDEN.glob("*.in.yaml"))
 
 
 class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, _data: Any) -> bool:
         return True
 
 
@@ -127,7 +127,7 @@ def test_an_independent_decoder_reads_the_same(name: str) -> None:
 def test_envoy_accepts_it(name: str, tmp_path: Path) -> None:
     file = tmp_path / "bootstrap.json"
     file.write_text(as_json(bootstrap(outcome(name)[0])))
-    command = [envoy_binary(), "--mode", "validate", "-c", file, "-l", "warn"]
+    command = [str(envoy_binary()), "--mode", "validate", "-c", str(file), "-l", "warn"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert "deprecated" not in result.stderr

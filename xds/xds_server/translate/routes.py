@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
 
 from xds_server.ir import (
-    Backend,
     HeaderChange,
+    HeaderChanges,
     MatchKind,
     Parent,
     Route,
@@ -83,11 +84,7 @@ def _configuration(
     name: str, hosts: Iterable[route_components_pb2.VirtualHost]
 ) -> route_pb2.RouteConfiguration:
     result = route_pb2.RouteConfiguration(
-        name=name,
-        virtual_hosts=hosts,
-        ignore_port_in_host_matching=True,
-        # A backend's headers are changed after, and so on top of, the rule's.
-        most_specific_header_mutations_wins=True,
+        name=name, virtual_hosts=hosts, ignore_port_in_host_matching=True
     )
     result.validate_clusters.value = False
     return result
@@ -126,13 +123,10 @@ def _route(one: _Candidate) -> route_components_pb2.Route:
     result = route_components_pb2.Route(
         name=f"{one.route.name}/{one.place[0]}/{one.place[1]}", match=_match(one.match)
     )
-    _change(rule.headers.request, result.request_headers_to_add, result.request_headers_to_remove)
-    _change(
-        rule.headers.response, result.response_headers_to_add, result.response_headers_to_remove
-    )
     backends = [backend for backend in rule.backends if backend.weight > 0]
     if not backends:
         result.direct_response.status = 500
+        _change(rule.headers, result)
         return result
     action = result.route
     action.timeout.CopyFrom(duration(rule.timeout) if rule.timeout else NO_TIMEOUT)
@@ -140,37 +134,38 @@ def _route(one: _Candidate) -> route_components_pb2.Route:
         # One try, since nothing is tried again: but the bound of a try is Envoy's retry policy's.
         action.retry_policy.num_retries.value = 0
         action.retry_policy.per_try_timeout.CopyFrom(duration(rule.backend_timeout))
-    if len(backends) == 1 and not backends[0].headers.request and not backends[0].headers.response:
+    each_its_own = any(backend.headers for backend in backends)
+    if not each_its_own:
+        _change(rule.headers, result)
+    if len(backends) == 1 and not each_its_own:
         action.cluster = cluster_name(backends[0].service, backends[0].port)
-    else:
-        for backend in backends:
-            _weigh(action.weighted_clusters.clusters.add(), backend)
+        return result
+    for backend in backends:
+        cluster = action.weighted_clusters.clusters.add()
+        cluster.name = cluster_name(backend.service, backend.port)
+        cluster.weight.value = backend.weight
+        if each_its_own:
+            # Envoy changes a backend's headers first and the route's on top of them; the Gateway
+            # API has it the other way round.
+            _change(rule.headers.then(backend.headers), cluster)
     return result
 
 
-def _weigh(cluster: route_components_pb2.WeightedCluster.ClusterWeight, backend: Backend) -> None:
-    cluster.name = cluster_name(backend.service, backend.port)
-    cluster.weight.value = backend.weight
-    _change(
-        backend.headers.request,
-        cluster.request_headers_to_add,
-        cluster.request_headers_to_remove,
-    )
-    _change(
-        backend.headers.response,
-        cluster.response_headers_to_add,
-        cluster.response_headers_to_remove,
-    )
+_Changed: TypeAlias = (
+    route_components_pb2.Route | route_components_pb2.WeightedCluster.ClusterWeight
+)
 
 
-def _change(
-    change: HeaderChange,
-    add: MutableSequence[base_pb2.HeaderValueOption],
-    remove: MutableSequence[str],
-) -> None:
+def _change(changes: HeaderChanges, message: _Changed) -> None:
+    _options(changes.request, message.request_headers_to_add)
+    _options(changes.response, message.response_headers_to_add)
+    message.request_headers_to_remove.extend(changes.request.remove)
+    message.response_headers_to_remove.extend(changes.response.remove)
+
+
+def _options(change: HeaderChange, add: MutableSequence[base_pb2.HeaderValueOption]) -> None:
     add.extend(header_option(name, value, append=False) for name, value in change.set)
     add.extend(header_option(name, value, append=True) for name, value in change.add)
-    remove.extend(change.remove)
 
 
 def _match(match: RouteMatch) -> route_components_pb2.RouteMatch:

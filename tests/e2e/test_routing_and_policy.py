@@ -1,0 +1,348 @@
+"""A real Envoy does to requests what routes and policies say.
+
+One Envoy is given the outbound listener of a client and the inbound listeners of three pods, moved
+to addresses of a loopback network of the test's own, so that a connection's destination is the
+original one without any steering, and its source says which client it is.
+"""
+
+import http.client
+import json
+import random
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from envoy.config.bootstrap.v3 import bootstrap_pb2
+from envoy.config.cluster.v3 import cluster_pb2
+from envoy_static import as_json, bootstrap
+from xds_server.ingest import ingest
+from xds_server.ir import Mesh, Name, NodeId
+from xds_server.sources.files import parse
+from xds_server.translate import translate
+
+from redirector.machine import envoy_binary
+
+PATIENCE_S = 30.0
+HTTP, TCP = 8080, 5432
+PODS = {"guarded": 20, "open": 21, "closed": 22}
+FRIEND, STRANGER, BY_HOST, TRUSTED = 101, 102, 103, 104
+WEB, PLAIN = 10, 11
+
+
+class _App(BaseHTTPRequestHandler):
+    """Answers with what it saw; /slow... never answers in time."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def _answer(self) -> None:
+        if self.path.startswith("/slow"):
+            self.server.hold.wait(PATIENCE_S)  # type: ignore[attr-defined]
+        seen = {
+            "server": self.connection.getsockname()[0],
+            "peer": self.client_address[0],
+            "path": self.path,
+            "headers": {key.lower(): self.headers.get_all(key) for key in self.headers},
+        }
+        body = json.dumps(seen).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Secret", "shh")
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = _answer  # noqa: N815 - the base class asks for these names
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+class _Server(ThreadingHTTPServer):
+    hold: threading.Event
+
+    def handle_error(self, *_: Any) -> None:
+        """Envoy hangs up on a request that took too long."""
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    seen: dict[str, Any]
+
+
+@dataclass
+class Running:
+    """The network of the test: `NET.n` is the host numbered n."""
+
+    net: str
+
+    def ask(
+        self,
+        target: int,
+        path: str = "/",
+        method: str = "GET",
+        client: int = FRIEND,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        connection = http.client.HTTPConnection(
+            f"{self.net}.{target}", HTTP, PATIENCE_S, source_address=(f"{self.net}.{client}", 0)
+        )
+        try:
+            connection.request(method, path, headers=headers or {})
+            response = connection.getresponse()
+            body = response.read()
+            seen = json.loads(body) if response.status == 200 else {}
+            return Answer(
+                response.status, {key.lower(): value for key, value in response.getheaders()}, seen
+            )
+        finally:
+            connection.close()
+
+    def raw(self, target: int, port: int, client: int) -> bytes:
+        """What comes back for an HTTP request over a plain connection; empty when it is closed."""
+        source = (f"{self.net}.{client}", 0)
+        with socket.create_connection((f"{self.net}.{target}", port), PATIENCE_S, source) as end:
+            try:
+                end.sendall(b"GET /raw HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                received = b""
+                while block := end.recv(65536):
+                    received += block
+            except ConnectionError:
+                return b""
+            return received
+
+
+def _config(mesh: Mesh, net: str) -> bootstrap_pb2.Bootstrap:
+    def place(listener: Any, host: int, *ports: int) -> None:
+        listener.name = f"{listener.name}-{host}"
+        address = listener.address.socket_address
+        address.address, address.port_value, address.ipv4_compat = f"{net}.{host}", ports[0], False
+        for port in ports[1:]:
+            extra = listener.additional_addresses.add().address
+            extra.CopyFrom(listener.address)
+            extra.socket_address.port_value = port
+
+    result = bootstrap(translate(mesh, NodeId(f"{net}.101", "friend", "friends")))
+    listeners = result.static_resources.listeners
+    outbound = next(listener for listener in listeners if listener.name == "outbound")
+    del listeners[:]
+    listeners.append(outbound)
+    place(listeners[0], WEB, HTTP)
+    extra = listeners[0].additional_addresses.add().address
+    extra.CopyFrom(listeners[0].address)
+    extra.socket_address.address = f"{net}.{PLAIN}"
+    for name, host in PODS.items():
+        assert Name("demo", name) in mesh.workloads
+        pod = bootstrap(translate(mesh, NodeId(f"{net}.{host}", name, "demo"))).static_resources
+        listeners.append(next(one for one in pod.listeners if one.name == "inbound"))
+        place(listeners[-1], host, HTTP, TCP, 15006)
+    # Nothing steers here, so the application is somewhere else than where the client went.
+    inbound = next(one for one in result.static_resources.clusters if one.name == "inbound")
+    inbound.type = cluster_pb2.Cluster.DiscoveryType.STATIC
+    inbound.lb_policy = cluster_pb2.Cluster.LbPolicy.ROUND_ROBIN
+    inbound.load_assignment.cluster_name = "inbound"
+    app = inbound.load_assignment.endpoints.add().lb_endpoints.add().endpoint.address
+    app.socket_address.address, app.socket_address.port_value = f"{net}.1", HTTP
+    return result
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    net = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
+    text = (Path(__file__).parent / "mesh.in.yaml").read_text().replace("NET", net)
+    objects, unreadable = parse("mesh.in.yaml", text)
+    made, wrong = ingest(objects)
+    assert unreadable + wrong == []
+    folder = tmp_path_factory.mktemp("envoy")
+    (folder / "bootstrap.json").write_text(as_json(_config(made, net)))
+    hold = threading.Event()
+    servers = [_Server((f"{net}.{host}", HTTP), _App) for host in (1, 2)]
+    for server in servers:
+        server.hold = hold
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    command = [str(envoy_binary()), "-c", str(folder / "bootstrap.json"), "--concurrency", "1"]
+    with (folder / "log").open("wb") as log:
+        envoy = subprocess.Popen(
+            [*command, "--disable-hot-restart", "-l", "warn"], stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            assert envoy.poll() is None, (folder / "log").read_text()
+            try:
+                socket.create_connection((f"{net}.{PODS['closed']}", 15006), 1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.02)
+        yield Running(net)
+    finally:
+        envoy.terminate()
+        envoy.wait(PATIENCE_S)
+        hold.set()
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("expected", "client", "method", "path", "headers"),
+    [
+        (200, FRIEND, "GET", "/fine", {}),
+        (403, FRIEND, "POST", "/fine", {}),
+        (403, STRANGER, "GET", "/fine", {}),
+        # The source is the peer, whatever a header says.
+        (403, STRANGER, "GET", "/fine", {"X-Forwarded-For": "NET.101"}),
+        # Paths: the beginning, and the ways to spell it.
+        (403, FRIEND, "GET", "/admin", {}),
+        (403, FRIEND, "GET", "/admin/users?x=1", {}),
+        (403, FRIEND, "GET", "/administrator", {}),
+        (403, FRIEND, "GET", "//admin", {}),
+        (403, FRIEND, "GET", "/./admin", {}),
+        (403, FRIEND, "GET", "/fine/../admin", {}),
+        (403, FRIEND, "GET", "/fine/%2e%2e/admin", {}),
+        (403, FRIEND, "GET", "/fine/..//.//admin", {}),
+        (403, FRIEND, "GET", "/%61dmin", {}),
+        (403, FRIEND, "GET", "/ad%6Din", {}),
+        (403, FRIEND, "GET", "/fine\\..\\admin", {}),
+        (403, FRIEND, "GET", "http://somewhere/admin", {}),
+        (307, FRIEND, "GET", "/fine%2f..%2Fadmin", {}),
+        (307, FRIEND, "GET", "/fine%5c..%5Cadmin", {}),
+        (403, FRIEND, "GET", "/exactly", {}),
+        (200, FRIEND, "GET", "/exactly/not", {}),
+        (200, FRIEND, "GET", "/fine?next=/admin", {}),
+        (200, FRIEND, "GET", "/public/admin", {}),
+        # All headers of a rule must match.
+        (403, FRIEND, "GET", "/fine", {"x-tier": "guest", "x-agent": "bot/7"}),
+        (200, FRIEND, "GET", "/fine", {"x-tier": "guest", "x-agent": "curl"}),
+        (200, FRIEND, "GET", "/fine", {"x-agent": "bot/7"}),
+        # Hosts, in any case and with any port.
+        (200, BY_HOST, "POST", "/admin", {"Host": "a.example.com"}),
+        (200, BY_HOST, "GET", "/fine", {"Host": "A.B.Example.COM:99"}),
+        (200, BY_HOST, "GET", "/fine", {"Host": "exact.test:8080"}),
+        (403, BY_HOST, "GET", "/fine", {"Host": "exactXtest"}),
+        (403, BY_HOST, "GET", "/fine", {"Host": "example.com"}),
+        (403, BY_HOST, "GET", "/fine", {"Host": "a.example.com.evil.test"}),
+        (200, TRUSTED, "PUT", "/anything", {}),
+    ],
+)
+def test_policy_on_an_http_port(
+    mesh: Running, expected: int, client: int, method: str, path: str, headers: dict[str, str]
+) -> None:
+    given = {key: value.replace("NET", mesh.net) for key, value in headers.items()}
+    assert mesh.ask(PODS["guarded"], path, method, client, given).status == expected
+
+
+def test_an_escaped_slash_is_sent_round_again(mesh: Running) -> None:
+    """... to where the policy sees it."""
+    answer = mesh.ask(PODS["guarded"], "/fine%2F..%2Fadmin")
+    assert answer.headers["location"] == "/admin"
+
+
+@pytest.mark.parametrize(
+    ("pod", "client", "answered"),
+    [
+        ("guarded", TRUSTED, True),
+        ("guarded", STRANGER, False),
+        # Allowed for GET only, which nobody sees on this port.
+        ("guarded", FRIEND, False),
+        # Allowed on another port only.
+        ("guarded", BY_HOST, False),
+        ("open", STRANGER, True),
+        ("closed", TRUSTED, False),
+    ],
+)
+def test_policy_on_a_tcp_port(mesh: Running, pod: str, client: int, answered: bool) -> None:
+    answer = mesh.raw(PODS[pod], TCP, client)
+    assert answer.startswith(b"HTTP/1.1 200") if answered else answer == b""
+    # It was not taken for HTTP: nothing was added.
+    assert b"x-forwarded-for" not in answer.lower()
+
+
+def test_an_allow_policy_without_rules_allows_nothing(mesh: Running) -> None:
+    assert mesh.ask(PODS["closed"], client=TRUSTED).status == 403
+
+
+def test_a_pod_without_policies_sees_requests_as_they_were_sent(mesh: Running) -> None:
+    answer = mesh.ask(PODS["open"], "/a//b/../c%2fd", headers={"X-Forwarded-For": "192.0.2.1"})
+    assert answer.seen["path"] == "/a//b/../c%2fd"
+    assert answer.seen["peer"] == "127.0.0.6"
+    assert answer.seen["headers"]["x-forwarded-for"] == [f"192.0.2.1,{mesh.net}.101"]
+    assert answer.headers["server"].startswith("BaseHTTP")
+
+
+def test_a_connection_without_an_original_destination_is_refused(mesh: Running) -> None:
+    assert mesh.raw(PODS["open"], 15006, FRIEND) == b""
+
+
+@pytest.mark.parametrize(
+    ("expected", "method", "path", "headers"),
+    [
+        (1, "GET", "/shop", {}),
+        (1, "GET", "/shop/", {}),
+        (1, "GET", "/shop/else?beta=0", {}),
+        (404, "GET", "/shopping", {}),
+        (404, "GET", "/", {}),
+        (2, "GET", "/shop/exact", {}),
+        (1, "GET", "/shop/exact/not", {}),
+        (2, "GET", "/shop/deeper/still", {}),
+        (2, "GET", "/v12/x", {}),
+        (404, "GET", "/v12/xy", {}),
+        (2, "PUT", "/shop", {}),
+        (2, "GET", "/shop", {"X-User": "tester"}),
+        (1, "GET", "/shop", {"x-user": "testers"}),
+        (2, "GET", "/shop?a=b&beta=1", {}),
+        # A host name goes before any path.
+        (2, "GET", "/shop", {"Host": "A.example.com:8080"}),
+        (2, "GET", "/", {"Host": "a.example.com"}),
+        (1, "GET", "/shop", {"Host": "example.com"}),
+        (500, "GET", "/drained", {}),
+        (500, "GET", "/none", {}),
+        (503, "GET", "/empty", {}),
+        (504, "GET", "/slow", {}),
+        (504, "GET", "/slower", {}),
+    ],
+)
+def test_routes(
+    mesh: Running, expected: int, method: str, path: str, headers: dict[str, str]
+) -> None:
+    """`expected` is the server that answered, or the status."""
+    answer = mesh.ask(WEB, path, method, headers=headers)
+    if answer.status == 200:
+        assert answer.seen["server"] == f"{mesh.net}.{expected}"
+    else:
+        assert answer.status == expected
+
+
+def test_weights(mesh: Running) -> None:
+    """With 3:1, 200 requests leave this range once in a billion runs."""
+    servers = [mesh.ask(WEB, "/split").seen["server"] for _ in range(200)]
+    assert 110 <= servers.count(f"{mesh.net}.1") <= 187
+
+
+def test_header_changes(mesh: Running) -> None:
+    sent = {"x-a": "given", "x-gone": "x", "x-both": "app", "x-forwarded-for": "a"}
+    answer = mesh.ask(WEB, "/headers", headers=sent)
+    headers = answer.seen["headers"]
+    assert headers["x-set"] == ["100% %REQ(x-a)%"]
+    assert ", ".join(headers["x-a"]) in ("given, added", "given,added")
+    assert "x-gone" not in headers
+    assert headers["x-both"] == ["backend"]
+    assert headers["x-forwarded-for"] == ["a"]
+    assert answer.headers["x-answer"] == "changed"
+    assert "x-secret" not in answer.headers
+
+
+def test_a_service_without_a_route_is_just_balanced(mesh: Running) -> None:
+    answer = mesh.ask(PLAIN, "/as//it/../is")
+    assert (answer.status, answer.seen["path"]) == (200, "/as//it/../is")
+    assert not [name for name in answer.seen["headers"] if name.startswith("x-envoy")]
