@@ -1,0 +1,133 @@
+"""`redirector check` on prepared machines."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from redirector.check import CHECKS, Environment, Status, findings, run
+from redirector.errors import MachineError
+from redirector.machine import envoy_binary
+
+ALL_CAPABILITIES = 0x1FFFFFFFFFF
+MOUNTS = """\
+41 30 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw
+43 23 0:39 / /sys/fs/bpf rw - bpf bpf rw
+"""
+
+
+def execute(argv: Sequence[str], stdin: str) -> str:
+    """A machine where every program works."""
+    if argv[-1] == "--version":
+        return "envoy  version: 0123abcd/1.40.0/Clean/RELEASE/BoringSSL\n"
+    return "0.26.0\n" if not stdin else ""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Environment:
+    """A machine that lacks nothing."""
+    proc, sys, headers = tmp_path / "proc", tmp_path / "sys", tmp_path / "headers"
+    for directory in (proc / "self/net", sys / "kernel/btf", sys / "fs/bpf"):
+        directory.mkdir(parents=True)
+    (headers / "include/linux").mkdir(parents=True)
+    (headers / "include/linux/kconfig.h").touch()
+    (proc / "net").symlink_to("self/net")
+    (proc / "net/if_inet6").touch()
+    (proc / "self/status").write_text(f"Name:\tx\nCapEff:\t{ALL_CAPABILITIES:016x}\nSeccomp:\t0\n")
+    (proc / "self/mountinfo").write_text(MOUNTS)
+    (sys / "kernel/btf/vmlinux").touch()
+    variables = {"BCC_KERNEL_SOURCE": str(headers), "REDIRECTOR_ENVOY": str(envoy_binary())}
+    return Environment(0, "6.1.0-30-amd64", variables, proc, sys, execute, lambda: 4711)
+
+
+def not_ok(environment: Environment) -> dict[str, str]:
+    return {f.name: f.text for f in findings(environment) if f.status is not Status.OK}
+
+
+def test_a_good_machine(good: Environment) -> None:
+    out = io.StringIO()
+    assert run(out, good) == 0
+    lines = out.getvalue().splitlines()
+    assert len(lines) == len(CHECKS)
+    assert all(line.startswith("ok ") for line in lines)
+    assert "ok       kernel          Linux 6.1.0-30-amd64 (5.15 or newer is needed)" in lines
+    assert f"ok       Envoy           1.40.0 {envoy_binary()}" in lines
+
+
+def test_what_is_missing_sets_the_exit_code(good: Environment) -> None:
+    out = io.StringIO()
+    assert run(out, replace(good, release="5.10.0-8-amd64")) == MachineError.exit_code
+    assert "missing  kernel          Linux 5.10.0-8-amd64 is too old; boot 5.15 or newer" in (
+        out.getvalue()
+    )
+    assert f"1 of {len(CHECKS)} missing" in out.getvalue()
+
+
+@pytest.mark.parametrize("release", ["5.15.0", "6.0", "10.2-rc1"])
+def test_kernels_that_will_do(good: Environment, release: str) -> None:
+    assert not_ok(replace(good, release=release)) == {}
+
+
+def test_no_root(good: Environment) -> None:
+    found = not_ok(replace(good, euid=1000))
+    assert found.keys() == {"root", "iptables", "ip6tables"}
+    assert found["root"] == "this is uid 1000; run it with sudo"
+
+
+def test_a_container_without_capabilities(good: Environment) -> None:
+    lacking = ALL_CAPABILITIES & ~(1 << 39)
+    (good.proc / "self/status").write_text(f"CapEff:\t{lacking:016x}\n")
+    assert not_ok(good)["capabilities"].startswith("this process lacks CAP_BPF; run it as root")
+
+
+def test_an_old_or_small_kernel(good: Environment) -> None:
+    def no_cookie() -> int:
+        raise MachineError("the kernel does not tell")
+
+    (good.sys / "kernel/btf/vmlinux").unlink()
+    (good.sys / "fs/bpf").rmdir()
+    (good.proc / "self/mountinfo").write_text("")
+    found = not_ok(replace(good, cookie=no_cookie))
+    assert found.keys() == {"BTF", "cgroup2", "bpffs", "netns cookie"}
+    assert "CONFIG_DEBUG_INFO_BTF=y" in found["BTF"]
+
+
+def test_bpffs_that_can_be_mounted_is_fine(good: Environment) -> None:
+    (good.proc / "self/mountinfo").write_text(MOUNTS.splitlines()[0] + "\n")
+    (bpffs,) = (f for f in findings(good) if f.name == "bpffs")
+    assert bpffs.status is Status.OK
+    assert "the first enrolment mounts it" in bpffs.text
+
+
+def test_programs_that_do_not_work(good: Environment) -> None:
+    def broken(argv: Sequence[str], stdin: str) -> str:
+        if argv[-1] == "--version":
+            return "iptables-restore v1.8.9 (legacy)\n"
+        raise MachineError("No chain/target/match by that name" if stdin else "No module named bcc")
+
+    found = not_ok(replace(good, execute=broken))
+    assert found.keys() == {"bcc", "iptables", "ip6tables", "Envoy"}
+    assert "(legacy) does not take our rules: No chain/target/match" in found["iptables"]
+    assert "(No module named bcc); apt-get install python3-bpfcc" in found["bcc"]
+
+
+def test_without_ipv6_there_is_nothing_to_want_of_ip6tables(good: Environment) -> None:
+    def only_ipv4(argv: Sequence[str], stdin: str) -> str:
+        if any("ip6tables" in word for word in argv):
+            raise MachineError("no IPv6")
+        return execute(argv, stdin)
+
+    assert "ip6tables" in not_ok(replace(good, execute=only_ipv4))
+    (good.proc / "net/if_inet6").unlink()
+    assert not_ok(replace(good, execute=only_ipv4)) == {}
+
+
+def test_load_tools_are_only_a_warning(good: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("redirector.check.LOAD_TOOLS", {"nonesuch": "some-package"})
+    out = io.StringIO()
+    assert run(out, good) == 0
+    assert "warn     load tools      the comparison needs more: apt-get install some-package" in (
+        out.getvalue()
+    )

@@ -1,0 +1,65 @@
+"""The iptables mode's rules as text: what a dry run prints and the kernel is fed."""
+
+from pathlib import Path
+
+import pytest
+
+from redirector.model import Mode, Pod
+from redirector.modes.iptables import rules
+from redirector.steering import parse
+
+GOLDEN = Path(__file__).parent.parent / "golden/iptables"
+CASES = {
+    "defaults": {},
+    "every-option": {
+        "include-outbound-cidrs": "10.0.0.0/8,127.1.0.0/16,fd00::/8",
+        "exclude-outbound-cidrs": "10.1.0.0/16,fd01::/16",
+        "include-outbound-ports": "8443",
+        "exclude-outbound-ports": "22,25",
+        "include-inbound-ports": "80,8080",
+        "proxy-uids": "101,102",
+        "proxy-gids": "201,202",
+        "outbound-port": "1501",
+        "inbound-port": "1506",
+    },
+    "nothing-steered": {
+        "include-outbound-cidrs": "",
+        "include-inbound-ports": "",
+        "proxy-uids": "",
+        "proxy-gids": "",
+    },
+    # xt_multiport takes 15 ports.
+    "many-ports": {"exclude-outbound-ports": ",".join(map(str, range(1, 32)))},
+}
+
+
+def text(options: dict[str, str]) -> str:
+    return rules(Pod("pod", Path(), Path(), Mode.IPTABLES, steering=parse(options)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: str, update_golden: bool) -> None:
+    path = GOLDEN / f"{case}.rules"
+    if update_golden:
+        path.write_text(text(CASES[case]))
+    assert text(CASES[case]) == path.read_text(), "run pytest --update-golden and read the diff"
+
+
+def test_no_orphans(update_golden: bool) -> None:
+    for orphan in (path for path in GOLDEN.iterdir() if path.stem not in CASES):
+        assert update_golden, f"{orphan} has no case; run pytest --update-golden to remove it"
+        orphan.unlink()
+
+
+def test_only_a_syn_meets_the_rules() -> None:
+    jumps = [line for line in text({}).splitlines() if line.startswith(("-A OUT", "-A PRE"))]
+    assert len(jumps) == 4
+    assert all("-p tcp --syn " in jump for jump in jumps)
+
+
+def test_the_mark_tells_rules_apart_that_have_the_same_names() -> None:
+    def marks(options: dict[str, str]) -> set[str]:
+        return {word for word in text(options).split() if word.startswith("redirector:")}
+
+    assert marks({}) == marks({})
+    assert not marks({}) & marks({"outbound-port": "1501"})
