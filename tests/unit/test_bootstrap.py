@@ -29,7 +29,7 @@ def made(xds: str = "127.0.0.1:18000", **options: Any) -> Any:
 def test_envoy_takes_it(tmp_path: Path, xds: str) -> None:
     path = tmp_path / "bootstrap.json"
     path.write_text(json.dumps(made(xds)))
-    argv = [envoy_binary(), "--mode", "validate", "-c", path, "-l", "warn"]
+    argv: list[str | Path] = [envoy_binary(), "--mode", "validate", "-c", path, "-l", "warn"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
