@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from redirector import steering
+from redirector import check, steering
 from redirector.bootstrap import bootstrap
 from redirector.enrollment import Enrollment, PodStatus, default_enrollment
 from redirector.errors import RedirectorError
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
+    add("check", _check, "say what this kernel and machine can do")
     status = add("status", _status, "list the enrolled pods and their counters")
     status.add_argument("-o", "--output", choices=("text", "json"), default="text")
     boot = add("bootstrap", _bootstrap, "print a sidecar's Envoy bootstrap (JSON)")
@@ -103,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     unenroll.add_argument("name", metavar="NAME")
     add("uninstall", _uninstall, "remove everything from this machine's kernel")
     return parser
+
+
+def _check(_arguments: argparse.Namespace, context: Context) -> int:
+    return check.run(context.out)
 
 
 def _status(arguments: argparse.Namespace, context: Context) -> int:
