@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
@@ -51,12 +51,12 @@ def netns_cookie(netns: Path) -> int:
     return within(netns, own_netns_cookie)
 
 
-def local_addresses(netns: Path, port: int) -> frozenset[IPAddress]:
-    """Return the local addresses of the TCP connections that are open on a local port.
+def open_connections(netns: Path, ports: Collection[int]) -> frozenset[tuple[IPAddress, int]]:
+    """Return the local address and port of every TCP connection open on one of these local ports.
 
     An IPv4-mapped address counts as IPv4. Source: proc_pid_net(5), tcp and tcp6.
     """
-    return within(netns, lambda: frozenset(_local_addresses(port)))
+    return within(netns, lambda: frozenset(_open_connections(ports)))
 
 
 def run_in(
@@ -150,7 +150,7 @@ def _addresses() -> tuple[IPAddress, ...]:
     return tuple(found)
 
 
-def _local_addresses(port: int) -> Iterator[IPAddress]:
+def _open_connections(ports: Collection[int]) -> Iterator[tuple[IPAddress, int]]:
     for table in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/thread-self/net/{table}").read_text().splitlines()[1:]
@@ -159,8 +159,9 @@ def _local_addresses(port: int) -> Iterator[IPAddress]:
         for line in lines:
             _, local, _, state, *_ = line.split(None, 4)
             address, _, hex_port = local.partition(":")
-            if state not in _NOT_OPEN and int(hex_port, 16) == port:
-                yield _from_proc(address)
+            port = int(hex_port, 16)
+            if state not in _NOT_OPEN and port in ports:
+                yield _from_proc(address), port
 
 
 def _from_proc(text: str) -> IPAddress:

@@ -19,7 +19,7 @@ from pathlib import Path
 from redirector.errors import DatapathError, InputError, MachineError, RedirectorError
 from redirector.machine import find_tool
 from redirector.model import IPNetwork, Mode, Pod, Steering
-from redirector.network import local_addresses, require_netns, run_in
+from redirector.network import open_connections, require_netns, run_in
 from redirector.steering import LOCALHOST, TUNNEL_PORT, honoured_loopback
 
 OUTPUT_CHAIN = "REDIRECTOR_OUTPUT"
@@ -268,11 +268,21 @@ class IptablesMode:
             return
         # One family that fails must not keep the other steered.
         errors: list[RedirectorError] = []
+        kept: list[Family] = []
         for family in _families():
             try:
-                _take_off(pod, family)
+                if _steer_nothing(pod, family):
+                    kept.append(family)
             except RedirectorError as error:
                 errors.append(error)
+        # Only now, when nothing new is redirected, can what is open be counted.
+        open_versions = _redirected_versions(pod) if kept else set()
+        for family in kept:
+            if family.version not in open_versions:
+                try:
+                    _commit(pod, family, _kept(pod.steering), _State())
+                except RedirectorError as error:
+                    errors.append(error)
         if errors:
             raise errors[0]
 
@@ -304,26 +314,28 @@ def _difference(wanted: dict[str, list[str]], found: dict[str, list[str]]) -> It
             yield f"chain {chain} as it was installed: somebody added or moved rules"
 
 
-def _take_off(pod: Pod, family: Family) -> None:
-    state = _read(pod, family)
+def _steer_nothing(pod: Pod, family: Family) -> bool:
+    """Leave of our rules only what keeps open connections; return whether there were any."""
+    state, kept = _read(pod, family), _kept(pod.steering)
     if state == _State():
-        return
-    # Only once nothing is redirected any more can the open connections be counted.
-    kept = _kept(pod.steering)
+        return False
     if state.signatures() != kept.signatures():
         _commit(pod, family, state, kept)
-    if not _redirected(pod, family):
-        _commit(pod, family, kept, _State())
+    return True
 
 
-def _redirected(pod: Pod, family: Family) -> bool:
-    """Whether connections that NAT brought to the sidecar are open.
+def _redirected_versions(pod: Pod) -> set[int]:
+    """Return the IP versions of which connections are open that NAT brought to the sidecar.
 
     REDIRECT brings the pod's own to localhost, those from outside to the pod's address.
     """
-    outbound = local_addresses(pod.netns, pod.steering.outbound_port) & LOCALHOST
-    inbound = local_addresses(pod.netns, pod.steering.inbound_port)
-    return any(address.version == family.version for address in outbound | inbound)
+    steering = pod.steering
+    ports = {steering.outbound_port, steering.inbound_port}
+    return {
+        address.version
+        for address, port in open_connections(pod.netns, ports)
+        if port == steering.inbound_port or address in LOCALHOST
+    }
 
 
 def _families() -> tuple[Family, ...]:

@@ -15,7 +15,7 @@ from redirector.errors import DatapathError, InputError
 from redirector.lab import LabPod, Node
 from redirector.model import IPAddress, Mode, Pod, Steering
 from redirector.modes.iptables import KEEP_CHAIN, IptablesMode
-from redirector.network import addresses, local_addresses, within
+from redirector.network import addresses, open_connections, within
 from redirector.steering import Verdict
 
 pytestmark = pytest.mark.root
@@ -194,7 +194,7 @@ def test_remove_keeps_nat_only_while_redirected_connections_are_open(
             DRIVER.remove(pod)
             assert saved(first).count(f"-A {KEEP_CHAIN}") == 1
             assert arrival(first, destination).verdict == Verdict.DIRECT
-        until(lambda: not local_addresses(first.netns, pod.steering.outbound_port))
+        until(lambda: not open_connections(first.netns, {15001}))
         DRIVER.remove(pod)
         assert "REDIRECTOR" not in saved(first)
         DRIVER.install(pod)

@@ -11,8 +11,8 @@ from redirector.errors import InputError
 from redirector.lab import Node
 from redirector.network import (
     addresses,
-    local_addresses,
     netns_cookie,
+    open_connections,
     own_netns_cookie,
     require_netns,
     run_in,
@@ -52,7 +52,7 @@ def test_programs_run_there_and_we_stay_here(node: Node) -> None:
     assert own() == here
 
 
-def test_local_addresses_are_those_of_open_connections(node: Node) -> None:
+def test_open_connections(node: Node) -> None:
     pod = node.pod("a")
 
     def listen() -> socket.socket:
@@ -62,14 +62,14 @@ def test_local_addresses_are_those_of_open_connections(node: Node) -> None:
         return [socket.create_connection((ip, 8080)) for ip in ("127.0.0.1", pod.ip6)]
 
     with within(pod.netns, listen):
-        assert local_addresses(pod.netns, 8080) == frozenset()
+        assert open_connections(pod.netns, {8080}) == frozenset()
         clients = within(pod.netns, connect)
         # IPv4 through a socket of IPv6 counts as IPv4.
-        expected = {IPv4Address("127.0.0.1"), ip_address(pod.ip6)}
-        assert local_addresses(pod.netns, 8080) == expected
+        expected = {(IPv4Address("127.0.0.1"), 8080), (ip_address(pod.ip6), 8080)}
+        assert open_connections(pod.netns, {80, 8080}) == expected
+        assert open_connections(pod.netns, {80}) == frozenset()
         for client in clients:
             client.close()
-    assert local_addresses(pod.netns, 9090) == frozenset()
 
 
 @pytest.mark.parametrize("path", ["/nonesuch", "/proc/self/ns/mnt", "/etc/passwd", "/tmp"])
