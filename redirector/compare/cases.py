@@ -31,6 +31,19 @@ STEERED = (Rung.IPTABLES, Rung.EBPF, Rung.SOCKMAP)
 BASELINES = (Rung.IPTABLES, Rung.UNIX, Rung.EBPF)
 
 
+class Metric(StrEnum):
+    """The metrics that ratios are made of; names are those of the JSON."""
+
+    P50 = "p50_us"
+    OPS = "ops_per_s"
+    CPU = "cpu_us_per_op"
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a ratio above 1 is a win."""
+        return self is Metric.OPS
+
+
 class Load(StrEnum):
     """The role of `load.lua` that drives a case."""
 
@@ -60,14 +73,13 @@ class Case:
         return self.load is not Load.BULK
 
     @property
-    def operation(self) -> str:
-        """What is counted as one operation."""
-        return {
-            Load.ECHO: "round trip",
-            Load.HTTP: "request",
-            Load.CONNECT: "connection with one request",
-            Load.BULK: "write",
-        }[self.load]
+    def main(self) -> Metric:
+        """The metric to look at first."""
+        return Metric.P50 if self.has_latency else Metric.OPS
+
+    def gbit(self, ops_per_s: float) -> float:
+        """Return the throughput of a stream in Gbit/s, from its writes a second."""
+        return ops_per_s * self.number * 8 / 1e9
 
 
 CASES: tuple[Case, ...] = (

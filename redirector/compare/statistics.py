@@ -6,20 +6,7 @@ from enum import StrEnum
 from math import comb
 from statistics import median
 
-from redirector.compare.cases import BASELINES, Rung
-
-
-class Metric(StrEnum):
-    """The metrics that ratios are made of; names are those of the JSON."""
-
-    P50 = "p50_us"
-    OPS = "ops_per_s"
-    CPU = "cpu_us_per_op"
-
-    @property
-    def more_is_better(self) -> bool:
-        """Whether a ratio above 1 is a win."""
-        return self is Metric.OPS
+from redirector.compare.cases import BASELINES, Metric, Rung
 
 
 @dataclass(frozen=True)

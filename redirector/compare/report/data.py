@@ -3,9 +3,32 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from redirector.compare.cases import Case, Rung, why_not
+from redirector.compare.cases import Case, Metric, Rung, why_not
 from redirector.compare.host import Host
-from redirector.compare.statistics import Metric, Ratio, Result, losses, medians
+from redirector.compare.statistics import Ratio, Result, losses, medians
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One rung losing against another in one case, in one metric or more."""
+
+    case: str
+    rung: Rung
+    versus: Rung
+    ratios: tuple[Ratio, ...]
+
+    def text(self) -> str:
+        """Say it in a sentence, each figure with its spread."""
+        return f"{self.rung} {', '.join(map(_loss_part, self.ratios))} of {self.versus}"
+
+
+def _loss_part(ratio: Ratio) -> str:
+    by = f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
+    return {
+        Metric.P50: f"takes {by} the time",
+        Metric.OPS: f"does {by} the operations a second",
+        Metric.CPU: f"costs {by} the CPU time",
+    }[ratio.metric]
 
 
 @dataclass(frozen=True)
@@ -30,9 +53,17 @@ class Report:
         return {key: value for key, value in found.items() if value is not None}
 
     @cached_property
-    def losses(self) -> tuple[Ratio, ...]:
-        """Where eBPF loses."""
-        return tuple(losses(self.ratios))
+    def losses(self) -> tuple[Loss, ...]:
+        """Where eBPF loses, the metrics of a pair together."""
+        grouped: dict[tuple[str, Rung, Rung], list[Ratio]] = {}
+        for ratio in losses(self.ratios):
+            grouped.setdefault((ratio.case, ratio.rung, ratio.versus), []).append(ratio)
+        return tuple(Loss(*key, tuple(found)) for key, found in grouped.items())
+
+    @cached_property
+    def baselines(self) -> tuple[Rung, ...]:
+        """The rungs that others are compared with in this run."""
+        return tuple(dict.fromkeys(ratio.versus for ratio in self.ratios))
 
     @cached_property
     def _by_key(self) -> dict[tuple[str, Rung, Rung, Metric], Ratio]:
@@ -50,14 +81,3 @@ class Report:
             for rung in self.rungs
             if (reason := why_not(case, rung)) is not None
         ]
-
-
-def loss_text(ratio: Ratio) -> str:
-    """A loss as a sentence: what, against what, by how much, with its spread."""
-    spread = f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
-    what = {
-        Metric.P50: f"takes {spread} the time (p50) of",
-        Metric.OPS: f"does {spread} the operations a second of",
-        Metric.CPU: f"costs {spread} the CPU time an operation of",
-    }[ratio.metric]
-    return f"{ratio.case}: {ratio.rung} {what} {ratio.versus}"

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from redirector.compare.cases import Case, Load, Rung
-from redirector.compare.report.data import Report, loss_text
-from redirector.compare.statistics import Metric, Ratio, Verdict
+from redirector.compare.cases import Case, Load, Metric, Rung
+from redirector.compare.report.data import Report
+from redirector.compare.statistics import Ratio, Verdict
 
 _HEAD = ("", "p50 µs", "p90 µs", "p99 µs", "p99.9 µs", "ops/s", "CPU µs/op")
 _MARKS = {Verdict.WINS: "+", Verdict.EVEN: "=", Verdict.LOSES: "-"}
@@ -40,7 +40,7 @@ def _row(report: Report, case: Case, rung: Rung) -> tuple[str, ...]:
     latencies = (m.p50_us, m.p90_us, m.p99_us, m.p999_us)
     rate = f"{m.ops_per_s:,.0f}"
     if case.load is Load.BULK:
-        rate = f"{gbit(case, m.ops_per_s):.1f} Gbit/s {rate:>9}"
+        rate = f"{case.gbit(m.ops_per_s):.1f} Gbit/s {rate:>9}"
     return (
         rung.value,
         *("n/a" if value is None else f"{value:.1f}" for value in latencies),
@@ -49,23 +49,20 @@ def _row(report: Report, case: Case, rung: Rung) -> tuple[str, ...]:
     )
 
 
-def gbit(case: Case, ops_per_s: float) -> float:
-    """The throughput of a bulk case in Gbit/s, from its writes a second."""
-    return ops_per_s * case.number * 8 / 1e9
-
-
 def _ratios(report: Report) -> Iterator[str]:
-    for metric in Metric:
-        for versus in dict.fromkeys(ratio.versus for ratio in report.ratios):
+    for versus in report.baselines:
+        # All metrics against iptables; against the others what the case is about.
+        metrics = tuple(Metric) if versus is Rung.IPTABLES else (None,)
+        for metric in metrics:
             rungs = [rung for rung in report.rungs if rung is not versus]
-            yield ""
-            yield f"{_METRIC_TEXT[metric]}: ratio to {versus}, median (spread over the rounds)"
+            what = _METRIC_TEXT[metric] if metric else "time (p50), for streams operations a second"
             rows: list[Sequence[str]] = [("", *(rung.value for rung in rungs))]
             for case in report.cases:
-                if metric is Metric.P50 and not case.has_latency:
-                    continue
-                cells = (_cell(report.ratio(case, rung, versus, metric)) for rung in rungs)
-                rows.append((case.name, *cells))
+                ratios = [report.ratio(case, rung, versus, metric or case.main) for rung in rungs]
+                if any(ratios):
+                    rows.append((case.name, *map(_cell, ratios)))
+            yield ""
+            yield f"{what}: ratio to {versus}, median (spread over the rounds)"
             yield from _aligned(rows)
     yield ""
     yield "+ wins, - loses, = even: the spread holds 1"
@@ -85,8 +82,10 @@ def _losses(report: Report) -> Iterator[str]:
         yield "Where eBPF loses: nowhere beyond the spread"
         return
     yield "Where eBPF loses:"
-    for ratio in report.losses:
-        yield f"  - {loss_text(ratio)}"
+    rows = [(loss.case, loss.text()) for loss in report.losses]
+    width = max(len(case) for case, _ in rows)
+    for case, text in rows:
+        yield f"  - {case:<{width}}  {text}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
