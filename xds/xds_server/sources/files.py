@@ -10,6 +10,7 @@ from redirector.errors import InputError
 from xds_server.errors import Problem, shown
 from xds_server.sources.objects import KubeObject
 
+_MAX_DEPTH = 100
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 _TEXT = "tag:yaml.org,2002:str"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
@@ -22,6 +23,19 @@ class _Loader(yaml.CSafeLoader):
     def resolve(self, kind: type[yaml.Node], value: Any, implicit: tuple[bool, bool]) -> str:
         tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         return _TEXT if tag == _TIMESTAMP else tag
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def descend_resolver(self, _node: yaml.Node | None, _index: Any) -> None:
+        """Called at each node. libyaml's recursion knows no limit and would end the process."""
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"it nests deeper than {_MAX_DEPTH} levels")
+
+    def ascend_resolver(self) -> None:
+        self._depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -86,7 +100,7 @@ def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:
             where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
             problems.append(Problem(file, "", where, "", f"is not YAML: {error.problem}"))
             return objects, problems
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             problems.append(Problem(file, "", "", "", f"is not YAML: {error}"))
             return objects, problems
         for field, value in _expanded(f"document {index + 1}", document):

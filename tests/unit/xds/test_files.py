@@ -1,0 +1,103 @@
+"""Reading manifests from a directory."""
+
+from pathlib import Path
+
+import pytest
+from xds_server.sources.files import load, parse
+
+from redirector.errors import InputError
+
+POD = "apiVersion: v1\nkind: Pod\nmetadata: {name: %s}\n"
+ROOT = Path(__file__).parents[3]
+
+
+def names(directory: Path) -> list[str]:
+    objects, problems = load(directory)
+    assert problems == []
+    return [str(entry.data["metadata"]["name"]) for entry in objects]  # type: ignore[index]
+
+
+def test_order_is_by_file_and_place(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text(POD % "c")
+    (tmp_path / "a.yml").write_text("---\n" + POD % "a" + "---\n---\n" + POD % "b" + "---\n")
+    (tmp_path / "c.json").write_text('{"apiVersion": "v1", "metadata": {"name": "d"}}')
+    assert names(tmp_path) == ["a", "b", "c", "d"]
+
+
+def test_what_is_not_a_manifest_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("{")
+    (tmp_path / ".#a.yaml").write_text("{")
+    (tmp_path / "a.yaml~").write_text("{")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert names(tmp_path) == []
+
+
+def test_a_list_stands_for_its_items() -> None:
+    objects, problems = parse("f", "kind: List\nitems: [{kind: Pod}, {kind: Service}, 3]")
+    assert [entry.data["kind"] for entry in objects] == ["Pod", "Service"]
+    assert [str(problem) for problem in problems] == [
+        "f: document 1.items[2]: 3: must be a mapping: a Kubernetes object"
+    ]
+
+
+def test_times_stay_text() -> None:
+    objects, _ = parse("f", "a: 2026-01-02T03:04:05Z\nb: 2026-01-02")
+    assert objects[0].data == {"a": "2026-01-02T03:04:05Z", "b": "2026-01-02"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1,\nb", "f: line 3, column 1: is not YAML: did not find expected ',' or ']'"),
+        ("a: 1\nb: {c: 1, c: 2}", "f: line 2, column 11: is not YAML: key 'c' is given twice"),
+        ("- a", "f: document 1: ['a']: must be a mapping: a Kubernetes object"),
+        ("--- {}\n--- 7", "f: document 2: 7: must be a mapping: a Kubernetes object"),
+        ("kind: List\nitems: none", "f: document 1.items: 'none': must be a mapping"),
+        ("a: *b", "f: line 1, column 4: is not YAML: found undefined alias"),
+        ("a: !!python/object:os.system x", "f: line 1, column 4: is not YAML: could not determine"),
+        ("a: !!int x", "f: is not YAML: invalid literal for int()"),
+        ("{[1]: 2, ? {a: b} : c}", "f: line 1, column 2: is not YAML: found unhashable key"),
+        ("[" * 500_000, "f: is not YAML: it nests deeper than 100 levels"),
+        ("a: " + "{a: " * 500_000, "f: is not YAML: it nests deeper than 100 levels"),
+        ("- " * 500_000, "f: is not YAML: it nests deeper than 100 levels"),
+        ("a: \x01", "f: is not YAML: unacceptable character"),
+    ],
+)
+def test_what_cannot_be_read_is_named(text: str, message: str) -> None:
+    _, problems = parse("f", text)
+    assert str(problems[0]).startswith(message)
+    assert "\n" not in str(problems[0])
+
+
+def test_every_file_is_tried(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("{")
+    (tmp_path / "b.yaml").write_bytes(b"a: \xff")
+    (tmp_path / "c.yaml").symlink_to(tmp_path / "gone")
+    (tmp_path / "d.yaml").symlink_to(tmp_path / "d.yaml")
+    (tmp_path / "e.yaml").write_text(POD % "fine")
+    objects, problems = load(tmp_path)
+    assert len(objects) == 1
+    assert [Path(problem.file).name for problem in problems] == ["a.yaml", "b.yaml", "d.yaml"]
+    assert "is not UTF-8" in str(problems[1])
+
+
+def test_a_cluster_of_aliases_is_shown_short() -> None:
+    """The billion laughs: nothing here walks the whole tree."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)]
+    _, problems = parse("f", "\n".join(lines) + "\n--- \n- &b [*b]\n")
+    assert len(str(problems[0])) < 200
+
+
+@pytest.mark.parametrize("path", ["missing", "file"])
+def test_no_directory(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=f"manifests directory .*{path}.*give a directory"):
+        load(tmp_path / path)
+
+
+def test_the_demo_has_no_problems() -> None:
+    objects, problems = load(ROOT / "manifests" / "demo")
+    assert problems == []
+    assert len(objects) == 14
