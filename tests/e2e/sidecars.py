@@ -1,0 +1,108 @@
+"""Sidecars that pass everything on to its original destination, in both directions.
+
+A static configuration: what the traffic tests prove is the way of the bytes, not the control plane.
+Field names: envoy.config.bootstrap.v3.Bootstrap.
+"""
+
+import json
+from pathlib import Path
+
+from running import eventually
+
+from redirector.datapath.listeners import listening_sockets
+from redirector.lab import LabPod
+from redirector.machine import envoy_binary
+
+Json = str | int | bool | list["Json"] | dict[str, "Json"]
+
+OUTBOUND, INBOUND = 15001, 15006
+#: Connections to this port are spoken as HTTP; all others are passed on as bytes.
+HTTP_PORT = 80
+_TYPE = "type.googleapis.com/envoy.extensions."
+
+
+def start_sidecar(pod: LabPod, directory: Path) -> None:
+    """An Envoy in the pod as the sidecar's user; listens when this returns."""
+    argv: list[str | Path] = [envoy_binary(), "--config-yaml", json.dumps(_bootstrap(pod.name))]
+    argv += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
+    log = directory / f"{pod.name}.log"
+    with log.open("wb") as output:
+        process = pod.popen(argv, sidecar=True, stdout=output, stderr=output)
+
+    def listens() -> bool:
+        assert process.poll() is None, f"Envoy ended:\n{log.read_text()}"
+        return all(_listens(pod, port) for port in (OUTBOUND, INBOUND))
+
+    eventually("the sidecar's listeners", listens)
+
+
+def _listens(pod: LabPod, port: int) -> bool:
+    with listening_sockets(pod.sidecar, port) as found:
+        return bool(found)
+
+
+def _bootstrap(name: str) -> Json:
+    return {
+        "static_resources": {
+            "listeners": [
+                _listener("outbound", OUTBOUND, f"{name}-outbound"),
+                _listener("inbound", INBOUND, f"{name}-inbound"),
+            ],
+            "clusters": [
+                _original_destination("outbound"),
+                # As this address the sidecar hands a connection to its application.
+                _original_destination("inbound", bind="127.0.0.6"),
+            ],
+        }
+    }
+
+
+def _listener(cluster: str, port: int, via: str) -> Json:
+    original: Json = {"@type": _TYPE + "filters.listener.original_dst.v3.OriginalDst"}
+    return {
+        "name": cluster,
+        "address": {"socket_address": {"address": "0.0.0.0", "port_value": port}},
+        "listener_filters": [{"name": "original_dst", "typed_config": original}],
+        "filter_chains": [
+            {
+                "filter_chain_match": {"destination_port": HTTP_PORT},
+                "filters": [_http(cluster, via)],
+            }
+        ],
+        "default_filter_chain": {"filters": [_bytes(cluster)]},
+    }
+
+
+def _http(cluster: str, via: str) -> Json:
+    router: Json = {"@type": _TYPE + "filters.http.router.v3.Router"}
+    route: Json = {"match": {"prefix": "/"}, "route": {"cluster": cluster}}
+    config: Json = {
+        "@type": _TYPE + "filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": cluster,
+        # Both the request and the answer then say which listeners they went through.
+        "via": via,
+        "http_filters": [{"name": "router", "typed_config": router}],
+        "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
+    }
+    return {"name": "http", "typed_config": config}
+
+
+def _bytes(cluster: str) -> Json:
+    config: Json = {
+        "@type": _TYPE + "filters.network.tcp_proxy.v3.TcpProxy",
+        "stat_prefix": cluster,
+        "cluster": cluster,
+    }
+    return {"name": "tcp_proxy", "typed_config": config}
+
+
+def _original_destination(name: str, bind: str = "") -> Json:
+    cluster: dict[str, Json] = {
+        "name": name,
+        "type": "ORIGINAL_DST",
+        "lb_policy": "CLUSTER_PROVIDED",
+        "connect_timeout": "5s",
+    }
+    if bind:
+        cluster["upstream_bind_config"] = {"source_address": {"address": bind, "port_value": 0}}
+    return cluster
