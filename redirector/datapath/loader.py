@@ -1,15 +1,17 @@
 """Compiles and loads the datapath, pins it, ends. The only importer of bcc.
 
-Runs as `python -m redirector.datapath.loader ROOT` in a process of its own, because LLVM costs
-about 130 MB while it is mapped. ROOT is a directory in bpffs that does not exist yet; it appears
-whole, by one rename:
+Runs as `python -m redirector.datapath.loader ROOT SIZES` in a process of its own, because LLVM
+costs about 130 MB while it is mapped. ROOT is a directory in bpffs that does not exist yet; it
+appears whole, by one rename. SIZES is a JSON object, `source.SIZES` or other numbers for its names.
 
     ROOT/maps/NAME   ROOT/programs/NAME   ROOT/pods/
 """
 
+import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +59,9 @@ PROGRAMS = (
 )
 
 
-def load(root: Path) -> None:
+def load(root: Path, sizes: Mapping[str, int]) -> None:
     """Compile, load, pin under `root`. Leaves nothing when it fails."""
-    unit = translation_unit()
+    unit = translation_unit(sizes)
     module = BPF(text=unit, cflags=["-Wno-address-of-packed-member", "-Werror"])
     staging = root.with_name(f"{root.name}-loading-{os.getpid()}")
     try:
@@ -92,4 +94,4 @@ def _map_fd(module: BPF, name: str) -> int:
 
 
 if __name__ == "__main__":
-    load(Path(sys.argv[1]))
+    load(Path(sys.argv[1]), json.loads(sys.argv[2]))

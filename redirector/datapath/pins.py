@@ -3,12 +3,13 @@
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from redirector.datapath.layout import (
     PortSet,
 )
 from redirector.datapath.libbpf import AttachType
-from redirector.datapath.source import build_id, translation_unit
+from redirector.datapath.source import SIZES, build_id, translation_unit
 from redirector.errors import DatapathError, MachineError
 from redirector.machine import kernel_headers
 from redirector.model import IPAddress, IPNetwork
@@ -65,8 +66,9 @@ class Datapath:
     Every method may raise DatapathError, which names what the kernel refused.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, sizes: Mapping[str, int] = SIZES) -> None:
         self.root = root
+        self._sizes = sizes
 
     # -- as a whole
 
@@ -90,7 +92,7 @@ class Datapath:
 
     def is_current(self) -> bool:
         """Whether what is pinned was compiled from the shipped source with the same constants."""
-        return bytes(self._about().sha256) == build_id(translation_unit())
+        return bytes(self._about().sha256) == build_id(translation_unit(self._sizes))
 
     def defects(self) -> Defect:
         """What the running kernel does wrong with redirected bytes."""
@@ -105,7 +107,8 @@ class Datapath:
 
     def _load(self) -> None:
         environment = {**os.environ, "BCC_KERNEL_SOURCE": str(kernel_headers())}
-        command = [sys.executable, "-m", "redirector.datapath.loader", str(self.root)]
+        loader = [sys.executable, "-m", "redirector.datapath.loader"]
+        command = [*loader, str(self.root), json.dumps(dict(self._sizes))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode == 0:
             return

@@ -5,6 +5,7 @@ that keeps the compiler's messages true.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from redirector.datapath.btf import member_offset
@@ -26,7 +27,7 @@ FILES = (
 INCLUDES = ("uapi/linux/bpf.h", "uapi/linux/in.h", "uapi/linux/in6.h", "linux/socket.h")
 
 #: Entries of each map, all pods of a node together. A full map is counted, never silent.
-SIZES = {
+SIZES: Mapping[str, int] = {
     "MAX_PODS": 4096,
     "MAX_ADDRESSES": 16384,
     "MAX_CIDRS": 1 << 20,
@@ -36,9 +37,9 @@ SIZES = {
 }
 
 
-def translation_unit() -> str:
+def translation_unit(sizes: Mapping[str, int]) -> str:
     """All of bpf/sockops, the kernel's own offsets and the layout check, ready for bcc."""
-    constants = dict(SIZES)
+    constants = dict(sizes)
     # 0 when the kernel has no BTF: a direction's budget is then never given back.
     constants["RMEM_OFFSET"] = member_offset("sock", "sk_backlog", "rmem_alloc") or 0
     parts = [f"#include <{name}>" for name in INCLUDES]

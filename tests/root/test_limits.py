@@ -1,0 +1,122 @@
+"""Full maps: what cannot be kept is refused or stays on TCP, and is counted. Nothing slips past."""
+
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from sockets import pod_socket
+
+from redirector.datapath.layout import Counter
+from redirector.datapath.pins import Datapath
+from redirector.datapath.source import SIZES
+from redirector.errors import DatapathError
+from redirector.lab import LabPod, Node
+from redirector.machine import ensure_bpffs
+from redirector.model import Accelerate, Mode, Pod
+from redirector.modes.ebpf import EbpfMode
+from redirector.network import addresses, netns_cookie
+
+pytestmark = pytest.mark.root
+
+OUTBOUND = 15001
+SERVICE = ("10.96.1.1", 80)
+
+
+@pytest.fixture
+def small(node: Node, request: pytest.FixtureRequest) -> Iterator[tuple[Datapath, LabPod]]:
+    """A pod on a datapath of its own, with maps as small as the test wants."""
+    lab = node.pod("pod")
+    root = ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}"
+    datapath = Datapath(root, {**SIZES, **request.param})
+    try:
+        EbpfMode(datapath).install(described(lab))
+        yield datapath, lab
+    finally:
+        datapath.unload()
+
+
+def described(lab: LabPod) -> Pod:
+    """The pod as a mode's driver is given it."""
+    return Pod(
+        "pod",
+        lab.netns,
+        lab.cgroup,
+        Mode.EBPF,
+        Accelerate.ON,
+        addresses=addresses(lab.netns),
+        netns_cookie=netns_cookie(lab.netns),
+    )
+
+
+def connect_many(pod: LabPod, count: int, stack: ExitStack) -> list[socket.socket | int]:
+    """Connect `count` times to a service; a socket or an errno each. The sidecar accepts none."""
+    outcomes: list[socket.socket | int] = []
+    for _ in range(count):
+        client = stack.enter_context(pod_socket(pod))
+        try:
+            client.connect(SERVICE)
+            outcomes.append(client)
+        except OSError as error:
+            outcomes.append(error.errno or 0)
+    return outcomes
+
+
+def listen(pod: LabPod, stack: ExitStack) -> socket.socket:
+    listener = stack.enter_context(pod_socket(pod, sidecar=True))
+    listener.bind(("0.0.0.0", OUTBOUND))
+    listener.listen(64)
+    return listener
+
+
+@pytest.mark.parametrize("small", [{"MAX_FLOWS": 8}], indirect=True)
+def test_no_room_for_the_original_destination_refuses(small: tuple[Datapath, LabPod]) -> None:
+    datapath, pod = small
+    with ExitStack() as stack:
+        listener = listen(pod, stack)
+        outcomes = connect_many(pod, 12, stack)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, int)]
+        kept = [outcome for outcome in outcomes if not isinstance(outcome, int)]
+        assert len(kept) == 8
+        assert refused == [111] * 4
+        counters = datapath.counters(netns_cookie(pod.netns))
+        assert counters[Counter.REFUSED_NO_FLOW] == 4
+        for _ in kept:
+            stack.enter_context(listener.accept()[0])
+        kept[0].close()
+        (again,) = connect_many(pod, 1, stack)
+        assert not isinstance(again, int), "a closed connection must give its place back"
+
+
+@pytest.mark.parametrize("small", [{"MAX_SOCKETS": 4}], indirect=True)
+def test_no_room_in_the_sockhash_means_plain_tcp(small: tuple[Datapath, LabPod]) -> None:
+    datapath, pod = small
+    with ExitStack() as stack:
+        listener = listen(pod, stack)
+        clients = connect_many(pod, 6, stack)
+        for n, client in enumerate(clients):
+            assert not isinstance(client, int)
+            server = stack.enter_context(listener.accept()[0])
+            server.settimeout(5)
+            client.sendall(b"ask%d" % n)
+            assert server.recv(10) == b"ask%d" % n
+            server.sendall(b"answer%d" % n)
+            assert client.recv(10) == b"answer%d" % n
+        counters = datapath.counters(netns_cookie(pod.netns))
+        assert counters[Counter.ACCELERATED] == 4
+        assert counters[Counter.PASSED_FULL] == 8
+
+
+def test_lists_that_do_not_fit_leave_the_pod_as_it_was(node: Node) -> None:
+    lab = node.pod("pod")
+    datapath = Datapath(
+        ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}", {**SIZES, "MAX_PORTS": 2}
+    )
+    try:
+        with pytest.raises(DatapathError, match=r"map ports: .*full"):
+            EbpfMode(datapath).install(described(lab))
+        assert datapath.pods() == []
+        assert not datapath.has_pod(netns_cookie(lab.netns))
+    finally:
+        datapath.unload()
