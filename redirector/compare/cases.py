@@ -35,6 +35,7 @@ class Metric(StrEnum):
     """The metrics that ratios are made of; names are those of the JSON."""
 
     P50 = "p50_us"
+    P99 = "p99_us"
     OPS = "ops_per_s"
     CPU = "cpu_us_per_op"
 

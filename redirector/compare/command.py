@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TextIO, TypeVar
 
 from redirector.compare import host, load, statistics
@@ -107,7 +109,7 @@ def compare(plan: Plan, cpu: int, say: Progress) -> Report:
     """Lay out the pods, measure, take everything down again."""
     results: list[statistics.Result] = []
     say("laying out pods and sidecars")
-    with _off_cpu(cpu), Topology(plan.rungs, cpu=cpu) as topology:
+    with _orderly_end(), _off_cpu(cpu), Topology(plan.rungs, cpu=cpu) as topology:
         facts = host.describe(
             topology.envoy, cpu=cpu, rounds=plan.rounds, warmup=plan.warmup, seconds=plan.seconds
         )
@@ -147,6 +149,21 @@ def compare(plan: Plan, cpu: int, say: Progress) -> Report:
         topology.require_accelerated()
     ratios = statistics.ratios(results)
     return Report(facts, plan.rounds, plan.cases, plan.rungs, tuple(results), tuple(ratios))
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Unwind, and so clean up, when told to terminate, as for Ctrl-C."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -7,6 +7,13 @@ from redirector.compare.cases import Case, Metric, Rung, why_not
 from redirector.compare.host import Host
 from redirector.compare.statistics import Ratio, Result, losses, medians
 
+METRIC_TEXT = {
+    Metric.P50: "time (p50)",
+    Metric.P99: "time (p99)",
+    Metric.OPS: "operations a second",
+    Metric.CPU: "CPU time an operation",
+}
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -17,18 +24,9 @@ class Loss:
     versus: Rung
     ratios: tuple[Ratio, ...]
 
-    def text(self) -> str:
-        """Say it in a sentence, each figure with its spread."""
-        return f"{self.rung} {', '.join(map(_loss_part, self.ratios))} of {self.versus}"
-
-
-def _loss_part(ratio: Ratio) -> str:
-    by = f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
-    return {
-        Metric.P50: f"takes {by} the time",
-        Metric.OPS: f"does {by} the operations a second",
-        Metric.CPU: f"costs {by} the CPU time",
-    }[ratio.metric]
+    def ratio(self, metric: Metric) -> Ratio | None:
+        """Return the ratio in `metric`, None where it does not lose in that."""
+        return next((ratio for ratio in self.ratios if ratio.metric is metric), None)
 
 
 @dataclass(frozen=True)

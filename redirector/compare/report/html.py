@@ -5,16 +5,11 @@ from html import escape
 from pathlib import Path
 
 from redirector.compare.cases import RUNG_TEXT, Case, Load, Metric, Rung
-from redirector.compare.report.data import Loss, Report
+from redirector.compare.report.data import METRIC_TEXT, Loss, Report
 from redirector.compare.report.plots import PRODUCT, css_class, distribution, ratio_plot
 from redirector.compare.statistics import Ratio, Verdict
 
 STYLE = Path(__file__).with_name("page.css")
-_METRICS = {
-    Metric.P50: "time (p50)",
-    Metric.OPS: "operations a second",
-    Metric.CPU: "CPU time an operation",
-}
 #: What a visitor looks for first: case, metric and how it reads.
 _HEADLINES = (
     ("echo-64B", Metric.P50, "the time of iptables for 64 B there and back"),
@@ -85,26 +80,35 @@ def _header(report: Report) -> Iterator[str]:
 
 
 def _losses(report: Report) -> Iterator[str]:
-    yield '<h2>Where eBPF loses</h2><div class="losses">'
+    yield '<h2>Where eBPF loses</h2><div class="losses scroll">'
     if not report.losses:
         yield "<p>Nowhere in this run, beyond the spread of the rounds.</p>"
     for versus, title in (
-        (Rung.IPTABLES, "against iptables"),
-        (Rung.EBPF, "acceleration against steering alone"),
-        (Rung.UNIX, "against a Unix socket configured by hand"),
+        (Rung.IPTABLES, "to iptables"),
+        (Rung.EBPF, "acceleration to steering alone"),
+        (Rung.UNIX, "to a Unix socket set up by hand"),
     ):
         found = [loss for loss in report.losses if loss.versus is versus]
         if found:
-            yield f"<h3>{title}</h3><ul>"
-            yield from (f"<li>{_loss(loss)}</li>" for loss in found)
-            yield "</ul>"
+            heads = "".join(f"<th>{text}</th>" for text in METRIC_TEXT.values())
+            yield f"<table><thead><tr><th>{title}</th><th></th>{heads}</tr></thead><tbody>"
+            yield from map(_loss, found)
+            yield "</tbody></table>"
         elif versus in report.baselines and report.losses:
-            yield f'<h3>{title}</h3><p class="soft">nowhere beyond the spread</p>'
+            yield f'<p class="soft">{title}: nowhere beyond the spread of the rounds</p>'
     yield "</div>"
 
 
 def _loss(loss: Loss) -> str:
-    return f"<b>{escape(loss.case)}</b> {escape(loss.text())}"
+    cells = []
+    for metric in METRIC_TEXT:
+        ratio = loss.ratio(metric)
+        cells.append(
+            f"<td><b>{ratio.median:.2f}x</b> <small>{ratio.low:.2f}–{ratio.high:.2f}</small></td>"
+            if ratio
+            else "<td></td>"
+        )
+    return f"<tr><td>{loss.case}</td><td>{loss.rung}</td>{''.join(cells)}</tr>"
 
 
 def _ratios(report: Report) -> Iterator[str]:
@@ -118,14 +122,14 @@ def _ratios(report: Report) -> Iterator[str]:
     )
     yield '<div class="tabs">'
     yield _choice("versus", "against", {rung.value: rung.value for rung in report.baselines})
-    yield _choice("metric", "in", {metric.value: text for metric, text in _METRICS.items()})
+    yield _choice("metric", "in", {metric.value: text for metric, text in METRIC_TEXT.items()})
     yield "</div>"
     for versus in report.baselines:
         for metric in Metric:
             if any(r.versus is versus and r.metric is metric for r in report.ratios):
                 yield (
                     f'<div class="plot scroll" data-is="{versus} {metric}">'
-                    f'<p class="soft">{_METRICS[metric]}, as a ratio to {versus}</p>'
+                    f'<p class="soft">{METRIC_TEXT[metric]}, as a ratio to {versus}</p>'
                     f"{ratio_plot(report, versus, metric)}</div>"
                 )
 
@@ -171,7 +175,7 @@ def _figures(report: Report) -> Iterator[str]:
     versus = [rung for rung in (Rung.IPTABLES, Rung.UNIX) if rung in report.baselines]
     yield "".join(f"<th>÷ {rung}</th>" for rung in versus) + "</tr></thead><tbody>"
     for case in report.cases:
-        main = _METRICS[case.main]
+        main = METRIC_TEXT[case.main]
         columns = 1 + len(heads) + len(versus)
         yield (
             f'<tr><th colspan="{columns}">{case.name}<small>{escape(case.text)}; '

@@ -3,16 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from redirector.compare.cases import Case, Load, Metric, Rung
-from redirector.compare.report.data import Report
+from redirector.compare.report.data import METRIC_TEXT, Report
 from redirector.compare.statistics import Ratio, Verdict
 
 _HEAD = ("", "p50 µs", "p90 µs", "p99 µs", "p99.9 µs", "ops/s", "CPU µs/op")
 _MARKS = {Verdict.WINS: "+", Verdict.EVEN: "=", Verdict.LOSES: "-"}
-_METRIC_TEXT = {
-    Metric.P50: "time (p50), less is better",
-    Metric.OPS: "operations a second, more is better",
-    Metric.CPU: "CPU time an operation, less is better",
-}
 
 
 def render(report: Report) -> str:
@@ -55,7 +50,10 @@ def _ratios(report: Report) -> Iterator[str]:
         metrics = tuple(Metric) if versus is Rung.IPTABLES else (None,)
         for metric in metrics:
             rungs = [rung for rung in report.rungs if rung is not versus]
-            what = _METRIC_TEXT[metric] if metric else "time (p50), for streams operations a second"
+            what = "time (p50), of streams operations a second"
+            if metric:
+                aim = "more" if metric.more_is_better else "less"
+                what = f"{METRIC_TEXT[metric]}, {aim} is better"
             rows: list[Sequence[str]] = [("", *(rung.value for rung in rungs))]
             for case in report.cases:
                 ratios = [report.ratio(case, rung, versus, metric or case.main) for rung in rungs]
@@ -73,7 +71,7 @@ def _ratios(report: Report) -> Iterator[str]:
 def _cell(ratio: Ratio | None) -> str:
     if ratio is None:
         return "n/a"
-    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f}) {_MARKS[ratio.verdict]}"
+    return f"{_spread(ratio)} {_MARKS[ratio.verdict]}"
 
 
 def _losses(report: Report) -> Iterator[str]:
@@ -81,11 +79,16 @@ def _losses(report: Report) -> Iterator[str]:
     if not report.losses:
         yield "Where eBPF loses: nowhere beyond the spread"
         return
-    yield "Where eBPF loses:"
-    rows = [(loss.case, loss.text()) for loss in report.losses]
-    width = max(len(case) for case, _ in rows)
-    for case, text in rows:
-        yield f"  - {case:<{width}}  {text}"
+    yield "Where eBPF loses, beyond the spread:"
+    rows: list[Sequence[str]] = [("", "", "to", *METRIC_TEXT.values())]
+    for loss in report.losses:
+        cells = (_spread(loss.ratio(metric)) for metric in METRIC_TEXT)
+        rows.append((loss.case, loss.rung.value, loss.versus.value, *cells))
+    yield from _aligned(rows)
+
+
+def _spread(ratio: Ratio | None) -> str:
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else ""
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
