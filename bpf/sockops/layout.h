@@ -61,8 +61,8 @@ enum pod_flag {
 	POD_ACCELERATE = 1,
 	POD_INCLUDE_ALL_V4 = 2,
 	POD_INCLUDE_ALL_V6 = 4,
-	POD_HAS_CIDRS = 8, // look into the cidrs trie
-	POD_HAS_PORTS = 16, // look into the ports map
+	POD_HAS_CIDRS = 8,     // look into the cidrs trie
+	POD_HAS_PORTS = 16,    // look into the ports map
 	POD_INBOUND_LIST = 32, // only listed inbound ports are captured
 };
 
@@ -100,7 +100,12 @@ struct cidr_key {
 	struct address ip;
 };
 
-enum port_set { OUTBOUND_INCLUDE = 0, OUTBOUND_EXCLUDE = 1, INBOUND_INCLUDE = 2, INBOUND_EXCLUDE = 3 };
+enum port_set {
+	OUTBOUND_INCLUDE = 0,
+	OUTBOUND_EXCLUDE = 1,
+	INBOUND_INCLUDE = 2,
+	INBOUND_EXCLUDE = 3
+};
 
 struct port_key {
 	__u64 netns;
@@ -113,15 +118,16 @@ struct port_key {
 enum counter {
 	STEERED_OUTBOUND,
 	STEERED_INBOUND,
-	STEERED_SELF,	    // the proxy called its own pod
-	DIRECT_OUTBOUND,    // an application's connection that no rule steers
-	ACCELERATED,	    // sockets put into the sockhash
-	REDIRECTED_BYTES,   // of connections that have closed; open ones: the flows map
+	STEERED_SELF,	  // the proxy called its own pod
+	DIRECT_OUTBOUND,  // an application's connection that no rule steers
+	ACCELERATED,	  // sockets put into the sockhash
+	REDIRECTED_BYTES, // of connections that have closed; open ones: the flows map
 	REDIRECTED_MESSAGES,
 	PASSED_NO_PEER,	    // direction on plain TCP: the peer was not in the sockhash
 	PASSED_UNREAD,	    // direction on plain TCP: the reader left too much unread
 	PASSED_FAST_OPEN,   // socket left alone: data went with the SYN
 	PASSED_FULL,	    // socket left alone: no room in the sockhash
+	PASSED_UNSUPPORTED, // socket left alone: of a kind that the sockhash does not take (MPTCP)
 	REFUSED_NO_STATE,   // connect refused: its original destination could not be kept
 	REFUSED_NO_FLOW,    // SYN refused: came to a sidecar's port without an original destination
 	REFUSED_NO_LISTENER, // SYN refused: the sidecar does not listen

@@ -28,7 +28,8 @@ BPF_SK_STORAGE(states, struct sock_state);
 		__u32 max_entries;                                                                 \
 		int flags;                                                                         \
 	};                                                                                         \
-	__attribute__((section("maps/sockhash"))) struct NAME##_sockhash NAME = {.max_entries = (SIZE)}
+	__attribute__((section("maps/sockhash"))) struct NAME##_sockhash NAME = {.max_entries =    \
+										     (SIZE)}
 
 // Established sockets that may be short-circuited; carries the sk_msg verdict program.
 SOCKHASH(sockets, struct flow_key, MAX_SOCKETS);

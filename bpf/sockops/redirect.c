@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // send() on a socket of the sockhash (BPF_SK_MSG_VERDICT): to the peer's queue, or on by TCP.
 //
-// tcp_bpf_recvmsg() reads the redirected queue before TCP's own, so a direction that goes from TCP to
-// the queue reorders bytes, and one that goes from the queue to TCP does not. Hence the rule: decide
-// before the first byte; later at most once, and only from REDIRECT to PASS.
+// tcp_bpf_recvmsg() reads the redirected queue before TCP's own, so a direction that goes from TCP
+// to the queue reorders bytes, and one that goes from the queue to TCP does not. Hence the rule:
+// decide before the first byte; later at most once, and only from REDIRECT to PASS.
 
 // Redirected bytes know no receive window. Past this many unread ones the direction goes to TCP,
 // whose window then holds the sender back.

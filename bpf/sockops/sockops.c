@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
-// The life of a connection (BPF_CGROUP_SOCK_OPS): flows are kept from the client's SYN to its close;
-// established ends enter the sockhash; the sidecar's inbound listener is found as it listens.
+// The life of a connection (BPF_CGROUP_SOCK_OPS): flows are kept from the client's SYN to its
+// close; established ends enter the sockhash; the sidecar's inbound listener is found as it
+// listens.
 
 #define SYN 0x02
 
@@ -69,7 +70,7 @@ ALWAYS void enter_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, _
 	failed = sockets.sock_hash_update(ops, &key, BPF_ANY); // bcc ends it with a semicolon
 	if (failed) {
 		state->verdict = PASS;
-		count(netns, PASSED_FULL);
+		count(netns, failed == -E2BIG ? PASSED_FULL : PASSED_UNSUPPORTED);
 		return;
 	}
 	count(netns, ACCELERATED);

@@ -24,7 +24,13 @@ FILES = (
     "redirect.c",
     "inbound.c",
 )
-INCLUDES = ("uapi/linux/bpf.h", "uapi/linux/in.h", "uapi/linux/in6.h", "linux/socket.h")
+INCLUDES = (
+    "uapi/linux/bpf.h",
+    "uapi/linux/in.h",
+    "uapi/linux/in6.h",
+    "uapi/linux/errno.h",
+    "linux/socket.h",
+)
 
 #: Entries of each map, all pods of a node together. A full map is counted, never silent.
 SIZES: Mapping[str, int] = {
