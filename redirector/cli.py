@@ -72,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     status = add("status", _status, "list the enrolled pods and their counters")
     status.add_argument("-o", "--output", choices=("text", "json"), default="text")
     boot = add("bootstrap", _bootstrap, "print a sidecar's Envoy bootstrap (JSON)")
-    boot.add_argument("pod", metavar="POD")
-    boot.add_argument("--namespace", default="default")
-    boot.add_argument("--ip", required=True, help="the pod's own address")
+    boot.add_argument("pod", metavar="POD", help="its name, or NAMESPACE/NAME")
+    boot.add_argument("--namespace", help="of the pod (default: default)")
+    boot.add_argument("--ip", help="the pod's own address (default: that of the enrolled POD)")
     boot.add_argument(
         "--xds",
         default="unix:/run/redirector/xds.sock",
@@ -151,10 +151,12 @@ def _status_text(status: PodStatus) -> str:
 
 
 def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
+    namespace, _, name = arguments.pod.rpartition("/")
+    ip = arguments.ip or str(context.enrollment().get(arguments.pod).addresses[0])
     made = bootstrap(
-        arguments.pod,
-        arguments.namespace,
-        arguments.ip,
+        name,
+        arguments.namespace or namespace or "default",
+        ip,
         xds=arguments.xds,
         admin_port=arguments.admin_port,
     )

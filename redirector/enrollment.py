@@ -99,7 +99,7 @@ class Enrollment:
     def change_mode(self, name: str, mode: Mode) -> Pod:
         """Move a pod to another mode. Both steer for a moment, so no connection slips past."""
         with self._records.locked():
-            old = self._require(name)
+            old = self.get(name)
             new = replace(old, mode=mode)
             self._modes[mode].install(new)
             self._records.put(new)
@@ -111,7 +111,7 @@ class Enrollment:
     def unenroll(self, name: str) -> None:
         """Make a pod's new connections direct; open ones go on."""
         with self._records.locked():
-            self._remove(self._require(name))
+            self._remove(self.get(name))
 
     def _remove(self, pod: Pod) -> None:
         # Of every mode: a change of mode may have been interrupted.
@@ -119,7 +119,8 @@ class Enrollment:
             driver.remove(pod)
         self._records.delete(pod.name)
 
-    def _require(self, name: str) -> Pod:
+    def get(self, name: str) -> Pod:
+        """The record of one pod. NotEnrolled names those that are."""
         pod = self._records.get(name)
         if pod is None:
             known = ", ".join(other.name for other in self._records.all()) or "none"
