@@ -201,13 +201,13 @@ def test_expressions_that_envoy_knows(expression: str) -> None:
     ("one", "other", "problem"),
     [
         (SERVICE, SERVICE, "f.yaml has the same Service; remove one of them"),
-        (POD, POD.replace("web-1", "web-2"), "Pod demo/web-1 has the same address"),
+        (POD, POD.replace("web-1", "web-2"), "Pod demo/web-1 has 10.77.0.1, too"),
         (
             SERVICE,
             SERVICE.replace("name: web", "name: two"),
-            "Service demo/web has the same address",
+            "Service demo/web has 10.96.77.1, too",
         ),
-        (SERVICE, POD.replace("10.77.0.1", "10.96.77.1"), "has the same address"),
+        (SERVICE, POD.replace("10.77.0.1", "10.96.77.1"), "has 10.96.77.1, too"),
     ],
 )
 def test_objects_that_exclude_each_other(one: str, other: str, problem: str) -> None:

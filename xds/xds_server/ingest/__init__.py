@@ -1,10 +1,10 @@
 """From Kubernetes objects to a Mesh: pure, and every mistake is collected."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from redirector.model import IPAddress
-from xds_server.errors import Problem, shown
+from xds_server.errors import Problem
 from xds_server.ingest.clashes import clashes
 from xds_server.ingest.core import (
     Members,
@@ -18,7 +18,7 @@ from xds_server.ingest.core import (
     read_slice,
 )
 from xds_server.ingest.policies import POLICY_GROUP, POLICY_VERSION, Origins, PolicyReader
-from xds_server.ingest.reader import Item, identify
+from xds_server.ingest.reader import Field, Item, identify
 from xds_server.ingest.routes import GATEWAY_GROUP, RouteReader, read_grant
 from xds_server.ir import Mesh, Name, Parent, Protocol
 from xds_server.sources.objects import KubeObject
@@ -55,7 +55,7 @@ def ingest(objects: Sequence[KubeObject]) -> tuple[Mesh, list[Problem]]:
     for item in kinds["HTTPRoute"]:
         route = route_reader.read(item)
         if route is None:
-            ignored.append(f"{item.root.subject} (no parent is a Service)")
+            ignored.append(f"{item.subject} (no parent is a Service)")
         else:
             routes.append((item, route))
     clashes(routes)
@@ -89,7 +89,8 @@ def ingest(objects: Sequence[KubeObject]) -> tuple[Mesh, list[Problem]]:
         ),
         ignored=tuple(sorted(ignored)),
     )
-    return mesh, problems
+    # A field that is read twice is wrong only once.
+    return mesh, list(dict.fromkeys(problems))
 
 
 def _sorted_by_kind(
@@ -110,7 +111,7 @@ def _sorted_by_kind(
                     f"{version} has no such kind; use {POLICY_VERSION} AuthorizationPolicy"
                 )
             else:
-                ignored.append(f"{item.root.subject} ({version})")
+                ignored.append(f"{item.subject} ({version})")
             continue
         key = (item.kind, item.name)
         if key in seen:
@@ -136,22 +137,15 @@ def _unique_addresses(
     items_by_name = {item.name: item for item in items}
     owners: dict[IPAddress, str] = {}
 
-    def claim(address: IPAddress, item: Item, field: Callable[[Item], str]) -> None:
-        owner = owners.setdefault(address, item.root.subject)
-        if owner != item.root.subject:
-            root = item.root
-            found = Problem(
-                root.file,
-                root.subject,
-                field(item),
-                shown(str(address)),
-                f"{owner} has the same address; give each its own",
-            )
-            root.problems.append(found)
+    def claim(address: IPAddress, item: Item, field: Field) -> None:
+        owner = owners.setdefault(address, item.subject)
+        if owner != item.subject:
+            field.problem(f"{owner} has {address}, too; give each its own address")
 
     for pod in pods:
         for address in () if pod.host_network else pod.addresses:
-            claim(address, items_by_name[pod.name], lambda _: "status.podIP")
+            item = items_by_name[pod.name]
+            claim(address, item, item.root["status"]["podIP"])
     for service in services:
         for address in service.addresses:
-            claim(address, service.item, lambda _: "spec.clusterIP")
+            claim(address, service.item, service.item.spec["clusterIP"])

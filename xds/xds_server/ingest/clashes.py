@@ -17,11 +17,11 @@ def clashes(routes: Iterable[tuple[Item, Route]]) -> None:
         reported: set[str] = set()
         for field, key in _claims(item, route):
             other, place = taken.setdefault(key, (item, field))
-            if other is item or other.root.subject in reported:
+            if other is item or other.subject in reported:
                 continue
-            reported.add(other.root.subject)
+            reported.add(other.subject)
             field.problem(
-                f"clashes with {other.root.subject} ({other.root.file}, {place.path}): both take "
+                f"clashes with {other.subject} ({other.file}, {place.path}): both take "
                 f"the same requests to port {key[0].port} of Service {key[0].service}; change the "
                 "match of one of them"
             )

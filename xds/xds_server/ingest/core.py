@@ -1,7 +1,7 @@
 """Pods, Services and EndpointSlices: what listens where."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from redirector.model import IPAddress
@@ -191,7 +191,9 @@ def protocol_of(app_protocol: str, port_name: str) -> Protocol | None:
 class Members:
     """Which pods stand behind which service, ready or not."""
 
-    def __init__(self, pods: Iterable[Pod], services: Iterable[RawService], slices: list[Slice]):
+    def __init__(
+        self, pods: Collection[Pod], services: Iterable[RawService], slices: Iterable[Slice]
+    ) -> None:
         by_address: dict[IPAddress, Name] = {}
         for pod in pods:
             if not pod.host_network:
@@ -210,12 +212,15 @@ class Members:
                     for member in members:
                         self.ports[member].append((port, number))
         # Slices lag behind pods: a policy must hold from a pod's first moment.
+        by_label: dict[tuple[str, str, str], list[Pod]] = defaultdict(list)
+        for pod in pods:
+            for key, value in pod.labels.items():
+                by_label[pod.name.namespace, key, value].append(pod)
         for service in known.values():
-            for pod in pods if service.selector else ():
-                if pod.name.namespace == service.name.namespace and selects(
-                    service.selector, pod.labels
-                ):
-                    self._pods[service.name].add(pod.name)
+            for key, value in list(service.selector.items())[:1]:
+                for pod in by_label[service.name.namespace, key, value]:
+                    if selects(service.selector, pod.labels):
+                        self._pods[service.name].add(pod.name)
 
     def of(self, service: Name) -> frozenset[Name]:
         return frozenset(self._pods.get(service, ()))

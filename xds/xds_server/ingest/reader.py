@@ -5,7 +5,7 @@ the lower bound), which is never translated: a mesh with problems is not used.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
@@ -35,37 +35,56 @@ _NOT_RE2 = re.compile(r"\(\?(?:<?[=!]|\(|>|P=|#|[imsaLux-]*[aLux])|\\[1-9ZuUN]|[
 _REPEATS = re.compile(r"\{[0-9,]*[0-9]{4}")
 
 
-@dataclass(frozen=True, eq=False)
-class Field:
-    """A value somewhere in an object, with the path to it. A missing field and null are the same
-    thing, as in Kubernetes."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Origin:
+    """The object that a field is in, and where its problems go."""
 
-    value: object
-    path: str
     file: str
     subject: str
     problems: list[Problem]
 
+
+@dataclass(eq=False, slots=True)
+class Field:
+    """A value somewhere in an object, with the way to it. A missing field and null are the same
+    thing, as in Kubernetes."""
+
+    value: object
+    origin: Origin
+    parent: "Field | None" = None
+    key: str | int = ""
+
     def __getitem__(self, name: str) -> "Field":
-        path = f"{self.path}.{name}" if self.path else name
-        inner = self.value.get(name) if isinstance(self.value, Mapping) else None
-        if self.present and not isinstance(self.value, Mapping):
+        value = self.value
+        if isinstance(value, dict):
+            return Field(value.get(name), self.origin, self, name)
+        if value is not None:
             self.problem("must be a mapping")
-        return Field(inner, path, self.file, self.subject, self.problems)
+        return Field(None, self.origin, self, name)
 
     @property
     def present(self) -> bool:
         return self.value is not None
 
+    @property
+    def path(self) -> str:
+        """Such as `spec.rules[0].backendRefs[1].weight`; made only when there is a problem."""
+        if self.parent is None:
+            return ""
+        before = self.parent.path
+        if isinstance(self.key, int):
+            return f"{before}[{self.key}]"
+        return f"{before}.{self.key}" if before else self.key
+
     def problem(self, message: str) -> None:
         value = shown(self.value) if self.present else ""
-        found = Problem(self.file, self.subject, self.path, value, message)
-        if found not in self.problems:
-            self.problems.append(found)
+        self.origin.problems.append(
+            Problem(self.origin.file, self.origin.subject, self.path, value, message)
+        )
 
     def only(self, *names: str, way_out: str = "remove it") -> None:
         """Reports every other field, because what is not understood must not be lost in silence."""
-        if not isinstance(self.value, Mapping):
+        if not isinstance(self.value, dict):
             if self.present:
                 self.problem("must be a mapping")
             return
@@ -80,10 +99,7 @@ class Field:
         if not isinstance(self.value, list):
             self.problem("must be a list")
             return []
-        return [
-            Field(item, f"{self.path}[{index}]", self.file, self.subject, self.problems)
-            for index, item in enumerate(self.value)
-        ]
+        return [Field(item, self.origin, self, index) for index, item in enumerate(self.value)]
 
     def filled(self, way_out: str) -> list["Field"]:
         """The entries of a list that says something if it is there at all: an empty one is a
@@ -150,7 +166,7 @@ class Field:
         """A mapping from text to text; empty when it is missing."""
         if not self.present:
             return {}
-        if not isinstance(self.value, Mapping):
+        if not isinstance(self.value, dict):
             self.problem("must be a mapping")
             return {}
         return {str(key): self[str(key)].text() for key in self.value}
@@ -221,6 +237,15 @@ class Item:
     root: Field
 
     @property
+    def subject(self) -> str:
+        """As messages call it: `HTTPRoute demo/web`."""
+        return self.root.origin.subject
+
+    @property
+    def file(self) -> str:
+        return self.root.origin.file
+
+    @property
     def spec(self) -> Field:
         return self.root["spec"]
 
@@ -228,7 +253,7 @@ class Item:
 def identify(source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | None:
     """The object's apiVersion and the object; None when it does not say what it is."""
     wrong: list[Problem] = []
-    anonymous = Field(source.data, "", source.file, "", wrong)
+    anonymous = Field(source.data, Origin(source.file, "", wrong))
     version, kind = anonymous["apiVersion"].text(), anonymous["kind"].text()
     metadata = anonymous["metadata"]
     name = metadata["name"].matching(_OBJECT_NAME, "a name: use a-z, 0-9, '-' and '.'")
@@ -238,5 +263,5 @@ def identify(source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | 
     if wrong:
         problems += (replace(problem, object=subject) for problem in wrong)
         return None
-    root = Field(source.data, "", source.file, subject, problems)
+    root = Field(source.data, Origin(source.file, subject, problems))
     return version, Item(Name(namespace, name), kind, root)

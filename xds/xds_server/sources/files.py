@@ -1,6 +1,6 @@
 """Reads manifests from a directory: YAML or JSON, several documents a file, `List` objects too."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:
             problems.append(Problem(file, "", "", "", f"is not YAML: {error}"))
             return objects, problems
         for field, value in _expanded(f"document {index + 1}", document):
-            if isinstance(value, Mapping):
+            if isinstance(value, dict):
                 objects.append(KubeObject(file, value))
             else:
                 problems.append(
@@ -117,7 +117,7 @@ def _expanded(field: str, document: object) -> Iterator[tuple[str, object]]:
     """A `List`, as kubectl writes it, stands for its items; an empty document for nothing."""
     if document is None:
         return
-    if isinstance(document, Mapping) and document.get("kind") == "List":
+    if isinstance(document, dict) and document.get("kind") == "List":
         items = document.get("items")
         if isinstance(items, list):
             yield from ((f"{field}.items[{number}]", item) for number, item in enumerate(items))

@@ -1,6 +1,5 @@
 """A Kubernetes object as it was read: untyped still, but with its origin."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -10,4 +9,4 @@ class KubeObject:
     stood, for messages."""
 
     file: str
-    data: Mapping[str, object]
+    data: dict[str, object]

@@ -10,7 +10,7 @@ from envoy.config.listener.v3 import listener_pb2
 from envoy.config.route.v3 import route_pb2
 from google.protobuf.message import Message
 
-from xds_server.ir import Mesh, Name, NodeId, Parent, Policy, Route
+from xds_server.ir import AppPort, Mesh, Name, NodeId, Parent, Policy, Route
 from xds_server.translate.clusters import (
     INBOUND,
     cluster_name,
@@ -68,16 +68,21 @@ class Translator:
             for route in routes
             if route.name.namespace != parent.service.namespace
         }
+        self._inbound_by_kind: dict[
+            tuple[tuple[AppPort, ...], tuple[Name, ...]], tuple[Message, Message]
+        ] = {}
         self._routes_by_consumer: dict[str | None, dict[str, Message]] = {}
 
     def resources(self, node: NodeId) -> Resources:
         name = Name(node.namespace, node.pod)
         workload = self._mesh.workloads.get(name)
-        policies = sorted(
-            (*self._namespace_policies.get(node.namespace, ()), *self._policies.get(name, ())),
-            key=lambda policy: policy.name,
+        policies = tuple(
+            sorted(
+                (*self._namespace_policies.get(node.namespace, ()), *self._policies.get(name, ())),
+                key=lambda policy: policy.name,
+            )
         )
-        inbound = inbound_listener(workload.ports if workload else (), policies)
+        inbound, inbound_route = self._inbound(workload.ports if workload else (), policies)
         if workload is None:
             return {
                 CLUSTER: self._fixed,
@@ -87,13 +92,25 @@ class Translator:
             }
         routes = dict(self._outbound_routes(node.namespace))
         if any(port.protocol.is_http for port in workload.ports):
-            routes[INBOUND] = inbound_routes(policies)
+            routes[INBOUND] = inbound_route
         return {
             CLUSTER: self._clusters,
             ENDPOINT: self._endpoints,
             LISTENER: {INBOUND: inbound, OUTBOUND: self._outbound},
             ROUTE: dict(sorted(routes.items())),
         }
+
+    def _inbound(
+        self, ports: tuple[AppPort, ...], policies: tuple[Policy, ...]
+    ) -> tuple[Message, Message]:
+        """Listener and routes; pods of one kind share them."""
+        key = (ports, tuple(policy.name for policy in policies))
+        if key not in self._inbound_by_kind:
+            self._inbound_by_kind[key] = (
+                inbound_listener(ports, policies),
+                inbound_routes(policies),
+            )
+        return self._inbound_by_kind[key]
 
     @cached_property
     def _fixed(self) -> dict[str, Message]:
