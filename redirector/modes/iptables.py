@@ -276,7 +276,11 @@ class IptablesMode:
             except RedirectorError as error:
                 errors.append(error)
         # Only now, when nothing new is redirected, can what is open be counted.
-        open_versions = _redirected_versions(pod) if kept else set()
+        try:
+            open_versions = _redirected_versions(pod) if kept else set()
+        except MachineError:
+            # An idle rule too many is harmless, a broken connection is not.
+            open_versions = {family.version for family in kept}
         for family in kept:
             if family.version not in open_versions:
                 try:

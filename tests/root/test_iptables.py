@@ -1,9 +1,13 @@
 """The iptables mode on the real kernel, with both flavours of iptables."""
 
 import shutil
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from socket import socket
@@ -11,7 +15,7 @@ from socket import socket
 import probes
 import pytest
 
-from redirector.errors import DatapathError, InputError
+from redirector.errors import DatapathError, InputError, MachineError
 from redirector.lab import LabPod, Node
 from redirector.model import IPAddress, Mode, Pod, Steering
 from redirector.modes.iptables import KEEP_CHAIN, IptablesMode
@@ -23,6 +27,8 @@ pytestmark = pytest.mark.root
 FLAVOURS = {"nft": "xtables-nft-multi", "legacy": "xtables-legacy-multi"}
 PROGRAMS = [f"ip{six}tables{verb}" for six in ("", "6") for verb in ("", "-restore", "-save")]
 DRIVER = IptablesMode()
+STEERED_OUT = (Verdict.DIRECT, Verdict.OUTBOUND)
+STEERED_IN = (Verdict.DIRECT, Verdict.INBOUND)
 
 
 @pytest.fixture(params=FLAVOURS)
@@ -181,6 +187,43 @@ def test_open_connections_survive_every_change(peers: tuple[LabPod, LabPod]) -> 
 
 
 @pytest.mark.usefixtures("path")
+def test_no_connection_fails_while_the_rules_come_and_go(peers: tuple[LabPod, LabPod]) -> None:
+    first, second = peers
+    pod = as_pod(first)
+    met: Counter[tuple[str, Verdict]] = Counter()
+    stop = threading.Event()
+
+    def traffic(destination: str) -> None:
+        while not stop.is_set():
+            connection, arrived = probes.connect(probes.Call(ip_address(destination), 80))
+            with connection:
+                assert probes.echo(connection, b"x" * 100) == b"x" * 100
+            met[destination, arrived.verdict] += 1
+
+    def moved_on(before: Counter[tuple[str, Verdict]]) -> bool:
+        """Every caller got through once more, or has failed and will say so."""
+        destinations = {destination for destination, _ in met - before}
+        return len(destinations) == len(jobs) or any(job.done() for job in running)
+
+    jobs = [(first, second.ip), (first, second.ip6), (second, first.ip), (second, first.ip6)]
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(within, lab.netns, partial(traffic, to)) for lab, to in jobs]
+        try:
+            for _ in range(6):
+                for change in (DRIVER.install, DRIVER.remove):
+                    before = met.copy()
+                    change(pod)
+                    until(partial(moved_on, before))
+        finally:
+            stop.set()
+        for job in running:
+            job.result(timeout=probes.TIMEOUT)
+    outbound = {(ip, verdict) for ip in (second.ip, second.ip6) for verdict in STEERED_OUT}
+    inbound = {(ip, verdict) for ip in (first.ip, first.ip6) for verdict in STEERED_IN}
+    assert met.keys() == outbound | inbound
+
+
+@pytest.mark.usefixtures("path")
 def test_remove_keeps_nat_only_while_redirected_connections_are_open(
     peers: tuple[LabPod, LabPod],
 ) -> None:
@@ -200,6 +243,23 @@ def test_remove_keeps_nat_only_while_redirected_connections_are_open(
         DRIVER.install(pod)
     DRIVER.remove(pod)
     assert "REDIRECTOR" not in saved(first)
+
+
+def test_who_cannot_count_connections_keeps_them(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_sock_diag(*_: object) -> None:
+        raise MachineError("the kernel does not list its TCP sockets")
+
+    lab = node.pod("a")
+    DRIVER.install(as_pod(lab))
+    with monkeypatch.context() as patch:
+        patch.setattr("redirector.modes.iptables.open_connections", no_sock_diag)
+        DRIVER.remove(as_pod(lab))
+        assert saved(lab).count(f"-A {KEEP_CHAIN}") == 2
+        assert saved(lab).count("REDIRECTOR_OUTPUT") == 0
+    DRIVER.remove(as_pod(lab))
+    assert "REDIRECTOR" not in saved(lab)
 
 
 @pytest.mark.usefixtures("path")
