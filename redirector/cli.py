@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from redirector import check, steering
+from redirector import check, compare, steering
 from redirector.bootstrap import bootstrap
 from redirector.enrollment import Enrollment, PodStatus, default_enrollment
 from redirector.errors import RedirectorError
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     unenroll = add("unenroll", _unenroll, "make a pod's traffic direct again")
     unenroll.add_argument("name", metavar="NAME")
     add("uninstall", _uninstall, "remove everything from this machine's kernel")
+    compare.add_arguments(add("compare", _compare, "compare both modes: latency and CPU price"))
     return parser
 
 
@@ -148,6 +149,10 @@ def _status_text(status: PodStatus) -> str:
         if n
     ]
     return "\n".join(lines) + "\n"
+
+
+def _compare(arguments: argparse.Namespace, context: Context) -> int:
+    return compare.run(arguments, context.out)
 
 
 def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
