@@ -217,6 +217,5 @@ class _OneLine(logging.Formatter):
 def _start_log(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(asctime)s.%(msecs)03d %(levelname)s %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    # Its own lines say less than ours: which file changed, and what became of it.
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log.setLevel(level.upper())

@@ -1,0 +1,301 @@
+"""Any client, any changes, any timing: the client comes to the desired state, and never breaks.
+
+The model of a client follows Envoy: wildcards for clusters and listeners, endpoints and routes by
+the names those use, a listener takes over once its routes are there, a cluster once its endpoints
+came after it. It refuses resources of variant BAD and keeps what it had.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from envoy.config.cluster.v3.cluster_pb2 import Cluster
+from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
+from envoy.config.listener.v3.listener_pb2 import Listener
+from envoy.config.route.v3.route_pb2 import RouteConfiguration
+from envoy.service.discovery.v3.discovery_pb2 import (
+    DeltaDiscoveryRequest,
+    DeltaDiscoveryResponse,
+)
+from google.protobuf.message import Message
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    rule,
+)
+from worlds import Resources, world
+from xds_server.delta import DeltaStream
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, references
+from xds_server.snapshot import Encoder, Snapshot
+from xds_server.stream import ORDER, Response
+
+BAD = 9
+CLUSTERS, ROUTES, LISTENERS = "abcd", "rst", "lm"
+#: A message is delivered or handled at most so often before everything must have come to rest.
+REST = 400
+
+_MESSAGES: dict[str, type[Message]] = {
+    CLUSTER: Cluster,
+    ENDPOINT: ClusterLoadAssignment,
+    LISTENER: Listener,
+    ROUTE: RouteConfiguration,
+}
+
+
+@st.composite
+def worlds(draw: st.DrawFn, *, bad: bool) -> Resources:
+    """A consistent world: every route has its cluster, every listener its route."""
+    variants = st.sampled_from([0, 1, 2, BAD] if bad else [0, 1, 2])
+    clusters = draw(st.dictionaries(st.sampled_from(CLUSTERS), variants, min_size=1))
+    targets = st.sampled_from(sorted(clusters))
+    routes = draw(
+        st.dictionaries(st.sampled_from(ROUTES), st.tuples(targets, variants), min_size=1)
+    )
+    listeners = draw(
+        st.dictionaries(
+            st.sampled_from(LISTENERS), st.tuples(st.sampled_from(sorted(routes)), variants)
+        )
+    )
+    ports = {name: draw(st.sampled_from([8000, 9000])) for name in clusters}
+    return world(clusters, ports, routes, listeners)
+
+
+def is_bad(message: Message) -> bool:
+    """Whether the client refuses it; see the variants in worlds.py."""
+    if isinstance(message, Cluster):
+        return bool(message.connect_timeout.seconds == 1 + BAD)
+    if isinstance(message, RouteConfiguration):
+        timeout = message.virtual_hosts[0].routes[0].route.timeout
+        return bool(timeout.seconds == 1 + BAD)
+    if isinstance(message, Listener):
+        return f"{message.name}{BAD}".encode() in message.filter_chains[0].SerializeToString()
+    return False
+
+
+@dataclass
+class Config:
+    """What the client is configured with: active resources, and those that warm."""
+
+    has: dict[str, dict[str, Message]] = field(default_factory=lambda: {url: {} for url in ORDER})
+    warm_clusters: dict[str, Message] = field(default_factory=dict)
+    active_listeners: dict[str, Message] = field(default_factory=dict)
+
+    def take(self, type_url: str, message: Message) -> None:
+        name = message.cluster_name if type_url == ENDPOINT else message.name  # type: ignore[attr-defined]
+        self.has[type_url][name] = message
+        if type_url == ENDPOINT and name in self.has[CLUSTER]:
+            self.warm_clusters[name] = self.has[CLUSTER][name]
+        self._activate()
+
+    def drop(self, type_url: str, name: str) -> None:
+        self.has[type_url].pop(name, None)
+        if type_url == CLUSTER:
+            self.warm_clusters.pop(name, None)
+        if type_url == LISTENER:
+            self.active_listeners.pop(name, None)
+
+    def _activate(self) -> None:
+        for name, listener in self.has[LISTENER].items():
+            if all(target.name in self.has[ROUTE] for target in references(listener)):
+                self.active_listeners[name] = listener
+
+    def wanted(self, type_url: str) -> set[str]:
+        """Names that the configuration needs of endpoints or routes."""
+        users = self.has[CLUSTER] if type_url == ENDPOINT else self.has[LISTENER]
+        active = {} if type_url == ENDPOINT else self.active_listeners
+        messages = [*users.values(), *active.values()]
+        return {t.name for message in messages for t in references(message)}
+
+    def holes(self) -> list[str]:
+        """Clusters that live traffic is sent to and that are not there or not warm."""
+        routes = {t.name for entry in self.active_listeners.values() for t in references(entry)}
+        live = [self.has[ROUTE][name] for name in routes if name in self.has[ROUTE]]
+        clusters = {target.name for entry in live for target in references(entry)}
+        return sorted(clusters - self.warm_clusters.keys())
+
+
+class DeltaClient(RuleBasedStateMachine):
+    """The incremental variant. Messages wait in both directions until a rule moves them."""
+
+    bad = True
+
+    @initialize(first=worlds(bad=False))
+    def start(self, first: Resources) -> None:
+        self.resources = first
+        self.config = Config()
+        self.versions: dict[str, dict[str, str]] = {url: {} for url in ORDER}
+        self.connect()
+
+    def connect(self) -> None:
+        self.stream = DeltaStream()
+        self.stream.offer(self.snapshot())
+        self.to_server: deque[DeltaDiscoveryRequest] = deque()
+        self.to_client: deque[DeltaDiscoveryResponse] = deque()
+        #: Names that the server may send although the client has them in this version.
+        self.may_repeat: dict[str, set[str]] = {url: set() for url in ORDER}
+        self.has_sent = {url: dict(self.versions[url]) for url in ORDER}
+        self.subscribed: dict[str, set[str]] = {ENDPOINT: set(), ROUTE: set()}
+        for type_url in (CLUSTER, LISTENER):
+            self.to_server.append(
+                DeltaDiscoveryRequest(
+                    type_url=type_url, initial_resource_versions=self.versions[type_url]
+                )
+            )
+        self.subscribe(first=True)
+
+    def snapshot(self) -> Snapshot:
+        snapshot = Encoder().snapshot(self.resources)
+        assert snapshot.consistent() == ()
+        return snapshot
+
+    def subscribe(self, *, first: bool = False) -> None:
+        """Ask for what the configuration came to need, give up what it does not any more."""
+        for type_url, names in self.subscribed.items():
+            wanted = self.config.wanted(type_url)
+            if wanted != names:
+                known = {n: v for n, v in self.versions[type_url].items() if n in wanted}
+                self.to_server.append(
+                    DeltaDiscoveryRequest(
+                        type_url=type_url,
+                        resource_names_subscribe=sorted(wanted - names),
+                        resource_names_unsubscribe=sorted(names - wanted),
+                        initial_resource_versions=known if first else {},
+                    )
+                )
+                for name in names - wanted:
+                    self.versions[type_url].pop(name, None)
+                    self.config.drop(type_url, name)
+                self.subscribed[type_url] = wanted
+
+    @rule(data=st.data())
+    def change(self, data: st.DataObject) -> None:
+        self.resources = data.draw(worlds(bad=self.bad))
+        self.stream.offer(self.snapshot())
+
+    @rule()
+    def reconnect(self) -> None:
+        self.connect()
+
+    @rule(type_url=st.sampled_from([ENDPOINT, ROUTE]), name=st.sampled_from("abcrstxyz"))
+    def ask_again(self, type_url: str, name: str) -> None:
+        """A client may have forgotten what it has, and may ask for what there is not."""
+        self.subscribed[type_url].add(name)
+        self.to_server.append(
+            DeltaDiscoveryRequest(type_url=type_url, resource_names_subscribe=[name])
+        )
+
+    @rule(moves=st.lists(st.sampled_from(["deliver", "send", "handle"]), min_size=1, max_size=12))
+    def move(self, moves: list[str]) -> None:
+        """Let some messages go their way, in any order between the two directions."""
+        for each in moves:
+            if each == "deliver" and self.to_server:
+                self.deliver()
+            elif each == "send":
+                self.send()
+            elif each == "handle" and self.to_client:
+                self.handle()
+
+    @rule()
+    def rest(self) -> None:
+        """Move messages until none is left."""
+        for _ in range(REST):
+            if self.to_server:
+                self.deliver()
+            elif self.to_client:
+                self.handle()
+            else:
+                self.send()
+                if not self.to_client:
+                    assert self.stream.settled
+                    return
+        raise AssertionError("never comes to rest")
+
+    def deliver(self) -> None:
+        request = self.to_server.popleft()
+        if request.type_url in self.may_repeat:
+            new = set(request.resource_names_subscribe) - set(request.initial_resource_versions)
+            self.may_repeat[request.type_url] |= new
+        self.stream.receive(request)
+
+    def send(self) -> None:
+        response = self.stream.next_response()
+        if response is not None:
+            self.check_sent(response)
+            self.to_client.append(DeltaDiscoveryResponse.FromString(response.body))
+
+    def check_sent(self, response: Response) -> None:
+        """No byte is sent again unless it was asked for, or is due with its cluster."""
+        has_sent, may = self.has_sent[response.type_url], self.may_repeat[response.type_url]
+        for entry in response.resources:
+            repeated = has_sent.get(entry.name) == entry.version
+            assert not repeated or entry.name in may, f"{entry} was sent again"
+            has_sent[entry.name] = entry.version
+            may.discard(entry.name)
+            if response.type_url == CLUSTER:
+                self.may_repeat[ENDPOINT] |= {t.name for t in entry.refers}
+        for name in response.removed:
+            has_sent.pop(name, None)
+
+    def handle(self) -> None:
+        response = self.to_client.popleft()
+        type_url = response.type_url
+        refused = []
+        for name in response.removed_resources:
+            self.versions[type_url].pop(name, None)
+            if type_url in (CLUSTER, LISTENER):
+                self.config.drop(type_url, name)
+        for resource in response.resources:
+            message = _MESSAGES[type_url].FromString(resource.resource.value)
+            if type_url in self.subscribed and resource.name not in self.config.wanted(type_url):
+                continue
+            if is_bad(message):
+                refused.append(resource.name)
+            else:
+                self.config.take(type_url, message)
+                self.versions[type_url][resource.name] = resource.version
+        self.subscribe()
+        self.check_config()
+        answer = DeltaDiscoveryRequest(type_url=type_url, response_nonce=response.nonce)
+        if refused:
+            answer.error_detail.message = f"refused {refused}"
+        self.to_server.append(answer)
+
+    def check_config(self) -> None:
+        """What must hold after each message that the client takes in."""
+
+    def teardown(self) -> None:
+        if not hasattr(self, "stream"):
+            return
+        self.rest()
+        if any(is_bad(m) for named in self.resources.values() for m in named.values()):
+            # What was refused, and whatever hangs on it, stays as it was; repaired, all is well.
+            assert self.bad
+            self.resources = world()
+            self.stream.offer(self.snapshot())
+            self.rest()
+        assert self.stream.rejected == ()
+        for type_url in (CLUSTER, LISTENER):
+            assert self.config.has[type_url] == self.resources[type_url]
+        for type_url in (ENDPOINT, ROUTE):
+            wanted = self.config.wanted(type_url)
+            named = self.resources[type_url]
+            assert {n: self.config.has[type_url][n] for n in wanted} == {
+                n: named[n] for n in wanted
+            }
+        assert self.config.warm_clusters == self.resources[CLUSTER]
+
+
+class GoodDeltaClient(DeltaClient):
+    """Without refusals, live traffic never has a cluster taken away from under it."""
+
+    bad = False
+
+    def check_config(self) -> None:
+        assert self.config.holes() == []
+
+
+TestDeltaClient = DeltaClient.TestCase
+TestDeltaClient.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)
+TestGoodDeltaClient = GoodDeltaClient.TestCase
+TestGoodDeltaClient.settings = settings(max_examples=150, stateful_step_count=20, deadline=None)

@@ -1,0 +1,225 @@
+"""The state-of-the-world variant, rule by rule of the xDS protocol."""
+
+from collections.abc import Iterable
+
+import pytest
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+from worlds import Resources, world
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, kind
+from xds_server.snapshot import Encoder
+from xds_server.sotw import SotwStream
+from xds_server.stream import Ack, Nack, Response
+
+
+class Talk:
+    """A stream and the client's side of it: it repeats its names with every request."""
+
+    def __init__(self, resources: Resources) -> None:
+        self.stream = SotwStream()
+        self.last: dict[str, Response] = {}
+        self.names: dict[str, list[str]] = {}
+        self.offer(resources)
+
+    def offer(self, resources: Resources) -> None:
+        self.stream.offer(Encoder().snapshot(resources))
+
+    def ask(
+        self,
+        type_url: str,
+        names: Iterable[str] = (),
+        *,
+        version: str = "",
+        nonce: str | None = None,
+        error: str | None = None,
+    ) -> Ack | Nack | None:
+        last = self.last.get(type_url)
+        self.names[type_url] = list(names)
+        request = DiscoveryRequest(
+            type_url=type_url,
+            resource_names=self.names[type_url],
+            version_info=version,
+            response_nonce=nonce if nonce is not None else last.nonce if last else "",
+        )
+        if error is not None:
+            request.error_detail.message = error
+        return self.stream.receive(request)
+
+    def said(self) -> list[tuple[str, tuple[str, ...]]]:
+        """All that the server has to say now: kind, names sent."""
+        said = []
+        while response := self.stream.next_response():
+            self.last[response.type_url] = response
+            said.append((kind(response.type_url), tuple(e.name for e in response.resources)))
+        return said
+
+    def ack(self, *type_urls: str) -> None:
+        for type_url in type_urls or self.last:
+            self.ask(type_url, self.names[type_url])
+
+
+def connected(resources: Resources | None = None) -> Talk:
+    """A client that has everything there is."""
+    resources = world() if resources is None else resources
+    talk = Talk(resources)
+    talk.ask(CLUSTER)
+    talk.ask(ENDPOINT, resources[ENDPOINT])
+    talk.ask(LISTENER)
+    talk.ask(ROUTE, resources[ROUTE])
+    talk.said()
+    talk.ack()
+    assert talk.said() == []
+    assert talk.stream.settled
+    return talk
+
+
+def test_response_on_the_wire_is_what_the_decoder_reads() -> None:
+    talk = Talk(world())
+    talk.ask(CLUSTER)
+    response = talk.stream.next_response()
+    assert response is not None
+    read = DiscoveryResponse.FromString(response.body)
+    assert (read.type_url, read.nonce, read.version_info) == (
+        CLUSTER,
+        response.nonce,
+        response.version,
+    )
+    assert [any_.type_url for any_ in read.resources] == [CLUSTER]
+    assert read.resources[0].value == world()[CLUSTER]["web"].SerializeToString()
+
+
+def test_clusters_come_complete_endpoints_one_by_one() -> None:
+    two = {"a": 0, "b": 0, "web": 0}
+    talk = connected(world(clusters=two))
+    talk.offer(world(clusters={**two, "a": 1}))
+    assert talk.said() == [("cluster", ("a", "b", "web")), ("endpoints", ("a",))]
+    talk.ack()
+    talk.offer(world(clusters={**two, "a": 1}, ports={"b": 9000}))
+    assert talk.said() == [("endpoints", ("b",))]
+
+
+@pytest.mark.parametrize("names", [(), ("*",)])
+def test_wildcard_by_legacy_and_by_name(names: tuple[str, ...]) -> None:
+    talk = Talk(world(clusters={"a": 0, "b": 0}, routes={}, listeners={}))
+    talk.ask(CLUSTER, names)
+    assert talk.said() == [("cluster", ("a", "b"))]
+
+
+def test_names_replace_the_wildcard_and_nothing_does_not_bring_it_back() -> None:
+    talk = Talk(world(clusters={"a": 0, "b": 0}, routes={}, listeners={}))
+    talk.ask(CLUSTER)
+    talk.said()
+    talk.ask(CLUSTER, ["*", "a"])
+    assert talk.said() == [("cluster", ("a", "b"))]
+    talk.ask(CLUSTER, ["a"])
+    talk.offer(world(clusters={"a": 0, "b": 1}, routes={}, listeners={}))
+    assert talk.said() == []
+    talk.ask(CLUSTER)
+    talk.offer(world(clusters={"a": 1, "b": 1}, routes={}, listeners={}))
+    assert talk.said() == []
+
+
+def test_new_name_is_sent_and_the_old_ones_are_not_again() -> None:
+    talk = Talk(world(clusters={"a": 0, "b": 0}, routes={}, listeners={}))
+    talk.ask(ENDPOINT, ["a"])
+    assert talk.said() == [("endpoints", ("a",))]
+    talk.ask(ENDPOINT, ["a", "b"])
+    assert talk.said() == [("endpoints", ("b",))]
+
+
+def test_name_dropped_and_taken_up_again_is_sent_again() -> None:
+    talk = connected()
+    talk.ask(ENDPOINT, ["other"])
+    talk.ask(ENDPOINT, ["web"])
+    assert talk.said() == [("endpoints", ("web",))]
+
+
+def test_request_with_a_stale_nonce_says_nothing() -> None:
+    talk = connected(world(clusters={"a": 0, "web": 0}))
+    old = talk.last[ENDPOINT].nonce
+    talk.offer(world(clusters={"a": 0, "web": 0}, ports={"a": 9000}))
+    assert talk.said() == [("endpoints", ("a",))]
+    assert talk.ask(ENDPOINT, ["a", "late", "web"], nonce=old) is None
+    talk.offer(world(clusters={"a": 0, "late": 0, "web": 0}, ports={"a": 9000}))
+    # The new cluster's endpoints come with it; those that the stale request named do not.
+    assert ("endpoints", ("late",)) in talk.said()
+    answer = talk.ask(ENDPOINT, ["a", "late", "web"])
+    assert answer == Ack(ENDPOINT, talk.last[ENDPOINT].nonce)
+    assert talk.said() == [("endpoints", ("late",))]
+
+
+def test_name_that_does_not_exist_is_sent_when_it_does() -> None:
+    talk = Talk(world())
+    talk.ask(ENDPOINT, ["late"])
+    assert talk.said() == []
+    talk.offer(world(clusters={"late": 0}, routes={}, listeners={}))
+    assert talk.said() == [("endpoints", ("late",))]
+
+
+def test_asking_for_a_cluster_that_does_not_exist_is_answered_with_none() -> None:
+    talk = Talk(world())
+    talk.ask(CLUSTER, ["nowhere"])
+    assert talk.said() == [("cluster", ())]
+
+
+def test_reconnect_with_the_same_version_is_sent_no_listeners_and_clusters() -> None:
+    before = connected()
+    talk = Talk(world())
+    talk.ask(CLUSTER, version=before.last[CLUSTER].version)
+    talk.ask(LISTENER, version=before.last[LISTENER].version)
+    assert talk.said() == []
+    assert talk.stream.settled is False  # its route is not asked for yet
+    talk.offer(world(listeners={}))
+    assert talk.said() == [("listener", ())]
+
+
+def test_reconnect_with_an_old_version_is_sent_everything() -> None:
+    before = connected()
+    talk = Talk(world(clusters={"web": 1}))
+    talk.ask(CLUSTER, version=before.last[CLUSTER].version)
+    assert talk.said() == [("cluster", ("web",))]
+
+
+def test_cluster_to_go_stays_until_the_new_route_is_acknowledged() -> None:
+    talk = connected(world(clusters={"old": 0, "web": 0}, routes={"to-web": ("old", 0)}))
+    talk.offer(world(clusters={"web": 1}))
+    assert talk.said() == [
+        ("cluster", ("web", "old")),
+        ("endpoints", ("web",)),
+        ("route", ("to-web",)),
+    ]
+    talk.ack()
+    assert talk.said() == [("cluster", ("web",))]
+    talk.ack()
+    assert talk.said() == []
+    assert talk.stream.settled
+
+
+def test_listener_is_deleted_by_leaving_it_out() -> None:
+    talk = connected()
+    talk.offer(world(listeners={}))
+    assert talk.said() == [("listener", ())]
+    talk.ack()
+    assert talk.said() == []
+
+
+def test_nack_is_kept_and_does_not_loop() -> None:
+    talk = connected()
+    talk.offer(world(clusters={"web": 1}))
+    talk.said()
+    version, nonce = talk.last[CLUSTER].version, talk.last[CLUSTER].nonce
+    nack = Nack(CLUSTER, nonce, version, "bad")
+    assert talk.ask(CLUSTER, error="bad") == nack
+    talk.ack(ENDPOINT)
+    assert talk.said() == []
+    assert talk.stream.rejected == (nack,)
+    talk.offer(world())
+    assert talk.said() == [("cluster", ("web",)), ("endpoints", ("web",))]
+    talk.ack()
+    assert talk.stream.rejected == ()
+
+
+def test_slow_client_skips_the_states_in_between() -> None:
+    talk = connected()
+    for variant in range(1, 30):
+        talk.offer(world(clusters={"web": variant}))
+    assert talk.said() == [("cluster", ("web",)), ("endpoints", ("web",))]
