@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from redirector import check, compare, steering
+from redirector import check, compare, demo, steering
 from redirector.bootstrap import bootstrap
 from redirector.enrollment import Enrollment, PodStatus, default_enrollment
 from redirector.errors import RedirectorError
@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     unenroll = add("unenroll", _unenroll, "make a pod's traffic direct again")
     unenroll.add_argument("name", metavar="NAME")
     add("uninstall", _uninstall, "remove everything from this machine's kernel")
+    shown = add("demo", _demo, "steer real pods through real Envoys and show it")
+    demo.add_arguments(shown)
     compare.add_arguments(add("compare", _compare, "compare both modes: latency and CPU price"))
     return parser
 
@@ -207,6 +209,10 @@ def _uninstall(_arguments: argparse.Namespace, context: Context) -> int:
         print(f"redirector: {problem}", file=sys.stderr)
     context.out.write("nothing of redirector is left\n" if not problems else "")
     return 1 if problems else 0
+
+
+def _demo(arguments: argparse.Namespace, context: Context) -> int:
+    return demo.run(arguments, context.out)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 
 class AttachType(IntEnum):
@@ -96,6 +97,53 @@ def link_target(fd: int) -> int:
     _check(_lib().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)), "link info")
     # A namespace's number has 32 bits; what follows is the attach type.
     return int(info.target & 0xFFFFFFFF if info.type == _BPF_LINK_TYPE_NETNS else info.target)
+
+
+class Kind(StrEnum):
+    """What a descriptor of the bpf syscall is; the values are the kernel's own names for them."""
+
+    MAP = "bpf-map"
+    PROGRAM = "bpf-prog"
+    LINK = "bpf-link"
+
+
+class ObjectId(NamedTuple):
+    """A kernel object while it lives: each kind counts its own ids, none is used twice."""
+
+    kind: Kind
+    id: int
+
+
+class _ObjectInfo(ctypes.Structure):
+    """How bpf_map_info, bpf_prog_info and bpf_link_info all begin, linux/bpf.h."""
+
+    _fields_ = (("type", ctypes.c_uint32), ("id", ctypes.c_uint32))
+
+
+def object_id(fd: int) -> ObjectId:
+    """The kind and id of what a descriptor refers to (bpf_obj_get_info_by_fd)."""
+    info = _ObjectInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    _check(_lib().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)), "info")
+    # "anon_inode:bpf-map"; links are "bpf-link" or "bpf_link", by who made the descriptor.
+    name = os.readlink(f"/proc/self/fd/{fd}").rpartition(":")[2].replace("_", "-")
+    return ObjectId(Kind(name), info.id)
+
+
+def is_alive(identity: ObjectId) -> bool:
+    """Whether the kernel still has this object (bpf_*_get_fd_by_id)."""
+    by_id = {
+        Kind.MAP: _lib().bpf_map_get_fd_by_id,
+        Kind.PROGRAM: _lib().bpf_prog_get_fd_by_id,
+        Kind.LINK: _lib().bpf_link_get_fd_by_id,
+    }[identity.kind]
+    try:
+        os.close(_check(by_id(identity.id), f"{identity.kind} {identity.id}"))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return True
 
 
 def map_update(fd: int, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
