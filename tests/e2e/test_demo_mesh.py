@@ -1,0 +1,171 @@
+"""The demo's manifests, served by the xDS server, steered in each mode: what applications see."""
+
+import http.client
+import json
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+from running import Sidecar, XdsServer, eventually
+
+from redirector.enrollment import Enrollment
+from redirector.lab import LabPod, Node
+from redirector.model import Mode
+
+pytestmark = pytest.mark.root
+
+PATIENCE_S = 30
+WEB, WEB_V1 = "10.96.77.1", "10.96.77.2"
+PODS = {"client": "10.77.0.10", "web-v1": "10.77.0.11", "web-v2": "10.77.0.12"}
+PLAIN_IP = "10.77.0.13"
+APP_PORT = 8080
+
+#: Answers with its own name and what it saw.
+APP = """
+import json, socket, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class App(BaseHTTPRequestHandler):
+    wbufsize = -1
+    def do_GET(self):
+        seen = {"app": sys.argv[1], "peer": self.client_address[0], "path": self.path,
+                "headers": {key.lower(): value for key, value in self.headers.items()}}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(seen).encode())
+    do_POST = do_GET
+class Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+Server(("::", int(sys.argv[2])), App).serve_forever()
+"""
+
+
+#: Method, path, headers.
+Request = tuple[str, str, dict[str, str]]
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    seen: dict[str, Any] = field(default_factory=dict)
+
+
+def _ask(address: str, port: int, requests: list[Request]) -> list[Answer]:
+    """Each request on a connection of its own; runs inside a pod."""
+    answers = []
+    for method, path, headers in requests:
+        connection = http.client.HTTPConnection(address, port, timeout=PATIENCE_S)
+        try:
+            connection.request(method, path, headers=headers)
+            response = connection.getresponse()
+            body = response.read()
+            seen = json.loads(body) if response.status == 200 else {}
+            named = {key.lower(): value for key, value in response.getheaders()}
+            answers.append(Answer(response.status, named, seen))
+        except (ConnectionError, http.client.BadStatusLine):
+            answers.append(Answer(0))
+        finally:
+            connection.close()
+    return answers
+
+
+@dataclass
+class Demo:
+    client: LabPod
+    plain: LabPod
+
+    def ask(
+        self,
+        address: str,
+        port: int = 80,
+        path: str = "/",
+        method: str = "GET",
+        headers: dict[str, str] | None = None,
+    ) -> Answer:
+        return self.ask_all(address, port, [(method, path, headers or {})])[0]
+
+    def ask_all(
+        self, address: str, port: int, requests: list[Request], pod: LabPod | None = None
+    ) -> list[Answer]:
+        answers: list[Answer] = (pod or self.client).call(_ask, address, port, requests)
+        return answers
+
+
+def _configured(sidecar: Sidecar) -> bool:
+    return sidecar.listeners() == ["inbound", "outbound"]
+
+
+def _listens(address: str) -> bool:
+    try:
+        socket.create_connection((address, APP_PORT), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(params=list(Mode))
+def demo(
+    request: pytest.FixtureRequest,
+    node: Node,
+    enrollment: Enrollment,
+    serve: Callable[[], XdsServer],
+    sidecar: Callable[[str, str, str], Sidecar],
+    place: Any,
+) -> Demo:
+    server = serve()
+    sidecars = [sidecar(name, ip, f"unix:{server.socket}") for name, ip in PODS.items()]
+    pods = {one.name: one._pod for one in sidecars}
+    pods["plain"] = node.pod("plain", PLAIN_IP)
+    for name, pod in pods.items():
+        with (place / f"{name}-app.log").open("wb") as log:
+            pod.popen([sys.executable, "-c", APP, name, str(APP_PORT)], stdout=log, stderr=log)
+        eventually(f"the application of {name}", partial(pod.call, _listens, pod.ip))
+    for one in sidecars:
+        eventually("listeners", partial(_configured, one))
+        pod = one._pod
+        # The sidecar calls its application from here; 127.0.0.6 is there by itself.
+        pod.run(["ip", "-6", "address", "replace", "::6/128", "dev", "lo"], check=True)
+        enrollment.enroll(pod.name, pod.netns, pod.cgroup, request.param)
+    return Demo(pods["client"], pods["plain"])
+
+
+def test_what_applications_see(demo: Demo) -> None:
+    # The header match, by the service's own address; the client's address on the other side.
+    answer = demo.ask(WEB, headers={"x-user": "tester"})
+    assert (answer.status, answer.seen["app"]) == (200, "web-v2")
+    assert answer.seen["headers"]["x-forwarded-for"] == PODS["client"]
+    assert answer.seen["peer"] == "::ffff:127.0.0.6"
+    # The split and the header changes.
+    answers = demo.ask_all(WEB, 80, [("GET", "/", {})] * 100)
+    split = Counter(answer.seen["app"] for answer in answers)
+    assert 70 <= split["web-v1"] < 100
+    assert {answer.seen["headers"]["x-routed-by"] for answer in answers} == {"redirector"}
+    assert {answer.headers["x-route"] for answer in answers} == {"split"}
+    # The Host header does not choose the service.
+    assert demo.ask(WEB_V1, headers={"Host": "web-v2.demo"}).seen["app"] == "web-v1"
+    # The policy holds by every way in: through the service, and to the pod itself.
+    for address, port in ((WEB, 80), (PODS["web-v1"], APP_PORT)):
+        assert demo.ask(address, port, "/admin").status == 403
+        assert demo.ask(address, port, "/%61dmin").status == 403
+        assert demo.ask(address, port, method="POST").status == 403
+        assert demo.ask(address, port, "/fine").status == 200
+    # From a pod without a sidecar, too; and to it, everything passes.
+    requests: list[Request] = [("GET", "/fine", {}), ("GET", "/admin", {})]
+    direct = demo.ask_all(PODS["web-v1"], APP_PORT, requests, demo.plain)
+    assert [answer.status for answer in direct] == [200, 403]
+    assert direct[0].seen["headers"]["x-forwarded-for"] == PLAIN_IP
+    passed = demo.ask(PLAIN_IP, APP_PORT, "/admin", method="POST")
+    assert (passed.status, passed.seen["peer"]) == (200, f"::ffff:{PODS['client']}")
+    # Nobody listens there: refused, or closed by the sidecar that cannot reach it either.
+    assert demo.ask(PLAIN_IP, 9).status == 0
+    # Straight to a listener there is no original destination: refused, and no loop.
+    for port in (15001, 15006):
+        assert demo.ask(PODS["web-v1"], port).status == 0
+    # Over IPv6, to a port that nothing declares.
+    (six,) = demo.ask_all(demo.client.ip6, APP_PORT, requests[:1], demo.plain)
+    assert (six.status, six.seen["app"], six.seen["peer"]) == (200, "client", "::6")
