@@ -6,11 +6,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TextIO, TypeVar
+from typing import Self, TextIO, TypeVar
 
 from redirector.compare import host, load, statistics
 from redirector.compare.cases import CASES, Case, Rung
@@ -109,14 +109,20 @@ def compare(plan: Plan, cpu: int, say: Progress) -> Report:
     """Lay out the pods, measure, take everything down again."""
     results: list[statistics.Result] = []
     say("laying out pods and sidecars")
-    with _orderly_end(), _off_cpu(cpu), Topology(plan.rungs, cpu=cpu) as topology:
+    with (
+        _Interruption() as interruption,
+        _off_cpu(cpu),
+        Topology(plan.rungs, cpu=cpu) as topology,
+        interruption.until_cleanup(),
+    ):
         facts = host.describe(
             topology.envoy, cpu=cpu, rounds=plan.rounds, warmup=plan.warmup, seconds=plan.seconds
         )
-        say(f"{plan.cells()} measurements in {plan.rounds} rounds, all on CPU {cpu}")
+        say(f"node {topology.name}: {plan.cells()} measurements, all on CPU {cpu}")
         started = time.monotonic()
         shown: tuple[int, Case] | None = None
         for number, case, rung in plan.order():
+            interruption.check()
             elapsed = time.monotonic() - started
             if shown != (number, case):
                 shown = (number, case)
@@ -151,19 +157,48 @@ def compare(plan: Plan, cpu: int, say: Progress) -> Report:
     return Report(facts, plan.rounds, plan.cases, plan.rungs, tuple(results), tuple(ratios))
 
 
-@contextmanager
-def _orderly_end() -> Iterator[None]:
-    """Unwind, and so clean up, when told to terminate, as for Ctrl-C."""
+class _Interruption:
+    """Ends the run in good order when a signal asks for it; a context manager."""
 
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._asked: int | None = None
+        self._cleaning = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for number in self.SIGNALS:
+            self._stack.callback(signal.signal, number, signal.signal(number, self._handle))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        # A forked child has a copy of our stack: unwinding it would clean up beneath our feet.
+        if os.getpid() != self._owner:
+            os._exit(128 + number)
+        again, self._asked = self._asked is not None, number
+        # Cleaning up is what was asked for; asking again must not stop it.
+        if not again and not self._cleaning:
+            self.check()
+
+    @contextmanager
+    def until_cleanup(self) -> Iterator[None]:
+        """What is unwound after this is not interrupted."""
+        try:
+            yield
+        finally:
+            self._cleaning = True
+
+    def check(self) -> None:
+        """Raise if asked to end; Python swallows what a handler raises within a fork's hooks."""
+        if self._asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._asked is not None:
+            raise SystemExit(128 + self._asked)
 
 
 @contextmanager

@@ -97,6 +97,11 @@ class Topology:
         """Unenroll, kill and remove everything; a second call does nothing."""
         self._stack.close()
 
+    @property
+    def name(self) -> str:
+        """The name that everything it made begins with."""
+        return self._node.name
+
     def way(self, case: Case, rung: Rung) -> Way:
         """Return the way of a case on a rung that can carry it."""
         port = _PORTS.get(case.load, FORWARD_PORT if case.sidecars == 2 else ANSWER_PORT)
