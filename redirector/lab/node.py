@@ -80,9 +80,9 @@ class LabPod:
     ) -> "subprocess.Popen[Any]":
         """Start a program in the pod, with subprocess.Popen's options; killed on `Node.close`.
 
-        In a session of its own, so that a Ctrl-C is for us to handle and not for the pod.
+        In a process group of its own, so that a Ctrl-C is for us to handle and not for the pod.
         """
-        popen_options.setdefault("start_new_session", True)
+        popen_options.setdefault("process_group", 0)
         place = self.place(sidecar=sidecar, uid=uid, gid=gid, cpus=cpus)
         child = subprocess.Popen(argv, preexec_fn=place.enter, **popen_options)
         self._children.append(child)

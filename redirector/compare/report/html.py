@@ -84,9 +84,9 @@ def _losses(report: Report) -> Iterator[str]:
     if not report.losses:
         yield "<p>Nowhere in this run, beyond the spread of the rounds.</p>"
     for versus, title in (
-        (Rung.IPTABLES, "to iptables"),
-        (Rung.EBPF, "acceleration to steering alone"),
-        (Rung.UNIX, "to a Unix socket set up by hand"),
+        (Rung.IPTABLES, "against iptables"),
+        (Rung.EBPF, "against steering alone"),
+        (Rung.UNIX, "against a Unix socket"),
     ):
         found = [loss for loss in report.losses if loss.versus is versus]
         if found:
