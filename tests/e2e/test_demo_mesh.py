@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from running import Sidecar, XdsServer, eventually
+from sockets import pod_socket
 
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
@@ -47,6 +49,14 @@ Server(("::", int(sys.argv[2])), App).serve_forever()
 #: Method, path, headers.
 Request = tuple[str, str, dict[str, str]]
 
+#: Ends the object that is being told of, after another one.
+MORE = """metadata: {name: more, namespace: demo}
+spec: {clusterIP: 10.96.77.9, ports: [{name: http, port: 80}]}
+---
+apiVersion: v1
+kind: Service
+"""
+
 
 @dataclass
 class Answer:
@@ -78,6 +88,7 @@ def _ask(address: str, port: int, requests: list[Request]) -> list[Answer]:
 class Demo:
     client: LabPod
     plain: LabPod
+    server: XdsServer
 
     def ask(
         self,
@@ -131,7 +142,7 @@ def demo(
         # The sidecar calls its application from here; 127.0.0.6 is there by itself.
         pod.run(["ip", "-6", "address", "replace", "::6/128", "dev", "lo"], check=True)
         enrollment.enroll(pod.name, pod.netns, pod.cgroup, request.param)
-    return Demo(pods["client"], pods["plain"])
+    return Demo(pods["client"], pods["plain"], server)
 
 
 def test_what_applications_see(demo: Demo) -> None:
@@ -169,3 +180,40 @@ def test_what_applications_see(demo: Demo) -> None:
     # Over IPv6, to a port that nothing declares.
     (six,) = demo.ask_all(demo.client.ip6, APP_PORT, requests[:1], demo.plain)
     assert (six.status, six.seen["app"], six.seen["peer"]) == (200, "client", "::6")
+
+
+@pytest.mark.parametrize("demo", [Mode.EBPF], indirect=True)
+def test_changes_hold_at_once_and_close_no_connection(demo: Demo, manifests: Path) -> None:
+    """One connection of the application, through all of them."""
+    connection = http.client.HTTPConnection(WEB, 80)
+    connection.sock = pod_socket(demo.client)
+    connection.sock.settimeout(PATIENCE_S)
+    connection.sock.connect((WEB, 80))
+    socket_of_the_first = connection.sock
+
+    def status(path: str) -> int:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read()
+        assert connection.sock is socket_of_the_first, "the connection was closed"
+        return response.status
+
+    def changed(name: str, old: str, new: str) -> None:
+        text = (manifests / name).read_text()
+        assert old in text
+        event = demo.server.event_after(
+            lambda: (manifests / name).write_text(text.replace(old, new))
+        )
+        assert event["nacks"] == []
+
+    assert status("/fine") == 200
+    # A policy, who is meant by one, a service more, where a route goes.
+    changed("policy-web.yaml", "/admin*", "/fine*")
+    # Envoy's main thread has acknowledged; its worker may be a moment behind.
+    eventually("the new policy", lambda: status("/fine") == 403)
+    assert status("/admin") == 200
+    changed("pod-plain.yaml", PLAIN_IP, "10.77.0.77")
+    changed("service-web-v1.yaml", "kind: Service\n", f"kind: Service\n{MORE}")
+    assert (status("/fine"), status("/admin")) == (403, 200)
+    changed("route-web.yaml", "weight: 90", "weight: 0")
+    assert (status("/fine"), status("/admin")) == (403, 200)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,12 +92,16 @@ class Running:
         method: str = "GET",
         client: int = FRIEND,
         headers: Mapping[str, str] | None = None,
+        more: Iterable[tuple[str, str]] = (),
     ) -> Answer:
         connection = http.client.HTTPConnection(
             f"{self.net}.{target}", HTTP, PATIENCE_S, source_address=(f"{self.net}.{client}", 0)
         )
         try:
-            connection.request(method, path, headers=headers or {})
+            connection.putrequest(method, path, skip_host="Host" in (headers or {}))
+            for name, value in [*(headers or {}).items(), *more]:
+                connection.putheader(name, value)
+            connection.endheaders()
             response = connection.getresponse()
             body = response.read()
             seen = json.loads(body) if response.status == 200 else {}
@@ -229,6 +233,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (200, BY_HOST, "POST", "/admin", {"Host": "a.example.com"}),
         (200, BY_HOST, "GET", "/fine", {"Host": "A.B.Example.COM:99"}),
         (200, BY_HOST, "GET", "/fine", {"Host": "exact.test:8080"}),
+        (200, BY_HOST, "GET", "/fine", {"Host": "exact.test."}),
         (403, BY_HOST, "GET", "/fine", {"Host": "exactXtest"}),
         (403, BY_HOST, "GET", "/fine", {"Host": "example.com"}),
         (403, BY_HOST, "GET", "/fine", {"Host": "a.example.com.evil.test"}),
@@ -240,6 +245,19 @@ def test_policy_on_an_http_port(
 ) -> None:
     given = {key: value.replace("NET", mesh.net) for key, value in headers.items()}
     assert mesh.ask(PODS["guarded"], path, method, client, given).status == expected
+
+
+def test_a_denied_header_does_not_hide_behind_another(mesh: Running) -> None:
+    def status(*headers: tuple[str, str]) -> int:
+        return mesh.ask(PODS["guarded"], "/fine", more=headers).status
+
+    agent = ("x-agent", "bot/7")
+    assert status(("x-tier", "guest"), ("x-tier", "guest"), agent) == 403
+    assert status(("x-tier", "member"), ("x-tier", "guest"), agent) == 403
+    assert status(("x-tier", "guest , member"), ("x-agent", "curl"), agent) == 403
+    assert status(("x-tier", "guests"), agent) == 200
+    assert status(("x-tier", "no guest"), agent) == 200
+    assert status(("x-tier", "guest"), ("x-agent", "robot")) == 200
 
 
 def test_an_escaped_slash_is_sent_round_again(mesh: Running) -> None:

@@ -234,21 +234,22 @@ def build_service(
     raw: RawService, slices: Iterable[Slice], protocols: Mapping[RawPort, Protocol]
 ) -> Service:
     """The service with the endpoints its slices (all those given) name."""
-    found: dict[int, dict[Endpoint, SliceEndpoint]] = defaultdict(dict)
+    ready: dict[int, set[Endpoint]] = defaultdict(set)
+    serving: dict[int, set[Endpoint]] = defaultdict(set)
     for piece in slices:
         for port, number in _pairs(raw, piece):
             for endpoint in piece.endpoints:
-                for address in endpoint.addresses:
-                    found[port.number][Endpoint(address, number)] = endpoint
+                places = {Endpoint(address, number) for address in endpoint.addresses}
+                if endpoint.ready:
+                    ready[port.number] |= places
+                elif endpoint.serving:
+                    serving[port.number] |= places
     ports = []
     for port in raw.ports:
-        places = found[port.number]
         # As kube-proxy does: with none ready, those that still serve while they end.
-        usable = [at for at, endpoint in places.items() if endpoint.ready] or [
-            at for at, endpoint in places.items() if endpoint.serving
-        ]
-        usable.sort(key=lambda at: (*_address_key(at.address), at.port))
-        ports.append(ServicePort(port.number, protocols[port], tuple(usable)))
+        usable = ready[port.number] or serving[port.number]
+        chosen = sorted(usable, key=lambda at: (*_address_key(at.address), at.port))
+        ports.append(ServicePort(port.number, protocols[port], tuple(chosen)))
     return Service(raw.name, raw.addresses, tuple(ports))
 
 

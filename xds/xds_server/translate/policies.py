@@ -109,7 +109,8 @@ def _policy(rule: PolicyRule, *, http: bool, deny: bool) -> rbac_pb2.Policy | No
         return None
     permission = _any_of(operations) if operations else _ANYTHING
     if http and rule.headers:
-        permission = _all_of([permission, *(_header(header) for header in rule.headers)])
+        headers = (_any_value(header) if deny else header for header in rule.headers)
+        permission = _all_of([permission, *map(_header, headers)])
     principals = [_source(source) for source in rule.sources] or [_ANYONE]
     return rbac_pb2.Policy(permissions=[permission], principals=principals)
 
@@ -170,6 +171,15 @@ def _header(match: NamedMatch) -> rbac_pb2.Permission:
     return rbac_pb2.Permission(header=header)
 
 
+def _any_value(match: NamedMatch) -> NamedMatch:
+    """A header that is sent twice reaches the matcher as one, with a comma between the values: a
+    DENY looks at each of them, so that none hides behind another."""
+    value = match.value
+    body = f"(?:{value.value})" if value.kind is MatchKind.REGEX else re.escape(value.value)
+    end = ".*" if value.kind is MatchKind.PREFIX else r"(?:[ \t]*,.*)?"
+    return NamedMatch(match.name, StringMatch(MatchKind.REGEX, rf"(?:.*,[ \t]*)?{body}{end}"))
+
+
 def _path(match: StringMatch) -> rbac_pb2.Permission:
     """The path without its query."""
     result = rbac_pb2.Permission()
@@ -178,8 +188,8 @@ def _path(match: StringMatch) -> rbac_pb2.Permission:
 
 
 def _authority(host: StringMatch) -> StringMatch:
-    """A host in any case and with any port."""
+    """A host in any case, with any port, and also with the dot that ends a complete name."""
     body = re.escape(host.value)
     before = ".*" if host.kind is MatchKind.SUFFIX else ""
     after = ".*" if host.kind is MatchKind.PREFIX else ""
-    return StringMatch(MatchKind.REGEX, f"(?i){before}{body}{after}(:[0-9]+)?")
+    return StringMatch(MatchKind.REGEX, f"(?i){before}{body}{after}\\.?(:[0-9]+)?")

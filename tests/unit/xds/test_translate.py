@@ -1,0 +1,143 @@
+"""What holds for every translation; what it looks like is in the golden files."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from envoy_static import HCM, as_json
+from xds_server.ingest import ingest
+from xds_server.ir import HeaderChange, Mesh, NodeId
+from xds_server.sources.files import parse
+from xds_server.sources.objects import KubeObject
+from xds_server.translate import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resources, translate
+
+from redirector.errors import InputError
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = sorted((ROOT / "tests" / "golden" / "xds").glob("*.in.yaml"))
+CLIENT = NodeId("10.77.0.10", "client", "demo")
+WEB_V1 = NodeId("10.77.0.11", "web-v1", "demo")
+WEB_V2 = NodeId("10.77.0.12", "web-v2", "demo")
+
+
+def demo() -> list[KubeObject]:
+    files = sorted((ROOT / "manifests" / "demo").iterdir())
+    return [found for file in files for found in parse(file.name, file.read_text())[0]]
+
+
+def mesh_of(objects: list[KubeObject]) -> Mesh:
+    mesh, problems = ingest(objects)
+    assert problems == []
+    return mesh
+
+
+def content(resources: Resources) -> list[tuple[str, str, bytes]]:
+    return [
+        (url, name, message.SerializeToString(deterministic=True))
+        for url, named in resources.items()
+        for name, message in named.items()
+    ]
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.name)
+def test_the_order_of_objects_does_not_matter(file: Path) -> None:
+    objects, _ = parse(file.name, file.read_text())
+    node = NodeId.parse(file.read_text().splitlines()[0].removeprefix("# node: "))
+    mesh, problems = ingest(objects)
+    expected = content(translate(mesh, node))
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(objects, len(objects))
+        again, wrong = ingest(shuffled)
+        # Of two objects that exclude each other it is the second one that is named.
+        assert bool(wrong) == bool(problems)
+        if not problems:
+            assert content(translate(again, node)) == expected
+
+
+def test_resources_are_sorted() -> None:
+    for named in translate(mesh_of(demo()), WEB_V1).values():
+        assert list(named) == sorted(named)
+
+
+def test_sidecars_share_messages() -> None:
+    mesh = mesh_of(demo())
+    one, two, other = (translate(mesh, node) for node in (WEB_V1, WEB_V2, CLIENT))
+    for url in (CLUSTER, ENDPOINT):
+        assert all(one[url][name] is other[url][name] for name in one[url])
+    assert one[LISTENER]["outbound"] is other[LISTENER]["outbound"]
+    # Two pods of one kind have the same ports and policies.
+    assert one[LISTENER]["inbound"] is two[LISTENER]["inbound"]
+    assert one[ROUTE]["inbound"] is two[ROUTE]["inbound"]
+    assert "inbound" not in other[ROUTE]
+
+
+def test_all_that_is_named_is_there() -> None:
+    for node in (CLIENT, WEB_V1, NodeId("10.77.0.99", "stranger", "demo")):
+        resources = translate(mesh_of(demo()), node)
+        assert set(resources) == {CLUSTER, ENDPOINT, LISTENER, ROUTE}
+        named = set()
+        for listener in resources[LISTENER].values():
+            for chain in listener.filter_chains:  # type: ignore[attr-defined]
+                for part in chain.filters:
+                    if part.typed_config.Is(HCM.DESCRIPTOR):
+                        manager = HCM()
+                        part.typed_config.Unpack(manager)
+                        named.add(manager.rds.route_config_name)
+        assert named == set(resources[ROUTE])
+        eds = {
+            name
+            for name, cluster in resources[CLUSTER].items()
+            if json.loads(as_json(cluster))["type"] == "EDS"
+        }
+        assert eds == set(resources[ENDPOINT])
+
+
+@pytest.mark.parametrize(
+    ("text", "node"),
+    [
+        (
+            "sidecar~10.0.0.1~web-v1.demo~demo.svc.cluster.local",
+            NodeId("10.0.0.1", "web-v1", "demo"),
+        ),
+        ("sidecar~fd00:0::1~a.b.c~c.svc.example.org", NodeId("fd00::1", "a.b", "c")),
+    ],
+)
+def test_node_id(text: str, node: NodeId) -> None:
+    assert NodeId.parse(text) == node
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sidecar",
+        "router~10.0.0.1~web.demo~demo.svc.cluster.local",
+        "sidecar~10.0.0~web.demo~demo.svc.cluster.local",
+        "sidecar~10.0.0.1~web~demo.svc.cluster.local",
+        "sidecar~10.0.0.1~web.demo~other.svc.cluster.local",
+        "sidecar~10.0.0.1~web.demo~demo.svc.cluster.local~",
+        "x" * 100_000,
+    ],
+)
+def test_what_is_not_a_node_id(text: str) -> None:
+    with pytest.raises(
+        InputError, match=r"node id .* must look like 'sidecar~10\.0\.0\.1~POD"
+    ) as found:
+        NodeId.parse(text)
+    assert len(str(found.value)) < 400
+
+
+def test_header_changes_one_after_the_other() -> None:
+    rule = HeaderChange(
+        set=(("A", "1"), ("b", "1"), ("c", "1")), add=(("d", "1"), ("E", "1")), remove=("f",)
+    )
+    backend = HeaderChange(
+        set=(("a", "2"), ("f", "2")), add=(("c", "2"), ("d", "2")), remove=("e",)
+    )
+    assert rule.then(backend) == HeaderChange(
+        set=(("b", "1"), ("c", "1"), ("a", "2"), ("f", "2")),
+        add=(("d", "1"), ("c", "2"), ("d", "2")),
+        remove=("f", "e"),
+    )
+    assert not HeaderChange().then(HeaderChange())
