@@ -3,11 +3,14 @@
 import json
 import os
 import time
+from functools import partial
+from typing import Any
 
 from redirector.datapath.pins import ALL_HOOKS
 from redirector.demo.console import Console
 from redirector.demo.world import (
     ADDRESSES,
+    ADMIN_PORT,
     CLIENT,
     ENROLLED,
     PLAIN,
@@ -41,7 +44,11 @@ def lay_out(world: World, console: Console) -> None:
     world.start_sidecars()
     info = json.loads(world.admin(CLIENT, "/server_info") or "{}")
     version = info["version"].split("/")[1]
-    console.check(info["state"] != "LIVE", f"Envoy {version} in three of them", _since(started))
+    console.check(
+        info["state"] != "LIVE",
+        f"Envoy {version} in three of them, waiting for its configuration",
+        _since(started),
+    )
     console.table(
         ("pod", "address", "runs"),
         [(name, address, _runs(name)) for name, address in ADDRESSES.items()],
@@ -51,6 +58,24 @@ def lay_out(world: World, console: Console) -> None:
     ours = [world.pods[name].sidecar / "cgroup.procs" for name in ENROLLED]
     apart = all(len(path.read_text().split()) == 1 for path in ours)
     console.check(apart, "each sidecar is alone in its cgroup")
+    console.quiet(f"$ redirector bootstrap {CLIENT} --ip {ADDRESSES[CLIENT]} --xds unix:xds.sock")
+    asked = [_ads_config(world, name) for name in ENROLLED]
+    console.check(
+        all(config.get("api_type") == "DELTA_GRPC" for config in asked)
+        and all(config.get("set_node_on_first_message_only") for config in asked),
+        "each wants delta ADS, and says who it is only once",
+    )
+    reachable = [name for name in ENROLLED if world.accepts(name, ADDRESSES[name], ADMIN_PORT)]
+    console.check(not reachable, "each admin interface is on loopback only", ", ".join(reachable))
+
+
+def _ads_config(world: World, pod: str) -> dict[str, Any]:
+    """How a sidecar itself says that it asks for its configuration."""
+    dump = json.loads(world.admin(pod, "/config_dump") or "{}")
+    for config in dump.get("configs", ()):
+        if "bootstrap" in config:
+            return dict(config["bootstrap"]["dynamic_resources"]["ads_config"])
+    return {}
 
 
 def _runs(pod: str) -> str:
@@ -63,7 +88,7 @@ def serve(world: World, console: Console) -> None:
     """The xDS server on the demo's manifests; the sidecars become ready."""
     files = sorted(path.name for path in world.manifests_source.iterdir())
     console.say(f"{len(files)} manifests: Namespace, Pods, Services, EndpointSlices, an HTTPRoute,")
-    console.say("an AuthorizationPolicy. The directory is watched: a changed file is a push.")
+    console.say("AuthorizationPolicies. The directory is watched: a changed file is a push.")
     console.waiting("starting xds-server")
     started = time.monotonic()
     listening = world.start_xds_server()
@@ -73,15 +98,12 @@ def serve(world: World, console: Console) -> None:
     console.check(True, "xds-server serves delta ADS", _since(started))
     console.waiting("waiting for the sidecars' configuration")
     for name in ENROLLED:
-        world.wait(lambda pod=name: world.admin(pod, "/ready"), f"{name}'s sidecar")  # type: ignore[misc]
+        world.wait(partial(world.admin, name, "/ready"), f"{name}'s sidecar")
     console.check(True, "every sidecar has its configuration", f"{_since(started)} from its start")
     stats = {name: _stats(world, name) for name in ENROLLED}
     console.table(
-        ("sidecar", *_READY_STATS.values(), "admin"),
-        [
-            (name, *(found[stat] for stat in _READY_STATS), "on loopback only")
-            for name, found in stats.items()
-        ],
+        ("sidecar", *_READY_STATS.values()),
+        [(name, *(found[stat] for stat in _READY_STATS)) for name, found in stats.items()],
     )
 
 

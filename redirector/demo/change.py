@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from redirector import machine, network
 from redirector.datapath.layout import Counter
+from redirector.demo import route
 from redirector.demo.client import Answer, Request
 from redirector.demo.console import Console
-from redirector.demo.show import FIRST_SHARE, check_split
+from redirector.demo.show import check_split
 from redirector.demo.traffic import Traffic
 from redirector.demo.world import (
     ADDRESSES,
@@ -27,11 +26,9 @@ from redirector.demo.world import (
     WEB_V2,
     World,
 )
-from redirector.errors import RedirectorError
 from redirector.model import Mode
 from redirector.modes.iptables import OUTPUT_CHAIN
 
-_ROUTE = "route-web.yaml"
 _NEW_WEIGHTS = {WEB_V1: 20, WEB_V2: 80}
 _BEFORE, _AFTER = 400, 600
 _KEPT, _FRESH, _PAUSE_S = 4, 4, 0.005
@@ -69,17 +66,18 @@ QUESTIONS = (
 
 def reweigh(world: World, console: Console) -> None:
     """New weights in the HTTPRoute; traffic follows."""
+    path = world.manifests / route.FILE
     with world.traffic(kept=_KEPT, fresh=_FRESH, pause=_PAUSE_S) as traffic:
         console.waiting(f"sending {_BEFORE} requests")
         before = traffic.wait_for(_BEFORE)
         console.say(f"{_KEPT + _FRESH} requests at a time, half of them on kept connections:")
         console.bars(before.split())
-        check_split(console, before, FIRST_SHARE)
+        check_split(console, before, route.weights(path))
         pushes = len(_events(world.events))
         weights = ", ".join(f"{name}: {weight}" for name, weight in _NEW_WEIGHTS.items())
         console.say()
-        console.say(f"now {_ROUTE} is edited: {weights}")
-        _edit_weights(world.manifests / _ROUTE)
+        console.say(f"Now {path.name} is edited: {weights}")
+        route.reweigh(path, _NEW_WEIGHTS)
         console.waiting("waiting for the sidecars' ACKs")
         world.wait(lambda: len(_events(world.events)) > pushes, "the push of the new weights")
         acked = time.monotonic()
@@ -89,7 +87,7 @@ def reweigh(world: World, console: Console) -> None:
         console.waiting(f"sending {_AFTER} requests")
         after = traffic.wait_for(_AFTER, since=acked)
         console.bars(after.split())
-        check_split(console, after, _NEW_WEIGHTS[WEB_V2] / sum(_NEW_WEIGHTS.values()))
+        check_split(console, after, route.weights(path))
         traffic.stop()
         _check_traffic(console, traffic)
 
@@ -116,29 +114,13 @@ def _check_traffic(console: Console, traffic: Traffic) -> None:
     console.check(
         not tally.failures,
         "no request failed",
-        f"{len(tally.failures)} of {len(tally.outcomes)}  {tally.why()}",
+        f"{len(tally.failures)} of {len(tally.outcomes)}  {tally.why()}".rstrip(),
     )
     console.check(
         tally.kept_open() == _KEPT,
         "the kept connections stayed open all the time",
         f"{tally.kept_open()} of {_KEPT}, {tally.kept} requests on them",
     )
-
-
-def _edit_weights(path: Path) -> None:
-    route = yaml.safe_load(path.read_text())
-    changed = 0
-    for rule in route["spec"]["rules"]:
-        for backend in rule["backendRefs"]:
-            if "weight" in backend:
-                backend["weight"] = _NEW_WEIGHTS[backend["name"]]
-                changed += 1
-    if changed != len(_NEW_WEIGHTS):
-        raise RedirectorError(f"{path.name}: has {changed} weights, not {len(_NEW_WEIGHTS)}")
-    # As an editor saves: a reader sees the old file or the new one.
-    staging = path.with_name(f".{path.name}.new")
-    staging.write_text(yaml.safe_dump(route, sort_keys=False))
-    staging.rename(path)
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -158,7 +140,9 @@ def change_modes(world: World, console: Console) -> None:
             rows.append(_change(world, console, traffic, mode))
             given.append(_answers(world))
         traffic.stop()
-        console.table(("meanwhile", "requests", "failed", "took"), rows)
+        console.table(
+            ("three pods, one after the other", "requests meanwhile", "failed", "took"), rows
+        )
         _check_traffic(console, traffic)
     _compare(console, given)
 

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
         except KeyboardInterrupt:
             interrupted = True
             console.say()
-            console.say("interrupted: taking everything down")
+            console.say("Interrupted: everything is taken down.")
         with _uninterrupted():
             if any(step.failed for step in steps):
                 _last_words(world, console)
@@ -112,7 +112,7 @@ def _compare(_world: World, console: Console) -> None:
     code = compare.run(options, table, progress=_Progress(console))
     console.say()
     for line in table.getvalue().splitlines():
-        console.say(line)
+        console.line(line)
     console.say()
     console.check(code == 0, "the comparison ran to its end")
 

@@ -20,6 +20,7 @@ class State(StrEnum):
 
     OK = "ok"
     FAILED = "FAILED"
+    STOPPED = "stopped"
     NOT_RUN = "not run"
 
 
@@ -32,7 +33,14 @@ class _Style(StrEnum):
     CYAN = "36"
 
 
-_STATE_STYLES = {State.OK: _Style.GREEN, State.FAILED: _Style.RED, State.NOT_RUN: _Style.YELLOW}
+_STATE_STYLES = {
+    State.OK: _Style.GREEN,
+    State.FAILED: _Style.RED,
+    State.STOPPED: _Style.YELLOW,
+    State.NOT_RUN: _Style.YELLOW,
+}
+#: How often a long wait says what it is at when there is no terminal, seconds.
+_PROGRESS_EVERY = 5.0
 
 
 @dataclass
@@ -54,13 +62,17 @@ class Console:
         self._out = out
         self._tty = out.isatty()
         self._step: Step | None = None
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
+        self._blank = True
 
     # -- words
 
     def line(self, text: str = "") -> None:
-        """A line as it is."""
-        self._write(f"{text}\n")
+        """A line as it is; of several empty ones only the first."""
+        if text or not self._blank:
+            self._write(f"{text}\n")
+        self._blank = not text
+        self._told = time.monotonic()
 
     def title(self, text: str, below: str) -> None:
         """The first lines."""
@@ -81,10 +93,10 @@ class Console:
             self._write(self._styled(f"{_INDENT}... {text}", _Style.DIM))
 
     def progress(self, text: str) -> None:
-        """What a long wait is at; without a terminal a line of its own."""
+        """What a long wait is at; without a terminal a line of its own every few seconds."""
         if self._tty:
             self.waiting(text)
-        else:
+        elif time.monotonic() - self._told >= _PROGRESS_EVERY:
             self.quiet(f"... {text}")
 
     # -- results
@@ -100,6 +112,9 @@ class Console:
         try:
             yield
             step.state = State.FAILED if step.failed else State.OK
+        except KeyboardInterrupt:
+            step.state = State.STOPPED
+            raise
         finally:
             step.seconds = time.monotonic() - started
             self._step = None
@@ -113,7 +128,7 @@ class Console:
             else:
                 self._step.failed.append(what)
         value = f"  {self._styled(str(seen), _Style.DIM)}" if str(seen) else ""
-        self.say(f"{self._mark(state)} {what}{value}")
+        self.say(f"{self._mark(state)} {what}{value}".rstrip())
         return passed
 
     def failure(self, text: str) -> None:
@@ -128,11 +143,10 @@ class Console:
         for step in steps:
             took = f"{step.seconds:6.1f} s" if step.state is not State.NOT_RUN else " " * 8
             passed = f"{step.passed:>3} checks" if step.passed else ""
-            self.say(
-                f"{self._mark(step.state)} {step.number}  {step.title:{wide}} {took}  {passed}"
-            )
+            line = f"{self._mark(step.state)} {step.number}  {step.title:{wide}} {took}  {passed}"
+            self.say(line.rstrip())
             for failed in step.failed:
-                self.say(f"{'':12}{failed}")
+                self.say(f"{'':11}{self._styled(failed, _Style.RED)}")
         good = sum(step.state is State.OK for step in steps)
         checks = sum(step.passed for step in steps)
         broken = sum(len(step.failed) for step in steps)

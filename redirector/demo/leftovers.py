@@ -17,6 +17,7 @@ from redirector.datapath.libbpf import Kind, ObjectId
 from redirector.demo.world import World
 from redirector.errors import RedirectorError
 from redirector.lab.cgroups import members
+from redirector.lab.node import NETNS_DIRECTORY
 from redirector.machine import cgroup2_mount
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def take_inventory(world: World) -> Inventory:
     alive = (_process(pid) for pid in {*members(cgroup), *children})
     return Inventory(
         objects=frozenset(_pinned(world.datapath.root)),
-        namespaces=(*(pod.netns for pod in pods), Path("/run/netns") / world.node.name),
+        namespaces=(*(pod.netns for pod in pods), NETNS_DIRECTORY / world.node.name),
         cookies=frozenset(network.netns_cookie(pod.netns) for pod in pods),
         cgroups=(cgroup, *(path for path in cgroup.rglob("*") if path.is_dir())),
         processes=frozenset(process for process in alive if process is not None),

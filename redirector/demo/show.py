@@ -1,11 +1,12 @@
 """Step 4: real HTTP through it, and what happened to it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from redirector.datapath.layout import Counter, Side
 from redirector.datapath.pins import OpenFlow
+from redirector.demo import route
 from redirector.demo.app import Seen
 from redirector.demo.client import Answer, Request
 from redirector.demo.console import Console
@@ -23,8 +24,6 @@ from redirector.demo.world import (
     World,
 )
 
-#: What manifests/demo/route-web.yaml begins with: the share of web-v2.
-FIRST_SHARE = 0.10
 _TESTER = {"x-user": "tester"}
 _SPLIT_REQUESTS = 600
 _KEPT, _FRESH, _PAUSE_S = 4, 2, 0.003
@@ -87,7 +86,8 @@ def _one_request(world: World, console: Console) -> int:
     )
     changed = (answer.headers.get("x-route"), headers.get("x-routed-by"))
     console.check(
-        changed == ("split", "redirector"), "the route's header filters were applied", changed
+        changed == ("split", "redirector"),
+        "the route's filters added a header to each direction",
     )
     return 1
 
@@ -167,7 +167,7 @@ def _split(world: World, console: Console) -> int:
         tally = traffic.wait_for(_SPLIT_REQUESTS)
         flows = world.datapath.flows()
     console.bars(tally.split())
-    check_split(console, tally, FIRST_SHARE)
+    check_split(console, tally, route.weights(world.manifests / route.FILE))
     everything = traffic.all()
     console.check(
         not everything.failures,
@@ -178,14 +178,15 @@ def _split(world: World, console: Console) -> int:
     return _KEPT + len(everything.outcomes) - everything.kept
 
 
-def check_split(console: Console, tally: Tally, share: float) -> None:
+def check_split(console: Console, tally: Tally, weights: Mapping[str, int]) -> None:
     """Whether web-v2 got its share: five standard deviations of a fair draw are allowed."""
+    share = weights[WEB_V2] / sum(weights.values())
     number = sum(tally.split().values()) or 1
     got = tally.split().get(WEB_V2, 0) / number
     allowed = 5 * math.sqrt(share * (1 - share) / number)
     console.check(
         abs(got - share) <= allowed,
-        f"weights {100 * (1 - share):.0f} to {100 * share:.0f}",
+        f"weights {weights[WEB_V1]} to {weights[WEB_V2]}",
         f"web-v2 got {got:.1%}, expected {share:.0%} ± {allowed:.1%} of {number}",
     )
 
@@ -241,8 +242,10 @@ def _counters(world: World, console: Console, opened: int) -> None:
     console.check(
         steered == opened, "every connection of the client was steered", f"{steered} of {opened}"
     )
-    inbound = {pod: found[pod][Counter.STEERED_INBOUND] for pod in WEBS}
-    console.check(all(inbound.values()), "the web pods' sidecars took what came in", inbound)
+    inbound = [found[pod][Counter.STEERED_INBOUND] for pod in WEBS]
+    console.check(
+        all(inbound), "the web pods' sidecars took what came in", f"{sum(inbound)} connections"
+    )
     if not any(status.defects for status in world.enrollment.status()):
         moved = {pod: found[pod][Counter.REDIRECTED_BYTES] for pod in ENROLLED}
         console.check(

@@ -30,6 +30,7 @@ from redirector.demo.traffic import Traffic
 from redirector.enrollment import Enrollment, default_enrollment
 from redirector.errors import MachineError, RedirectorError
 from redirector.lab import LabPod, Node
+from redirector.lab.node import NETNS_DIRECTORY
 
 PREFIX = "rdrdemo"
 NAMESPACE = "demo"
@@ -136,6 +137,9 @@ class World:
         """The namespaces and cgroups, with nothing running in them."""
         for name, address in ADDRESSES.items():
             self.node.pod(name, address)
+        # The bridge says "unreachable" every time it is asked, not once a second.
+        limit = Path("/proc/sys/net/ipv4/icmp_ratelimit")
+        network.within(NETNS_DIRECTORY / self.node.name, lambda: limit.write_text("0"))
 
     def start_apps(self) -> None:
         """The web servers, ready to answer."""
@@ -143,7 +147,7 @@ class World:
             argv = ["--port", str(APP_PORT), "--name", name, "--seen", str(self._seen(name))]
             self._run_in(name, [*_module("redirector.demo.app"), *argv], sidecar=False)
         for name in WEBS:
-            self.wait(partial(_connects, self.pods[name], APP_PORT), f"{name}'s app")
+            self.wait(partial(self.accepts, name, "127.0.0.1", APP_PORT), f"{name}'s app")
 
     def start_sidecars(self) -> None:
         """Envoys, ready for their configuration."""
@@ -188,8 +192,6 @@ class World:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                # Ctrl-C is for the demo, which takes the others down in order.
-                start_new_session=True,
             )
         self.children[name] = Child(name, process, log)
 
@@ -231,7 +233,6 @@ class World:
                 [*_module("redirector.demo.client"), "keep-sending", *argv],
                 stdout=output,
                 stderr=output,
-                start_new_session=True,
             )
         child = Child("the client", process, self.files / "client-app.log")
         self.children[child.name] = child
@@ -244,6 +245,15 @@ class World:
     def admin(self, pod: str, path: str) -> str | None:
         """What a sidecar's admin interface answers; None when it does not, or not with 200."""
         return network.within(self.pods[pod].netns, lambda: _get(ADMIN_PORT, path))
+
+    def accepts(self, pod: str, address: str, port: int) -> bool:
+        """Whether something in a pod accepts connections from within it."""
+
+        def connect() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex((address, port)) == 0
+
+        return network.within(self.pods[pod].netns, connect)
 
     def seen(self) -> dict[str, list[Seen]]:
         """The requests that reached the applications, by pod."""
@@ -306,14 +316,6 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _connects(pod: LabPod, port: int) -> bool:
-    def connect() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    return network.within(pod.netns, connect)
 
 
 def _get(port: int, path: str) -> str | None:
