@@ -42,7 +42,9 @@ class Generation:
         if snapshot is None:
             snapshot = self._encoder.snapshot(self._translate(node))
             if lacking := snapshot.consistent():
-                raise InconsistentSnapshot(f"configuration of {node}: {'; '.join(lacking)}")
+                raise InconsistentSnapshot(
+                    f"configuration of pod {node.namespace}/{node.pod}: {'; '.join(lacking)}"
+                )
             self._snapshots[node] = snapshot
         return snapshot
 

@@ -59,7 +59,7 @@ class Connection:
 class Server:
     """Serves one generation at a time to every sidecar that connects.
 
-    `report` is given each push when all clients have answered, or after REPORT_AFTER_S.
+    `report` is given each push when all clients have answered, or after `report_after` seconds.
     """
 
     def __init__(
@@ -67,10 +67,12 @@ class Server:
         generation: Generation,
         *,
         report: Callable[[Push], None],
+        report_after: float = REPORT_AFTER_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._generation = generation
         self._report = report
+        self._report_after = report_after
         self._clock = clock
         self._connections: set[Connection] = set()
         self._pushes: dict[Push, asyncio.TimerHandle] = {}
@@ -116,7 +118,7 @@ class Server:
             changed |= _changed(old.ready(node), generation.ready(node))
         push = Push(reason, changed_at, tuple(sorted(changed)), set(connections))
         self._pushes[push] = asyncio.get_running_loop().call_later(
-            REPORT_AFTER_S, self._finish, push
+            self._report_after, self._finish, push
         )
         for connection in connections:
             connection.wake.set()

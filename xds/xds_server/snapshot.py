@@ -21,6 +21,8 @@ from google.protobuf.message import Message
 from xds_server.references import Reference, references
 
 _DIGEST_BYTES = 8
+#: The version of a resource that does not exist.
+ABSENT = ""
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -90,6 +92,11 @@ class ResourceSet(Mapping[str, Encoded]):
         """Everything that any resource of this set names."""
         return frozenset().union(*(entry.refers for entry in self._entries.values()))
 
+    def version_of(self, name: str) -> str:
+        """A resource's version, or ABSENT."""
+        entry = self._entries.get(name)
+        return entry.version if entry else ABSENT
+
     def changed_since(self, old: "ResourceSet") -> frozenset[str]:
         """Names added, removed or changed from `old` to this set.
 
@@ -98,14 +105,9 @@ class ResourceSet(Mapping[str, Encoded]):
         known = self._changes.get(old.version)
         if known is None:
             names = self._entries.keys() | old._entries.keys()
-            known = frozenset(n for n in names if _version(self, n) != _version(old, n))
+            known = frozenset(n for n in names if self.version_of(n) != old.version_of(n))
             self._changes[old.version] = known
         return known
-
-
-def _version(entries: ResourceSet, name: str) -> str | None:
-    entry = entries.get(name)
-    return entry.version if entry else None
 
 
 EMPTY = ResourceSet({})

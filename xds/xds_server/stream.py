@@ -13,13 +13,13 @@ A type's interest moves so (TRANSITIONS is this table as data):
     ALL_BY_LEGACY             ALL_BY_LEGACY  NAMED         only for listeners and clusters
     NAMED                     NAMED          NAMED
 
-A response moves so; the last of a type decides whether that type counts as rejected:
+A response moves so:
 
-    sent --ACK--> accepted        sent --NACK--> rejected (not sent again until it changes)
+    sent --ACK--> accepted        sent --NACK--> refused (not sent again until a part changes)
 
 Order: clusters, their endpoints right behind them, listeners, routes, then whatever else was
 asked for; each is sent without waiting for an answer. What is to go (routes, clusters,
-endpoints) goes last: when all is answered, nothing stands rejected and every route that a
+endpoints) goes last: when all is answered, nothing stands refused and every route that a
 listener waits for was delivered, since until then the client may still be using it. Listeners
 go together with their successors, which may want the same address.
 """
@@ -31,16 +31,13 @@ from enum import Enum, auto
 from types import MappingProxyType
 
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
-from xds_server.snapshot import Encoded, ResourceSet, Snapshot
+from xds_server.snapshot import ABSENT, Encoded, ResourceSet, Snapshot
 
 WILDCARD = "*"
 ORDER = (CLUSTER, ENDPOINT, LISTENER, ROUTE)
 REMOVAL_ORDER = (ROUTE, CLUSTER, ENDPOINT)
 #: Types that know a wildcard, and whose state-of-the-world responses are always complete.
 WHOLE_TYPES = frozenset({CLUSTER, LISTENER})
-
-#: In `sent`: the client was told that a resource of this name does not exist.
-ABSENT = ""
 
 
 class Interest(Enum):
@@ -92,6 +89,11 @@ class Response:
     removed: tuple[str, ...]
     body: bytes = field(repr=False)
 
+    def versions(self) -> dict[str, str]:
+        """name -> version of everything in it, ABSENT for what it takes away."""
+        sent = {entry.name: entry.version for entry in self.resources}
+        return sent | dict.fromkeys(self.removed, ABSENT)
+
 
 @dataclass
 class TypeState:
@@ -113,9 +115,11 @@ class TypeState:
     #: The state that `sent` and `stale` reflect in full; None: compare name by name.
     base: ResourceSet | None = None
     last_nonce: str = ""
-    #: nonce -> version of the responses without an answer.
-    unanswered: dict[str, str] = field(default_factory=dict)
+    #: By nonce, the responses without an answer.
+    unanswered: dict[str, Response] = field(default_factory=dict)
+    #: The last refusal, and name -> version (or ABSENT) of what it was about.
     rejected: Nack | None = None
+    refused: dict[str, str] = field(default_factory=dict)
 
     def wants(self, name: str) -> bool:
         """Whether the client asked for this name, or for all."""
@@ -135,6 +139,15 @@ class TypeState:
         else:
             names = set(self.names)
         return names | self.due
+
+    def reconsider(self, desired: ResourceSet) -> None:
+        """When a part of what was refused changes, the rest is due again.
+
+        A client may apply the good parts of a response or none, and does not say which.
+        """
+        if any(desired.version_of(name) != version for name, version in self.refused.items()):
+            self.due.update(self.refused)
+            self.refused.clear()
 
     def outdated(self, entry: Encoded) -> bool:
         """Whether the client must be sent this resource."""
@@ -158,6 +171,7 @@ class TypeState:
         self.sent.pop(name, None)
         self.stale.discard(name)
         self.due.discard(name)
+        self.refused.pop(name, None)
 
     def start_wildcard(self, *, owed: bool) -> None:
         """Everything is asked for; what was sent by name stays known."""
@@ -188,8 +202,8 @@ class Stream(ABC):
 
     @property
     def rejected(self) -> tuple[Nack, ...]:
-        """The types whose last response was refused."""
-        return tuple(t.rejected for t in self._types.values() if t.rejected)
+        """What the client refused and nothing has taken the place of, by type."""
+        return tuple(t.rejected for t in self._types.values() if t.rejected and t.refused)
 
     @property
     def settled(self) -> bool:
@@ -208,6 +222,7 @@ class Stream(ABC):
             desired = self._desired.of(state.type_url)
             if state.interest is Interest.UNASKED or state.up_to_date(desired):
                 continue
+            state.reconsider(desired)
             if response := self._update(state, desired):
                 return response
         if self._may_remove():
@@ -256,17 +271,18 @@ class Stream(ABC):
 
     def _answer(self, state: TypeState, nonce: str, error: str | None) -> Ack | Nack | None:
         """Book an ACK (`error` is None) or a NACK; None when no response of ours is meant."""
-        version = state.unanswered.pop(nonce, None)
-        if version is None:
+        response = state.unanswered.pop(nonce, None)
+        if response is None:
             return None
         if error is None:
-            if nonce == state.last_nonce:
-                state.rejected = None
+            for name in response.versions():
+                state.refused.pop(name, None)
             return Ack(state.type_url, nonce)
-        nack = Nack(state.type_url, nonce, version, error)
-        if nonce == state.last_nonce:
-            state.rejected = nack
-        return nack
+        state.refused.update(
+            (name, version) for name, version in response.versions().items() if state.wants(name)
+        )
+        state.rejected = Nack(state.type_url, nonce, response.version, error)
+        return state.rejected
 
     def _emit(
         self,
@@ -279,21 +295,24 @@ class Stream(ABC):
         nonce = str(self._nonces)
         chosen, gone = tuple(resources), tuple(removed)
         state.last_nonce = nonce
-        state.unanswered[nonce] = version
         state.owed = False
         body = self._encode(state.type_url, nonce, version, chosen, gone)
-        return Response(state.type_url, nonce, version, chosen, gone, body)
+        response = Response(state.type_url, nonce, version, chosen, gone, body)
+        state.unanswered[nonce] = response
+        return response
 
     def _send_endpoints_of(self, clusters: Iterable[Encoded]) -> None:
         """A cluster that is new or changed stays warming until its endpoints come (again).
 
-        Envoy asks for those of a new cluster only, and a route may follow right behind.
+        Envoy asks for those of a new cluster only, and a route may follow right behind. After a
+        reconnect it may ask for them later and say that it has them: they are due all the same.
         """
-        state = self._types[ENDPOINT]
-        if state.interest is not Interest.UNASKED and self._desired is not None:
+        if self._desired is not None:
             served = self._desired.of(ENDPOINT)
             targets = (target for cluster in clusters for target in cluster.refers)
-            state.due.update(t.name for t in targets if t.type_url == ENDPOINT and t.name in served)
+            self._types[ENDPOINT].due.update(
+                t.name for t in targets if t.type_url == ENDPOINT and t.name in served
+            )
 
     @abstractmethod
     def _update(self, state: TypeState, desired: ResourceSet) -> Response | None:

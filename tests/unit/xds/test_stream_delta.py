@@ -343,3 +343,39 @@ def test_nothing_is_said_before_a_state_is_offered() -> None:
     assert talk.said() == []
     talk.offer(world())
     assert talk.said() == [("cluster", ("web",), ())]
+
+
+def test_cluster_changed_while_away_gets_its_endpoints_even_if_the_client_says_it_has_them() -> (
+    None
+):
+    talk = Talk(world(clusters={"web": 1}))
+    talk.ask(CLUSTER, known=versions(world(), CLUSTER))
+    assert talk.said() == [("cluster", ("web",), ())]
+    talk.ask(ENDPOINT, ["web"], known=versions(world(), ENDPOINT))
+    assert talk.said() == [("endpoints", ("web",), ())]
+
+
+def test_what_was_refused_together_is_sent_again_together_once_a_part_changes() -> None:
+    talk = connected(world(clusters={"a": 0, "b": 0, "web": 0}))
+    talk.offer(world(clusters={"a": 1, "b": 1, "web": 0}))
+    talk.said()
+    talk.nack(CLUSTER, "a is malformed")
+    talk.ack(ENDPOINT)
+    talk.offer(world(clusters={"a": 1, "b": 1, "web": 2}))
+    assert talk.said() == [("cluster", ("web",), ()), ("endpoints", ("web",), ())]
+    talk.ack_all()
+    assert talk.stream.rejected != ()
+    talk.offer(world(clusters={"a": 2, "b": 1, "web": 2}))
+    assert talk.said() == [("cluster", ("a", "b"), ()), ("endpoints", ("a", "b"), ())]
+    talk.ack_all()
+    assert talk.stream.rejected == ()
+
+
+def test_refused_resource_that_is_removed_does_not_hold_up_removals() -> None:
+    talk = connected()
+    talk.offer(world(clusters={"bad": 0, "web": 0}))
+    talk.said()
+    talk.nack(CLUSTER)
+    talk.ack(ENDPOINT)
+    talk.offer(world())
+    assert talk.said() == [("cluster", (), ("bad",))]
