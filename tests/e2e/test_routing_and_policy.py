@@ -13,11 +13,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from envoy.config.bootstrap.v3 import bootstrap_pb2
 from envoy.config.cluster.v3 import cluster_pb2
@@ -33,7 +35,7 @@ PATIENCE_S = 30.0
 HTTP, TCP = 8080, 5432
 PODS = {"guarded": 20, "open": 21, "closed": 22}
 FRIEND, STRANGER, BY_HOST, TRUSTED = 101, 102, 103, 104
-WEB, PLAIN = 10, 11
+WEB, PLAIN, RPC = 10, 11, 13
 
 
 class _App(BaseHTTPRequestHandler):
@@ -44,6 +46,15 @@ class _App(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def _answer(self) -> None:
+        if self.headers.get("Upgrade") == "websocket":
+            self.send_response(101)
+            self.send_header("Upgrade", "websocket")
+            self.send_header("Connection", "Upgrade")
+            self.end_headers()
+            self.wfile.flush()
+            self.wfile.write(self.rfile.readline().upper())
+            self.close_connection = True
+            return
         if self.path.startswith("/slow"):
             self.server.hold.wait(PATIENCE_S)  # type: ignore[attr-defined]
         seen = {
@@ -63,6 +74,16 @@ class _App(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""
+
+
+def _echo_server(address: str) -> grpc.Server:
+    """A gRPC server whose method /demo.Echo/Say answers with what it was sent."""
+    say = grpc.unary_unary_rpc_method_handler(lambda sent, _: b"heard " + sent, bytes, bytes)
+    handler = grpc.method_handlers_generic_handler("demo.Echo", {"Say": say})
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[handler])
+    server.add_insecure_port(address)
+    server.start()
+    return server
 
 
 class _Server(ThreadingHTTPServer):
@@ -141,9 +162,10 @@ def _config(mesh: Mesh, net: str) -> bootstrap_pb2.Bootstrap:
     del listeners[:]
     listeners.append(outbound)
     place(listeners[0], WEB, HTTP)
-    extra = listeners[0].additional_addresses.add().address
-    extra.CopyFrom(listeners[0].address)
-    extra.socket_address.address = f"{net}.{PLAIN}"
+    for host in (PLAIN, RPC):
+        extra = listeners[0].additional_addresses.add().address
+        extra.CopyFrom(listeners[0].address)
+        extra.socket_address.address = f"{net}.{host}"
     for name, host in PODS.items():
         assert Name("demo", name) in mesh.workloads
         pod = bootstrap(translate(mesh, NodeId(f"{net}.{host}", name, "demo"))).static_resources
@@ -173,6 +195,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     for server in servers:
         server.hold = hold
         threading.Thread(target=server.serve_forever, daemon=True).start()
+    echo = _echo_server(f"{net}.3:{HTTP}")
     command = [str(envoy_binary()), "-c", str(folder / "bootstrap.json"), "--concurrency", "1"]
     with (folder / "log").open("wb") as log:
         envoy = subprocess.Popen(
@@ -193,6 +216,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         envoy.terminate()
         envoy.wait(PATIENCE_S)
         hold.set()
+        echo.stop(None).wait(PATIENCE_S)
         for server in servers:
             server.shutdown()
             server.server_close()
@@ -364,3 +388,23 @@ def test_a_service_without_a_route_is_just_balanced(mesh: Running) -> None:
     answer = mesh.ask(PLAIN, "/as//it/../is")
     assert (answer.status, answer.seen["path"]) == (200, "/as//it/../is")
     assert not [name for name in answer.seen["headers"] if name.startswith("x-envoy")]
+
+
+def test_grpc(mesh: Running) -> None:
+    with grpc.insecure_channel(f"{mesh.net}.{RPC}:{HTTP}") as channel:
+        call = channel.unary_unary("/demo.Echo/Say", bytes, bytes)
+        assert call(b"hello", timeout=PATIENCE_S) == b"heard hello"
+
+
+@pytest.mark.parametrize("target", [PLAIN, PODS["open"]])
+def test_websocket(mesh: Running, target: int) -> None:
+    with socket.create_connection((f"{mesh.net}.{target}", HTTP), PATIENCE_S) as end:
+        end.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        )
+        received = end.makefile("rb")
+        assert received.readline() == b"HTTP/1.1 101 Switching Protocols\r\n"
+        while received.readline().strip():
+            pass
+        end.sendall(b"shout\n")
+        assert received.readline() == b"SHOUT\n"
