@@ -1,0 +1,290 @@
+"""The server over real gRPC, with clients that speak the protocol by hand."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceStub
+from envoy.service.discovery.v3.discovery_pb2 import (
+    DeltaDiscoveryRequest,
+    DeltaDiscoveryResponse,
+    DiscoveryRequest,
+)
+from worlds import Resources, world
+from xds_server.generation import Generation, InconsistentSnapshot
+from xds_server.ir import NodeId
+from xds_server.push import Push
+from xds_server.references import CLUSTER, ENDPOINT, ROUTE
+from xds_server.server import MAX_REQUEST_BYTES, Server
+
+from redirector.errors import RedirectorError
+
+PATIENCE_S = 20.0
+NODE = "sidecar~10.0.0.1~web.demo~demo.svc.cluster.local"
+
+
+class Running:
+    """A server on a free loopback port, and what it reported."""
+
+    def __init__(self, resources: Resources, report_after: float) -> None:
+        self._reports: asyncio.Queue[Push] = asyncio.Queue()
+        self.server = Server(
+            Generation(lambda _: resources),
+            report=self._reports.put_nowait,
+            report_after=report_after,
+        )
+        self.port = self.server.listen("127.0.0.1:0")
+
+    async def publish(self, resources: Resources, reason: str = "changed a.yaml") -> None:
+        await self.server.publish(Generation(lambda _: resources), reason, time.time())
+
+    async def report(self) -> Push:
+        return await asyncio.wait_for(self._reports.get(), PATIENCE_S)
+
+
+@asynccontextmanager
+async def running(
+    resources: Resources | None = None,
+    report_after: float = PATIENCE_S,
+    options: Sequence[tuple[str, int]] = (),
+) -> AsyncIterator[tuple[Running, AggregatedDiscoveryServiceStub]]:
+    started = Running(world() if resources is None else resources, report_after)
+    await started.server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{started.port}", options) as channel:
+            yield started, AggregatedDiscoveryServiceStub(channel)
+    finally:
+        await started.server.stop(grace=0)
+
+
+async def answer(call: Any) -> Any:
+    found = await asyncio.wait_for(call.read(), PATIENCE_S)
+    assert found is not grpc.aio.EOF, (await call.code(), await call.details())
+    return found
+
+
+def first(type_url: str, node: str = NODE, **fields: Any) -> DeltaDiscoveryRequest:
+    request = DeltaDiscoveryRequest(type_url=type_url, **fields)
+    request.node.id = node
+    return request
+
+
+def ack(response: DeltaDiscoveryResponse, error: str | None = None) -> DeltaDiscoveryRequest:
+    request = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
+    if error is not None:
+        request.error_detail.message = error
+    return request
+
+
+async def connected(stub: AggregatedDiscoveryServiceStub, node: str = NODE) -> Any:
+    """A client that has the clusters and no interest in anything else."""
+    call = stub.DeltaAggregatedResources()
+    await call.write(first(CLUSTER, node))
+    await call.write(ack(await answer(call)))
+    return call
+
+
+async def test_change_is_sent_and_reported_with_its_answer() -> None:
+    async with running() as (run, stub):
+        call = await connected(stub)
+        await run.publish(world(clusters={"web": 1}))
+        response = await answer(call)
+        assert [resource.name for resource in response.resources] == ["web"]
+        await call.write(ack(response))
+        push = await run.report()
+        assert push.changed == ("cluster web",)
+        assert (len(push.reached), push.nacks, push.waiting) == (1, [], set())
+        assert push.last_answer is not None
+        assert push.last_answer >= push.changed_at
+        assert push.summary().startswith("pushed 1 change to 1 sidecar, last ACK after ")
+
+
+async def test_change_that_concerns_nobody_is_reported_at_once() -> None:
+    async with running() as (run, stub):
+        await connected(stub)
+        await run.publish(world())
+        push = await run.report()
+        assert (push.changed, push.reached, push.last_answer) == ((), set(), None)
+        assert '"last_ack_ms": null' in push.event()
+
+
+async def test_nack_is_reported_with_client_and_reason() -> None:
+    async with running() as (run, stub):
+        call = await connected(stub)
+        await run.publish(world(clusters={"web": 1}))
+        response = await answer(call)
+        await call.write(ack(response, "no such\nfilter"))
+        push = await run.report()
+        (nack,) = push.nacks
+        assert nack.startswith("web.demo: cluster ")
+        assert nack.endswith(": no such\nfilter")
+        assert ", 1 NACK" in push.summary()
+
+
+async def test_client_that_does_not_answer_is_named() -> None:
+    async with running(report_after=0.05) as (run, stub):
+        call = await connected(stub)
+        await run.publish(world(clusters={"web": 1}))
+        await answer(call)
+        push = await run.report()
+        assert [str(client) for client in push.waiting] == ["web.demo"]
+        assert "no answer yet from web.demo" in push.summary()
+
+
+async def test_client_that_leaves_is_not_waited_for() -> None:
+    async with running() as (run, stub):
+        call = await connected(stub)
+        await run.publish(world(clusters={"web": 1}))
+        await answer(call)
+        call.cancel()
+        push = await run.report()
+        assert (len(push.reached), push.waiting, push.last_answer) == (1, set(), None)
+
+
+async def test_client_that_ends_its_side_is_let_go() -> None:
+    async with running() as (_, stub):
+        call = await connected(stub)
+        await call.done_writing()
+        assert await asyncio.wait_for(call.code(), PATIENCE_S) == grpc.StatusCode.OK
+
+
+async def test_two_clients_are_both_waited_for() -> None:
+    async with running() as (run, stub):
+        calls = [await connected(stub, NODE.replace("web", name)) for name in ("a", "b")]
+        await run.publish(world(clusters={"web": 1}))
+        for call in calls:
+            await call.write(ack(await answer(call)))
+        push = await run.report()
+        assert sorted(str(client) for client in push.reached) == ["a.demo", "b.demo"]
+
+
+async def test_each_node_is_translated_once_and_shared_resources_encoded_once() -> None:
+    shared, asked = world(), []
+
+    def translate(node: NodeId) -> Resources:
+        asked.append(node.pod)
+        return shared
+
+    generation = Generation(translate)
+    for name in ("a", "b", "a"):
+        generation.snapshot(NodeId("10.0.0.1", name, "demo"))
+    assert asked == ["a", "b"]
+    assert generation.encodings == 4
+
+
+@pytest.mark.parametrize("node", ["", "envoy-1", "sidecar~nowhere~web.demo~demo.svc.x"])
+async def test_node_id_that_is_none_is_refused_in_one_line(node: str) -> None:
+    async with running() as (_, stub):
+        call = stub.DeltaAggregatedResources()
+        await call.write(first(CLUSTER, node))
+        assert await asyncio.wait_for(call.code(), PATIENCE_S) == grpc.StatusCode.INVALID_ARGUMENT
+        assert f"node id {node!r}" in await call.details()
+
+
+async def test_first_node_of_envoys_size_passes_and_one_beyond_the_limit_does_not() -> None:
+    async with running() as (_, stub):
+        request = first(CLUSTER)
+        request.node.extensions.add(name="x" * 61_000)
+        call = stub.DeltaAggregatedResources()
+        await call.write(request)
+        assert len((await answer(call)).resources) == 1
+
+        request.node.extensions.add(name="x" * MAX_REQUEST_BYTES)
+        call = stub.DeltaAggregatedResources()
+        await call.write(request)
+        assert await asyncio.wait_for(call.code(), PATIENCE_S) == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_inconsistent_state_is_refused_before_anybody_sees_it() -> None:
+    lacking = dict(world())
+    lacking[ENDPOINT] = {}
+    async with running() as (run, stub):
+        call = await connected(stub)
+        with pytest.raises(InconsistentSnapshot, match="cluster 'web' names endpoints 'web'"):
+            await run.publish(lacking)
+        await run.publish(world(clusters={"web": 2}))
+        assert (await answer(call)).resources[0].name == "web"
+
+
+async def test_state_that_cannot_be_made_for_a_new_client_is_an_error_to_it_alone() -> None:
+    def translate(node: NodeId) -> Resources:
+        if node.pod == "odd":
+            raise RedirectorError("pod odd: cannot be served")
+        return world()
+
+    server = Server(Generation(translate), report=lambda _: None)
+    port = server.listen("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = AggregatedDiscoveryServiceStub(channel)
+        call = stub.DeltaAggregatedResources()
+        await call.write(first(CLUSTER, NODE.replace("web", "odd")))
+        assert await asyncio.wait_for(call.code(), PATIENCE_S) == grpc.StatusCode.INTERNAL
+        assert await call.details() == "pod odd: cannot be served"
+        await connected(stub)
+    await server.stop(grace=0)
+
+
+async def test_stopping_ends_streams_in_good_order() -> None:
+    async with running() as (run, stub):
+        call = await connected(stub)
+        await run.server.stop()
+        assert await asyncio.wait_for(call.read(), PATIENCE_S) is grpc.aio.EOF
+        assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_client_that_reads_nothing_skips_the_states_in_between() -> None:
+    """Its flow-control window is full after the first bytes; memory does not pile up for it."""
+    names = [f"r{n}" for n in range(1000)]
+    changed = 40
+
+    def big(variant: int) -> Resources:
+        return world(routes=dict.fromkeys(names, ("web", variant)), listeners={})
+
+    # Without the probing for a larger window, what a client leaves unread stops the server soon.
+    options = (("grpc.http2.bdp_probe", 0),)
+    async with running(big(0), options=options) as (run, stub):
+        call = stub.DeltaAggregatedResources()
+        await call.write(first(ROUTE, resource_names_subscribe=names))
+        for variant in range(1, changed + 1):
+            await run.publish(big(variant))
+        versions = set()
+        last = Generation(lambda _: big(changed))
+        wanted = last.snapshot(NodeId("10.0.0.1", "web", "demo")).of(ROUTE)
+        while True:
+            response = await answer(call)
+            versions.add(response.system_version_info)
+            if response.system_version_info == wanted.version:
+                break
+        assert {r.name: r.version for r in response.resources} == {
+            name: entry.version for name, entry in wanted.items()
+        }
+        assert len(versions) < changed / 2
+
+
+async def test_state_of_the_world_over_the_wire() -> None:
+    async with running() as (run, stub):
+        call = stub.StreamAggregatedResources()
+        request = DiscoveryRequest(type_url=CLUSTER, resource_names=["web"])
+        request.node.id = NODE
+        await call.write(request)
+        response = await answer(call)
+        assert (response.type_url, len(response.resources)) == (CLUSTER, 1)
+        await call.write(
+            DiscoveryRequest(
+                type_url=CLUSTER,
+                resource_names=["web"],
+                version_info=response.version_info,
+                response_nonce=response.nonce,
+            )
+        )
+        await run.publish(world(clusters={"web": 1}))
+        changed = await answer(call)
+        assert changed.resources[0].value == world(clusters={"web": 1})[CLUSTER][
+            "web"
+        ].SerializeToString(deterministic=True)
+        assert changed.version_info != response.version_info
