@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ def unsettled(old: Listing, new: Listing) -> bool:
     )
 
 
-async def changes(directory: Path, seen: Listing) -> AsyncIterator[Change]:
+async def changes(directory: Path, seen: Listing) -> AsyncGenerator[Change, None]:
     """Every change from `seen` on, as long as the caller asks for more.
 
     Survives that the directory is removed and made again.

@@ -1,0 +1,123 @@
+"""The command: what it prints, and how it ends."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from xds_server.cli import main
+
+DEMO = Path(__file__).parents[3] / "manifests" / "demo"
+COMMAND = Path(sys.executable).with_name("xds-server")
+
+
+@pytest.fixture
+def manifests(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "manifests"))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_validate_says_how_many_objects_are_good(
+    manifests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--manifests", str(manifests), "--validate"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith(" objects, no problems\n")
+    assert err == ""
+
+
+def test_validate_prints_every_problem_at_once(
+    manifests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(manifests / "route-web.yaml", "weight: 90", "weight: -1")
+    edit(manifests / "service-web-v1.yaml", "port: 80", "port: 70000")
+    (manifests / "broken.yaml").write_text("a: [b")
+    assert main(["--manifests", str(manifests), "--validate"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    for file, value in (
+        ("route-web.yaml", "-1"),
+        ("service-web-v1.yaml", "70000"),
+        ("broken.yaml", "is not YAML"),
+    ):
+        assert any(file in line and value in line for line in lines), (file, err)
+    assert lines[-1].endswith(f"objects, {len(lines) - 1} problems")
+
+
+def test_bad_manifests_at_the_start_leave_nothing_to_serve(
+    manifests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(manifests / "route-web.yaml", "weight: 90", "weight: -1")
+    assert main(["--manifests", str(manifests), "--listen", "127.0.0.1:0"]) == 1
+    err = capsys.readouterr().err
+    assert "HTTPRoute demo/web" in err
+    assert f"1 problem in {manifests}: nothing to serve" in err
+
+
+def test_missing_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ([], ["--validate"]):
+        assert main(["--manifests", str(tmp_path / "none"), *extra]) == 2
+        err = capsys.readouterr().err
+        assert str(tmp_path / "none") in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--listen", "nowhere"], "--listen nowhere: not an address"),
+        (["--listen", "0.0.0.0:18000"], "add --insecure-listen"),
+        (["--events", "/nowhere/events"], "--events /nowhere/events: No such file"),
+    ],
+)
+def test_bad_option_is_one_line(
+    manifests: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    assert main(["--manifests", str(manifests), *options]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_busy_port_is_one_line_in_the_log(manifests: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        done = subprocess.run(
+            [COMMAND, "--manifests", manifests, "--listen", address],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert f"--listen {address}: Address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_it_in_good_order_and_the_socket_is_gone(
+    manifests: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "xds.sock"
+    command = [COMMAND, "--manifests", manifests, "--listen", f"unix:{path}"]
+    # Of its own process group, as a terminal's Ctrl-C would otherwise reach the tests too.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as running:
+        assert running.stderr is not None
+        lines = iter(running.stderr.readline, "")
+        assert any("serving" in line for line in lines)
+        os.kill(running.pid, number)
+        rest = running.stderr.read()
+        assert running.wait(60) == 0
+    assert "stopping" in rest
+    assert "Traceback" not in rest
+    assert not path.exists()

@@ -1,0 +1,126 @@
+"""Changes of a directory are noticed, named and dated."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from xds_server.watch import Change, changes, compare, listing, unsettled
+
+PATIENCE_S = 20.0
+
+
+async def after(directory: Path, action: Callable[[], object]) -> Change:
+    """The first change noticed when `action` is done."""
+    seen = listing(directory)
+    async with aclosing(changes(directory, seen)) as found:
+        waiting = asyncio.ensure_future(anext(found))
+        # Usually the watch stands by then; when not, the comparison every second finds it.
+        await asyncio.sleep(0.1)
+        action()
+        return await asyncio.wait_for(waiting, PATIENCE_S)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "manifests"
+    made.mkdir()
+    (made / "a.yaml").write_text("a")
+    (made / "b.yaml").write_text("b")
+    return made
+
+
+def _replace(directory: Path) -> None:
+    """As many editors save: write beside it, move over it."""
+    temporary = directory / ".a.yaml.swp"
+    temporary.write_text("changed")
+    temporary.rename(directory / "a.yaml")
+
+
+def _unlink_and_write(directory: Path) -> None:
+    """As other editors save."""
+    (directory / "a.yaml").unlink()
+    (directory / "a.yaml").write_text("changed")
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        (lambda d: (d / "a.yaml").write_text("changed"), "changed a.yaml"),
+        (lambda d: (d / "c.json").write_text("c"), "added c.json"),
+        (lambda d: (d / "b.yaml").unlink(), "removed b.yaml"),
+        (lambda d: (d / "b.yaml").rename(d / "c.yml"), "added c.yml, removed b.yaml"),
+        (_replace, "changed a.yaml"),
+        (_unlink_and_write, "changed a.yaml"),
+    ],
+)
+async def test_change_is_noticed_and_named(
+    directory: Path, action: Callable[[Path], object], reason: str
+) -> None:
+    before = time.time()
+    change = await after(directory, lambda: action(directory))
+    assert change.reason == reason
+    # The kernel's clock for files lags behind by up to one tick.
+    assert before - 0.1 <= change.at <= time.time()
+
+
+async def test_directory_that_vanishes_and_comes_back(directory: Path) -> None:
+    aside = directory.with_name("aside")
+    async with aclosing(changes(directory, listing(directory))) as found:
+        directory.rename(aside)
+        gone = await asyncio.wait_for(anext(found), PATIENCE_S)
+        aside.rename(directory)
+        back = await asyncio.wait_for(anext(found), PATIENCE_S)
+        (directory / "c.yaml").write_text("c")
+        more = await asyncio.wait_for(anext(found), PATIENCE_S)
+    assert [gone.reason, back.reason] == ["directory vanished", "added a.yaml b.yaml"]
+    assert more.reason == "added c.yaml"
+
+
+def test_what_is_no_manifest_is_not_looked_at(directory: Path) -> None:
+    before = listing(directory)
+    (directory / "notes.txt").write_text("x")
+    (directory / ".a.yaml.swp").write_text("x")
+    assert compare(before, listing(directory), time.time()) is None
+
+
+def test_rewritten_with_the_same_time_and_size_is_still_a_change(directory: Path) -> None:
+    before = listing(directory)
+    path = directory / "a.yaml"
+    found = path.stat()
+    path.write_text("x")
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    change = compare(before, listing(directory), time.time())
+    assert change is not None
+    assert change.reason == "changed a.yaml"
+
+
+def test_emptied_or_missing_file_may_be_in_the_middle_of_a_save(directory: Path) -> None:
+    before = listing(directory)
+    (directory / "c.yaml").write_text("c")
+    assert not unsettled(before, listing(directory))
+    (directory / "a.yaml").write_text("")
+    assert unsettled(before, listing(directory))
+    (directory / "a.yaml").write_text("a")
+    (directory / "b.yaml").unlink()
+    assert unsettled(before, listing(directory))
+
+
+def test_new_mount_of_the_files_by_a_link_is_a_change(tmp_path: Path) -> None:
+    """As Kubernetes swaps a ConfigMap: the names stay, what they lead to moves."""
+    for version in ("one", "two"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "a.yaml").write_text("same")
+    current, shown = tmp_path / "..data", tmp_path / "shown"
+    current.symlink_to("one")
+    shown.mkdir()
+    (shown / "a.yaml").symlink_to(current / "a.yaml")
+    before = listing(shown)
+    current.unlink()
+    current.symlink_to("two")
+    change = compare(before, listing(shown), time.time())
+    assert change is not None
+    assert change.reason == "changed a.yaml"
