@@ -113,13 +113,12 @@ class Topology:
             if process.poll() is not None:
                 raise RedirectorError(f"{name} ended with code {process.returncode}: {_tail(log)}")
 
-    def require_accelerated(self) -> None:
-        """Raise RedirectorError when the sockmap rung's bytes went by plain TCP after all."""
+    def require_accelerated(self, way: Way) -> None:
+        """Raise RedirectorError when a way of the sockmap rung went by plain TCP after all."""
         for status in self._enrollment.status():
-            if status.pod.accelerate is Accelerate.ON and not status.counters[Counter.ACCELERATED]:
+            if status.pod.name == way.client.name and not status.counters[Counter.ACCELERATED]:
                 raise RedirectorError(
-                    f"rung {Rung.SOCKMAP}: pod {status.pod.name} accelerated no connection; "
-                    "see `redirector check`"
+                    f"pod {status.pod.name} accelerated no connection; see `redirector check`"
                 )
 
     def _build(self, rungs: list[Rung]) -> None:

@@ -65,13 +65,13 @@ def leftovers(name: str) -> list[Path]:
 
 def test_every_case_is_measured_on_every_rung(tmp_path: Path) -> None:
     data, page = tmp_path / "figures.json", tmp_path / "page.html"
-    options = ("--rounds", 1, "--seconds", 0.05, "--json", data, "--html", page)
+    options = ("--rounds", 2, "--seconds", 0.05, "--json", data, "--html", page)
     with running(*options) as process:
         output, progress = process.communicate(timeout=150)
     assert process.returncode == 0, progress
     assert leftovers(node_name(progress.splitlines())) == []
     whole = json.loads(data.read_text())
-    assert whole["rounds"] == 1
+    assert whole["rounds"] == 2
     assert whole["host"]["pinned_to_cpu"] in os.sched_getaffinity(0)
     measured = {(row["case"], row["rung"]) for row in whole["results"]}
     possible = {(c.name, r.value) for c in CASES for r in Rung if why_not(c, r) is None}
@@ -110,7 +110,7 @@ def test_an_interrupted_run_leaves_nothing(number: signal.Signals) -> None:
 
 def test_a_missing_program_is_named_with_its_package() -> None:
     process = subprocess.run(
-        [sys.executable, "-c", COMMAND, "--rounds", "1"],
+        [sys.executable, "-c", COMMAND, "--quick"],
         env={"PATH": "/nonexistent"},
         capture_output=True,
         text=True,

@@ -63,7 +63,7 @@ def test_a_choice_keeps_the_fixed_order() -> None:
     [
         (("--rungs", "udp"), r"--rungs: 'udp' is none of: direct, unix"),
         (("--cases", "echo-64B,"), r"--cases: '' is none of: echo-64B"),
-        (("--rounds", "0"), r"--rounds: 0 is not in 1-1000"),
+        (("--rounds", "1"), r"--rounds: 1 is not in 2-1000; one round has no spread"),
         (("--seconds", "0.01"), r"--seconds: 0.01 is not in 0.05-60"),
         (("--seconds", "nan"), r"--seconds: nan is not in 0.05-60"),
         (("--quick", "--rounds", "5"), r"--rounds: --quick sets it"),
