@@ -24,6 +24,7 @@ from xds_server.server import MAX_REQUEST_BYTES, Server
 from redirector.errors import RedirectorError
 
 PATIENCE_S = 20.0
+EOF = grpc.aio.EOF  # type: ignore[attr-defined]
 NODE = "sidecar~10.0.0.1~web.demo~demo.svc.cluster.local"
 
 
@@ -63,7 +64,7 @@ async def running(
 
 async def answer(call: Any) -> Any:
     found = await asyncio.wait_for(call.read(), PATIENCE_S)
-    assert found is not grpc.aio.EOF, (await call.code(), await call.details())
+    assert found is not EOF, (await call.code(), await call.details())
     return found
 
 
@@ -233,7 +234,7 @@ async def test_stopping_ends_streams_in_good_order() -> None:
     async with running() as (run, stub):
         call = await connected(stub)
         await run.server.stop()
-        assert await asyncio.wait_for(call.read(), PATIENCE_S) is grpc.aio.EOF
+        assert await asyncio.wait_for(call.read(), PATIENCE_S) is EOF
         assert await call.code() == grpc.StatusCode.OK
 
 

@@ -109,7 +109,7 @@ def test_signal_ends_it_in_good_order_and_the_socket_is_gone(
     manifests: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     path = tmp_path / "xds.sock"
-    command = [COMMAND, "--manifests", manifests, "--listen", f"unix:{path}"]
+    command: list[str | Path] = [COMMAND, "--manifests", manifests, "--listen", f"unix:{path}"]
     # Of its own process group, as a terminal's Ctrl-C would otherwise reach the tests too.
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as running:
         assert running.stderr is not None

@@ -2,12 +2,12 @@
 
 from envoy.config.cluster.v3.cluster_pb2 import Cluster
 from google.protobuf.message import Message
-from worlds import cluster, endpoints, listener, route, world
+from worlds import Resources, cluster, endpoints, listener, route, world
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, Reference, references
 from xds_server.snapshot import Encoder, Snapshot
 
 
-def snapshot(resources: dict[str, dict[str, Message]]) -> Snapshot:
+def snapshot(resources: Resources) -> Snapshot:
     return Encoder().snapshot(resources)
 
 
