@@ -247,6 +247,11 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (307, FRIEND, "GET", "/fine%5c..%5Cadmin", {}),
         (403, FRIEND, "GET", "/exactly", {}),
         (200, FRIEND, "GET", "/exactly/not", {}),
+        (403, FRIEND, "GET", "/a;b%20(x)", {}),
+        (403, FRIEND, "GET", "/%61%3bb%20%28x%29/more", {}),
+        (200, FRIEND, "GET", "/a%3Bb(x)", {}),
+        (403, FRIEND, "GET", "/caf%c3%A9", {}),
+        (200, FRIEND, "GET", "/caf%c3%A8", {}),
         (200, FRIEND, "GET", "/fine?next=/admin", {}),
         (200, FRIEND, "GET", "/public/admin", {}),
         # All headers of a rule must match.

@@ -21,7 +21,9 @@ class Problem:
 
     def __str__(self) -> str:
         parts = (self.file, self.object, self.field, self.value, self.message)
-        return " ".join(": ".join(part for part in parts if part).split())
+        line = " ".join(": ".join(part for part in parts if part).split())
+        # Keys come from the file as they are: nothing of them may move a terminal's cursor.
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def shown(value: object) -> str:

@@ -101,6 +101,7 @@ def test_good_objects_have_no_problems() -> None:
         ("Service", "spec.ports.0.port", True, "port: True: must be a number"),
         ("Service", "spec.clusterIP", "10.0.0.256", "clusterIP: '10.0.0.256': is not an IP"),
         ("Service", "spec.ports.0.targetPort", 99999, "targetPort: 99999: must be from 1"),
+        ("Service", "spec.ports.0.name", "\ud800", "must be valid Unicode"),
         ("Service", "spec.selector", [1], "spec.selector: [1]: must be a mapping"),
         ("Service", "spec.selector", {"a": 1}, "spec.selector.a: 1: must be a string; put it"),
         ("Pod", "status.podIP", "web", "status.podIP: 'web': is not an IP address"),
@@ -151,6 +152,9 @@ def test_good_objects_have_no_problems() -> None:
         ("AuthorizationPolicy", "spec.rules.0.from", [], "rules[0].from: []: must not be empty"),
         ("AuthorizationPolicy", "spec.rules.0.to.0", {}, "to[0]: {}: says nothing"),
         ("AuthorizationPolicy", "spec.rules.0.to.0.paths", ["a"], "paths[0]: 'a': must be a path"),
+        ("AuthorizationPolicy", "spec.rules.0.to.0.paths", ["/a/.."], "must be a normalized path"),
+        ("AuthorizationPolicy", "spec.rules.0.to.0.paths", ["/a%20"], "must be a normalized path"),
+        ("AuthorizationPolicy", "spec.rules.0.to.0.paths", ["/a\n"], "must be a normalized path"),
         ("AuthorizationPolicy", "spec.rules.0.to.0.hosts", ["a:1"], "'a:1': must be a host name"),
         (
             "AuthorizationPolicy",
@@ -212,6 +216,13 @@ def test_expressions_that_envoy_knows(expression: str) -> None:
 )
 def test_objects_that_exclude_each_other(one: str, other: str, problem: str) -> None:
     assert [problem in str(found) for found in read(one, other)[1]] == [True]
+
+
+def test_a_problem_is_one_printable_line() -> None:
+    (problem,) = ingest(changed("HTTPRoute", "spec.\x1b[2J\ud800\n", "\x1b[2J\n"))[1]
+    assert str(problem).startswith(
+        r"f.yaml: HTTPRoute demo/web: spec.\x1b[2J\ud800: '\x1b[2J\n': is not supported"
+    )
 
 
 def test_all_problems_are_found_at_once() -> None:
@@ -312,7 +323,9 @@ _SCALARS = (
     | st.integers(-2, 70000)
     | st.floats()
     | st.text(max_size=5)
-    | st.sampled_from(["web", "demo", "10.96.77.1", "GET", "/a", "*", "Service", "", "1s", "\0"])
+    | st.sampled_from(
+        ["web", "demo", "10.96.77.1", "GET", "/a", "*", "Service", "", "1s", "\0", "\ud800"]
+    )
 )
 _VALUES = st.recursive(
     _SCALARS,

@@ -1,5 +1,6 @@
 """AuthorizationPolicies (manifests/crds/authorizationpolicies.yaml)."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from xds_server.ir import (
 
 POLICY_GROUP = "policy.redirector.io"
 POLICY_VERSION = f"{POLICY_GROUP}/v1alpha1"
+
+
+_NOT_NORMAL = re.compile(r"//|/\.\.?(/|$)|[%\\\x00-\x1f\x7f]")
 
 
 class _HeaderType(StrEnum):
@@ -191,10 +195,10 @@ def _path(field: Field) -> StringMatch:
         return StringMatch(MatchKind.PREFIX, "/")
     if not text.startswith("/") or "*" in body or "?" in body or "#" in body:
         field.problem("must be a path such as /admin, or the beginning of one such as /admin*")
-    if "//" in body or "/./" in body or "/../" in body or "%" in body or "\\" in body:
+    if _NOT_NORMAL.search(body):
         field.problem(
-            "must be a normalized path (no '//', '/./', '/../', '%' or '\\'): requests are "
-            "normalized before they are judged, so that this would never match"
+            "must be a normalized path, decoded (no '//', '/./', '/../', '%', '\\' or control "
+            "characters): requests are normalized before they are judged, so this never matches"
         )
     return StringMatch(MatchKind.EXACT if body == text else MatchKind.PREFIX, body)
 

@@ -24,6 +24,8 @@ DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0
 TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+\-.^_`|~]+")
 """RFC 9110, 5.6.2: what a header or method is made of."""
 
+# JSON can say half a character, which no message can carry.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 # RBAC objects, which are not ours, may have colons.
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")
 _DURATION = re.compile(r"([0-9]{1,5}(h|m|s|ms)){1,4}")
@@ -119,6 +121,9 @@ class Field:
             return default or ""
         if not isinstance(self.value, str):
             self.problem("must be a string; put it in quotes")
+            return default or ""
+        if not self.value.isascii() and _SURROGATE.search(self.value):
+            self.problem("must be valid Unicode; remove the lone surrogate")
             return default or ""
         return self.value
 

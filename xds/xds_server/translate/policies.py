@@ -34,6 +34,7 @@ _ANYTHING = rbac_pb2.Permission(any=True)
 _ANYONE = rbac_pb2.Principal(any=True)
 _NOBODY = rbac_pb2.Principal(not_id=_ANYONE)
 
+_UNRESERVED = re.compile(r"[A-Za-z0-9\-._~/]*")
 _ORDER = (Action.DENY, Action.ALLOW)
 
 
@@ -181,10 +182,23 @@ def _any_value(match: NamedMatch) -> NamedMatch:
 
 
 def _path(match: StringMatch) -> rbac_pb2.Permission:
-    """The path without its query."""
+    """The path without its query. Normalizing decodes what RFC 3986 calls unreserved; any other
+    character may reach the application raw or encoded, and is the same to it."""
+    if not _UNRESERVED.fullmatch(match.value):
+        body = "".join(map(_spellings, match.value))
+        end = ".*" if match.kind is MatchKind.PREFIX else ""
+        match = StringMatch(MatchKind.REGEX, body + end)
     result = rbac_pb2.Permission()
     result.url_path.path.CopyFrom(string_matcher(match))
     return result
+
+
+def _spellings(character: str) -> str:
+    if _UNRESERVED.fullmatch(character):
+        return re.escape(character)
+    encoded = "".join(f"%{byte:02x}" for byte in character.encode())
+    raw = f"{re.escape(character)}|" if character.isascii() else ""
+    return f"(?:{raw}(?i:{encoded}))"
 
 
 def _authority(host: StringMatch) -> StringMatch:
