@@ -18,18 +18,20 @@ class Push:
     #: Resources that differ for any of the sidecars, such as `route outbound|80|web.demo`.
     changed: tuple[str, ...]
     waiting: set[Hashable]
-    reached: set[Hashable] = field(default_factory=set)
+    #: The nonces that each client was sent as part of this change.
+    reached: dict[Hashable, set[str]] = field(default_factory=dict)
     nacks: list[str] = field(default_factory=list)
     last_answer: float | None = None
 
-    def sent(self, client: Hashable) -> None:
+    def sent(self, client: Hashable, nonce: str) -> None:
         """The client was sent a part of this change."""
         if client in self.waiting:
-            self.reached.add(client)
+            self.reached.setdefault(client, set()).add(nonce)
 
-    def answered(self, client: Hashable, at: float, nack: str | None = None) -> None:
-        """The client answered; `nack` says what it refused and why."""
-        if client in self.waiting and client in self.reached:
+    def answered(self, client: Hashable, nonce: str, at: float, nack: str | None = None) -> None:
+        """The client answered; `nack` says what it refused and why. Answers to what was sent
+        before this change do not count."""
+        if client in self.waiting and nonce in self.reached.get(client, ()):
             self.last_answer = at
             if nack is not None:
                 self.nacks.append(nack)

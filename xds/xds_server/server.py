@@ -212,7 +212,7 @@ class Server:
         else:
             log.info("%s ACK %s", connection, what)
         for push in self._pushes:
-            push.answered(connection, now, nack)
+            push.answered(connection, answer.nonce, now, nack)
 
     async def _write(self, connection: Connection, context: Any) -> None:
         """Send what the client lacks, whenever anything changed.
@@ -248,7 +248,7 @@ class Server:
     def _note_sent(self, connection: Connection, response: Response) -> None:
         connection.sent_at[response.nonce] = self._clock()
         for push in self._pushes:
-            push.sent(connection)
+            push.sent(connection, response.nonce)
         log.info(
             "%s sent %s (%s): %s, %d bytes",
             connection,

@@ -77,6 +77,7 @@ class ResourceSet(Mapping[str, Encoded]):
         self._entries = MappingProxyType(dict(entries))
         self.version = set_version(self._entries.values())
         self._changes: dict[str, frozenset[str]] = {}
+        self._dangling: dict[tuple[str, str], frozenset[str]] = {}
 
     def __getitem__(self, name: str) -> Encoded:
         return self._entries[name]
@@ -87,6 +88,15 @@ class ResourceSet(Mapping[str, Encoded]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def dangling(self, type_url: str, targets: "ResourceSet") -> frozenset[str]:
+        """Names of that type which a resource here refers to and `targets` lacks; remembered."""
+        key = (type_url, targets.version)
+        known = self._dangling.get(key)
+        if known is None:
+            names = {target.name for target in self.refers if target.type_url == type_url}
+            known = self._dangling[key] = frozenset(names - targets.keys())
+        return known
+
     @cached_property
     def refers(self) -> frozenset[Reference]:
         """Everything that any resource of this set names."""
@@ -96,6 +106,11 @@ class ResourceSet(Mapping[str, Encoded]):
         """A resource's version, or ABSENT."""
         entry = self._entries.get(name)
         return entry.version if entry else ABSENT
+
+    @cached_property
+    def kinds_named(self) -> frozenset[str]:
+        """The types that any resource of this set refers to."""
+        return frozenset(target.type_url for target in self.refers)
 
     def changed_since(self, old: "ResourceSet") -> frozenset[str]:
         """Names added, removed or changed from `old` to this set.
@@ -125,14 +140,15 @@ class Snapshot:
 
     def consistent(self) -> tuple[str, ...]:
         """Every reference that leads nowhere, one line each; () when the snapshot is whole."""
-        lines = {
-            f"{Reference(type_url, entry.name)} names {target}, which is not there"
-            for type_url, entries in self.types.items()
-            if any(target.name not in self.of(target.type_url) for target in entries.refers)
-            for entry in entries.values()
-            for target in entry.refers
-            if target.name not in self.of(target.type_url)
-        }
+        lines = []
+        for type_url, entries in self.types.items():
+            lacking = {(k, n) for k in entries.kinds_named for n in entries.dangling(k, self.of(k))}
+            for entry in entries.values() if lacking else ():
+                lines += [
+                    f"{Reference(type_url, entry.name)} names {target}, which is not there"
+                    for target in entry.refers
+                    if target in lacking
+                ]
         return tuple(sorted(lines))
 
 

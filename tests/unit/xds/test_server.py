@@ -109,7 +109,7 @@ async def test_change_that_concerns_nobody_is_reported_at_once() -> None:
         await connected(stub)
         await run.publish(world())
         push = await run.report()
-        assert (push.changed, push.reached, push.last_answer) == ((), set(), None)
+        assert (push.changed, push.reached, push.last_answer) == ((), {}, None)
         assert '"last_ack_ms": null' in push.event()
 
 
