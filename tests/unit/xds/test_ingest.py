@@ -219,9 +219,9 @@ def test_objects_that_exclude_each_other(one: str, other: str, problem: str) -> 
 
 
 def test_a_problem_is_one_printable_line() -> None:
-    (problem,) = ingest(changed("HTTPRoute", "spec.\x1b[2J\ud800\n", "\x1b[2J\n"))[1]
+    (problem,) = ingest(changed("HTTPRoute", "spec.\x1b[2J\n\ud800", "\x1b[2J\n"))[1]
     assert str(problem).startswith(
-        r"f.yaml: HTTPRoute demo/web: spec.\x1b[2J\ud800: '\x1b[2J\n': is not supported"
+        r"f.yaml: HTTPRoute demo/web: spec.\x1b[2J \ud800: '\x1b[2J\n': is not supported"
     )
 
 
