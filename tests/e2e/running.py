@@ -102,14 +102,27 @@ class XdsServer:
 
 
 class Sidecar:
-    """A real Envoy in a pod, as the sidecar's user, with the product's bootstrap."""
+    """A real Envoy in a pod, as the sidecar's user, with the product's bootstrap.
 
-    def __init__(self, pod: LabPod, place: Path, name: str, namespace: str, xds: str) -> None:
+    `changed` is merged into the bootstrap's ads_config, for clients that differ from ours.
+    """
+
+    def __init__(
+        self,
+        pod: LabPod,
+        place: Path,
+        name: str,
+        namespace: str,
+        xds: str,
+        changed: dict[str, Any] | None = None,
+    ) -> None:
         self._pod = pod
         self.name = name
         config = place / f"{pod.name}.json"
         admin = place / f"{pod.name}-admin"
-        config.write_text(json.dumps(bootstrap(name, namespace, pod.ip, xds=xds, admin_port=0)))
+        content: dict[str, Any] = bootstrap(name, namespace, pod.ip, xds=xds, admin_port=0)
+        content["dynamic_resources"]["ads_config"].update(changed or {})
+        config.write_text(json.dumps(content))
         admin.mkdir(mode=0o700)
         os.chown(admin, SIDECAR_ID, SIDECAR_ID)
         self._log_file = place / f"{pod.name}.log"

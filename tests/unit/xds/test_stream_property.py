@@ -81,6 +81,12 @@ class Config:
     warm_clusters: dict[str, Message] = field(default_factory=dict)
     active_listeners: dict[str, Message] = field(default_factory=dict)
 
+    def give_up_warming(self) -> None:
+        """A cluster that came just before the connection broke, without its endpoints: nobody can
+        know that it warms. Envoy waits 15 s and then takes the endpoints that it has cached."""
+        both = self.has[CLUSTER].keys() & self.has[ENDPOINT].keys()
+        self.warm_clusters.update((name, self.has[CLUSTER][name]) for name in both)
+
     def take(self, type_url: str, message: Message) -> None:
         name = message.cluster_name if type_url == ENDPOINT else message.name  # type: ignore[attr-defined]
         self.has[type_url][name] = message
@@ -132,6 +138,7 @@ class DeltaClient(RuleBasedStateMachine):
     def connect(self) -> None:
         self.stream = DeltaStream()
         self.stream.offer(self.snapshot())
+        self.config.give_up_warming()
         self.to_server: deque[DeltaDiscoveryRequest] = deque()
         self.to_client: deque[DeltaDiscoveryResponse] = deque()
         #: Names that the server may send although the client has them in this version.
