@@ -7,6 +7,7 @@ enrolled for the other rungs; and the far end, never enrolled.
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from redirector.datapath.layout import Counter
 from redirector.enrollment import default_enrollment
 from redirector.errors import RedirectorError
 from redirector.lab import LabPod, Node
+from redirector.lab.node import SIDECAR_ID
 from redirector.model import Accelerate, Mode
 
 LOAD_SCRIPT = Path(__file__).with_name("load.lua")
@@ -75,10 +77,13 @@ class Topology:
             self._node = self._stack.enter_context(Node(prefix="rdrcmp"))
             self._files = Path(tempfile.mkdtemp(prefix=f"{self._node.name}-", dir="/tmp"))
             self._stack.callback(shutil.rmtree, self._files, ignore_errors=True)
-            self._files.chmod(0o777)  # the sidecar's user makes its Unix sockets here
+            self._files.chmod(0o711)
+            self._sockets = self._files / "sockets"
+            self._sockets.mkdir()
+            os.chown(self._sockets, SIDECAR_ID, SIDECAR_ID)
             pins = machine.ensure_bpffs() / self._node.name
             self._enrollment = default_enrollment(self._files / "records", pins)
-            self._stack.callback(self._enrollment.uninstall)
+            self._stack.callback(self._uninstall)
             self._build([rung for rung in Rung if rung in set(rungs)])
             undo.pop_all()
 
@@ -120,6 +125,11 @@ class Topology:
                 raise RedirectorError(
                     f"pod {status.pod.name} accelerated no connection; see `redirector check`"
                 )
+
+    def _uninstall(self) -> None:
+        problems = self._enrollment.uninstall()
+        if problems:
+            raise RedirectorError(f"cleaning up: {'; '.join(problems)}")
 
     def _build(self, rungs: list[Rung]) -> None:
         far = self._far_end()
@@ -203,7 +213,7 @@ class Topology:
         self._enrollment.enroll(pod.name, pod.netns, pod.cgroup, mode, accelerate)
 
     def _unix(self, port: int) -> str:
-        return str(self._files / f"{port}.sock")
+        return str(self._sockets / str(port))
 
     def _serve(self, pod: LabPod, role: str, where: str, *, sidecar: bool = False) -> None:
         with LOAD_SCRIPT.open() as script:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from redirector.compare.cases import Case, Load, Metric, Rung
+from redirector.compare.cases import RUNG_TEXT, Case, Load, Metric, Rung
 from redirector.compare.report.data import METRIC_TEXT, Report
 from redirector.compare.statistics import Ratio, Verdict
 
@@ -21,6 +21,10 @@ def _figures(report: Report) -> Iterator[str]:
         f"{report.rounds} rounds on Linux {host.kernel}, {host.cpu_model}, Envoy {host.envoy}, "
         f"all on CPU {host.pinned_to_cpu}; medians over the rounds"
     )
+    yield ""
+    width = max(len(rung) for rung in report.rungs)
+    for rung in report.rungs:
+        yield f"  {rung:<{width}}  {RUNG_TEXT[rung]}"
     for case in report.cases:
         yield ""
         yield f"{case.name}: {case.text}"
