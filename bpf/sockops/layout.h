@@ -45,6 +45,7 @@ struct flow {
 	__u32 unread[2];    // redirected bytes that this side has not read yet, an upper estimate
 	__u64 bytes[2];	    // redirected by this side
 	__u64 messages[2];
+	__u64 verdict[2]; // of what this side sends; 64 bits for compare-and-swap
 };
 
 // What a socket carries with it (sk_storage).
@@ -53,8 +54,10 @@ struct sock_state {
 	struct flow_key peer; // the other end's key in the sockhash
 	struct endpoint original;
 	__u32 side;
-	__u32 verdict;
-	__u32 flags; // enum flow_flag
+	__u32 verdict;	     // once PASS here, the flow need not be asked
+	__u32 flags;	     // enum flow_flag
+	__u64 leaving_ns;    // when this side began to leave the sockhash, 0: it stays
+	__u64 leaving_acked; // bytes that TCP had delivered by then
 };
 
 enum pod_flag {
@@ -125,6 +128,7 @@ enum counter {
 	REDIRECTED_MESSAGES,
 	PASSED_NO_PEER,	    // direction on plain TCP: the peer was not in the sockhash
 	PASSED_UNREAD,	    // direction on plain TCP: the reader left too much unread
+	PASSED_LEFT,	    // direction on plain TCP: the other end streams, it leaves the sockhash
 	PASSED_FAST_OPEN,   // socket left alone: data went with the SYN
 	PASSED_FULL,	    // socket left alone: no room in the sockhash
 	PASSED_UNSUPPORTED, // socket left alone: of a kind that the sockhash does not take (MPTCP)

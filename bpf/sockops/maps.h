@@ -25,6 +25,7 @@ BPF_SK_STORAGE(states, struct sock_state);
 		struct bpf_sock *(*lookup)(KEY *);                                                 \
 		int (*sock_hash_update)(struct bpf_sock_ops *, KEY *, __u64);                      \
 		int (*msg_redirect_hash)(struct sk_msg_md *, KEY *, __u64);                        \
+		int (*delete)(KEY *);                                                              \
 		__u32 max_entries;                                                                 \
 		int flags;                                                                         \
 	};                                                                                         \

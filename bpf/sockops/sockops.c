@@ -73,7 +73,75 @@ ALWAYS void enter_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, _
 		count(netns, failed == -E2BIG ? PASSED_FULL : PASSED_UNSUPPORTED);
 		return;
 	}
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
+					   BPF_SOCK_OPS_RTT_CB_FLAG);
 	count(netns, ACCELERATED);
+}
+
+ALWAYS void leave_sockhash(struct bpf_sock_ops *ops, struct sock_state *state)
+{
+	struct flow_key key = state->flow;
+
+	key.side = state->side;
+	sockets.delete(&key);
+	state->verdict = PASS;
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
+// Whether nothing was ever redirected to this side, and from now on nothing will be.
+ALWAYS bool never_redirected(struct sock_state *state, struct flow *flow, __u32 theirs)
+{
+	return !state->leaving_acked && claim(flow, theirs, PASS) && !flow->messages[theirs & 1];
+}
+
+// An ACK has come in. A socket of the sockhash whose blocking recv() is woken without data answers
+// EAGAIN (tcp_bpf_recvmsg waits once), and a sender whose buffer drains is woken so. So who streams
+// leaves the sockhash, once nothing can be on its way to its queue: because nothing ever was, or
+// because the peer has since been passing for a second, or has read more TCP bytes than its buffer
+// holds; its earlier send() has ended then.
+ALWAYS void streams(struct bpf_sock_ops *ops)
+{
+	struct sock_state *state = state_of(ops, 0);
+	struct flow *flow;
+	__u32 theirs;
+
+	if (!state || state->verdict != PASS)
+		return;
+	if (!state->leaving_ns && ops->bytes_acked < MAX_UNREAD)
+		return;
+	flow = flows.lookup(&state->flow);
+	if (!flow)
+		return;
+	theirs = (state->side ^ 1) & 1;
+	if (never_redirected(state, flow, theirs)) {
+		leave_sockhash(ops, state);
+		return;
+	}
+	if (!state->leaving_acked) {
+		flow->verdict[theirs] = PASS;
+		state->leaving_ns = bpf_ktime_get_ns();
+		state->leaving_acked = ops->bytes_acked + 1; // 0 is: not yet
+		return;
+	}
+#if RMEM_OFFSET
+	if ((ops->bytes_acked - state->leaving_acked > MAX_RECEIVE_BUFFER ||
+	     bpf_ktime_get_ns() - state->leaving_ns > 1000000000ULL) &&
+	    ops->sk && !own_unread(ops->sk))
+		leave_sockhash(ops, state);
+#endif
+}
+
+// shutdown(SHUT_WR): the ACK of the FIN wakes a blocking recv(), too.
+ALWAYS void half_closes(struct bpf_sock_ops *ops)
+{
+	struct sock_state *state = state_of(ops, 0);
+	struct flow *flow;
+
+	if (!state || !(state->flags & FLOW_ACCELERATE))
+		return;
+	flow = flows.lookup(&state->flow);
+	if (flow && never_redirected(state, flow, state->side ^ 1))
+		leave_sockhash(ops, state);
 }
 
 ALWAYS void client_established(struct bpf_sock_ops *ops)
@@ -168,8 +236,13 @@ ALWAYS void sockops(struct bpf_sock_ops *ops)
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		sidecar_listens(ops);
 		break;
+	case BPF_SOCK_OPS_RTT_CB:
+		streams(ops);
+		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		if (ops->args[1] == BPF_TCP_CLOSE)
+		if (ops->args[1] == BPF_TCP_FIN_WAIT1)
+			half_closes(ops);
+		else if (ops->args[1] == BPF_TCP_CLOSE)
 			client_closed(ops);
 		break;
 	}

@@ -92,6 +92,7 @@ class Flow(Struct):
         ("unread", ctypes.c_uint32 * 2),
         ("bytes", ctypes.c_uint64 * 2),
         ("messages", ctypes.c_uint64 * 2),
+        ("verdict", ctypes.c_uint64 * 2),
     )
 
 
@@ -113,6 +114,8 @@ class SockState(Struct):
         ("side", ctypes.c_uint32),
         ("verdict", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
+        ("leaving_ns", ctypes.c_uint64),
+        ("leaving_acked", ctypes.c_uint64),
     )
 
 
@@ -229,12 +232,13 @@ class Counter(IntEnum):
     REDIRECTED_MESSAGES = 6
     PASSED_NO_PEER = 7
     PASSED_UNREAD = 8
-    PASSED_FAST_OPEN = 9
-    PASSED_FULL = 10
-    PASSED_UNSUPPORTED = 11
-    REFUSED_NO_STATE = 12
-    REFUSED_NO_FLOW = 13
-    REFUSED_NO_LISTENER = 14
+    PASSED_LEFT = 9
+    PASSED_FAST_OPEN = 10
+    PASSED_FULL = 11
+    PASSED_UNSUPPORTED = 12
+    REFUSED_NO_STATE = 13
+    REFUSED_NO_FLOW = 14
+    REFUSED_NO_LISTENER = 15
 
 
 class Counters(Struct):

@@ -13,11 +13,13 @@ from redirector.datapath.layout import static_assertions
 from redirector.errors import MachineError
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "bpf" / "sockops"
+TCP_RMEM = Path("/proc/sys/net/ipv4/tcp_rmem")
 #: In the order in which they must be compiled.
 FILES = (
     "layout.h",
     "maps.h",
     "common.h",
+    "verdict.h",
     "connect.c",
     "sockopt.c",
     "sockops.c",
@@ -46,7 +48,8 @@ SIZES: Mapping[str, int] = {
 def translation_unit(sizes: Mapping[str, int]) -> str:
     """All of bpf/sockops, the kernel's own offsets and the layout check, ready for bcc."""
     constants = dict(sizes)
-    # 0 when the kernel has no BTF: a direction's budget is then never given back.
+    # RMEM_OFFSET is 0 when the kernel has no BTF: a direction's budget is then never given back.
+    constants["MAX_RECEIVE_BUFFER"] = int(TCP_RMEM.read_text().split()[2])
     constants["RMEM_OFFSET"] = member_offset("sock", "sk_backlog", "rmem_alloc") or 0
     parts = [f"#include <{name}>" for name in INCLUDES]
     parts += [f"#define {name} {value}" for name, value in constants.items()]

@@ -8,6 +8,7 @@ import socket
 import termios
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -209,6 +210,72 @@ def test_requests_and_replies_stay_redirected_for_ever(pod: LabPod, datapath: Da
         counters = counted(datapath, pod)
     assert counters[Counter.REDIRECTED_BYTES] == 100 * (len(block) + 2)
     assert counters[Counter.PASSED_UNREAD] == 0
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("mib", [3, 64, 256])
+def test_a_blocking_reader_waits_after_a_large_upload(pod: LabPod, earlier: bool, mib: int) -> None:
+    """Woken without data, a blocking recv() of a socket in a sockhash answers EAGAIN."""
+    with pair(pod) as ends, ThreadPoolExecutor(1) as server:
+        ends.client.settimeout(None)  # not Python's own poll(): the kernel must wait
+        if earlier:
+            ends.client.sendall(b"ask")
+            receive(ends.server, 3)
+            ends.server.sendall(b"answer")
+            assert receive(ends.client, 6) == b"answer"
+        received = server.submit(_serve_upload, ends.server, mib * MIB)
+        for _ in range(mib):
+            ends.client.sendall(b"x" * MIB)
+        assert ends.client.recv(10) == b"done"
+        assert received.result(10) == mib * MIB
+
+
+def _serve_upload(end: socket.socket, size: int) -> int:
+    got = 0
+    while got < size and (chunk := end.recv(min(MIB, size - got))):
+        got += len(chunk)
+        if got % (16 * MIB) < len(chunk):
+            time.sleep(0.001)
+    time.sleep(0.1)
+    end.sendall(b"done")
+    return got
+
+
+def test_a_blocking_reader_waits_after_its_half_close(pod: LabPod) -> None:
+    with pair(pod) as ends, ThreadPoolExecutor(1) as server:
+        ends.client.settimeout(None)
+        reply = server.submit(_serve_half_closed, ends.server)
+        ends.client.sendall(b"request")
+        ends.client.shutdown(socket.SHUT_WR)
+        assert ends.client.recv(10) == b"reply"
+        assert reply.result(10) == b"request"
+
+
+def _serve_half_closed(end: socket.socket) -> bytes:
+    got = bytearray()
+    while chunk := end.recv(100):
+        got += chunk
+    time.sleep(0.2)  # longer than a delayed ACK of the FIN
+    end.sendall(b"reply")
+    return bytes(got)
+
+
+def test_a_stream_leaves_the_sockhash_and_stays_right(pod: LabPod, datapath: Datapath) -> None:
+    """Both directions after a long upload: plain TCP, in order, nothing redirected any more."""
+    with pair(pod) as ends, ThreadPoolExecutor(1) as server:
+        received = server.submit(receive, ends.server, 32 * MIB)
+        for _ in range(32):
+            ends.client.sendall(b"x" * MIB)
+        assert len(received.result(10)) == 32 * MIB
+        before = counted(datapath, pod)[Counter.REDIRECTED_BYTES]
+        for n in range(50):
+            ends.server.sendall(b"pong%04d" % n)
+            assert receive(ends.client, 8) == b"pong%04d" % n
+            ends.client.sendall(b"ping%04d" % n)
+            assert receive(ends.server, 8) == b"ping%04d" % n
+        counters = counted(datapath, pod)
+    assert counters[Counter.REDIRECTED_BYTES] == before <= MIB
+    assert counters[Counter.PASSED_UNREAD] == 1
 
 
 @pytest.mark.parametrize("seed", range(4))
