@@ -161,7 +161,8 @@ def require_cgroup(path: Path) -> Path:
     """The path of a cgroup2 directory below the mount's root. InputError says what it is not."""
     mount = machine.cgroup2_mount()
     hint = f"give a pod's directory below {mount}"
-    path = path.absolute()
+    # Dots and links must not hide that it is the root.
+    path = path.resolve()
     if not path.exists():
         raise InputError(f"cgroup {path}: does not exist; {hint}")
     if not (path / "cgroup.procs").exists():
@@ -176,5 +177,6 @@ def require_cgroup(path: Path) -> Path:
 def default_enrollment(state: Path | None, pins: Path | None) -> Enrollment:
     """The node's own, at the default places unless told otherwise."""
     machine.require_root()
-    root = pins or machine.ensure_bpffs() / "redirector"
+    # What is elsewhere is not ours to remove when everything is uninstalled.
+    root = machine.require_bpffs(pins) if pins else machine.ensure_bpffs() / "redirector"
     return Enrollment(Records(state or STATE), Datapath(root))

@@ -55,6 +55,15 @@ def ensure_bpffs() -> Path:
     return BPFFS
 
 
+def require_bpffs(path: Path, mountinfo: Path = MOUNTINFO) -> Path:
+    """Return `path` if it lies below a mount of bpffs; MachineError otherwise."""
+    if not any(mount in path.parents for _, mount in _mounts("bpf", mountinfo)):
+        raise MachineError(
+            f"{path}: is not below a bpffs, where pins can be; mount one: mount -t bpf bpf {BPFFS}"
+        )
+    return path
+
+
 def require_root() -> None:
     """Raise MachineError unless this process is root."""
     if os.geteuid() != 0:

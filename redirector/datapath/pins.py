@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -78,17 +79,32 @@ class Datapath:
 
     def ensure(self) -> None:
         """Load the shipped programs unless they are pinned already."""
-        if not self.is_loaded():
-            self._load()
-        elif not self.is_current():
-            if self.pods():
-                raise DatapathError(
-                    f"{self.root}: another version of the programs is in use by "
-                    f"{len(self.pods())} pods; move to this one: redirector uninstall, then "
-                    "enroll the pods again"
-                )
-            self.unload()
-            self._load()
+        if self.is_loaded() and self.is_current():
+            return
+        with self._alone() as lock:
+            if self.is_loaded() and not self.is_current():
+                if self.pods():
+                    raise DatapathError(
+                        f"{self.root}: another version of the programs is in use by "
+                        f"{len(self.pods())} pods; move to this one: redirector uninstall, then "
+                        "enroll the pods again"
+                    )
+                self._forget_all()
+            if not self.is_loaded():
+                self._load(lock)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[int]:
+        """Keep other loads and unloads out until leaving.
+
+        A loader inherits the descriptor: it keeps them out also when whoever started it was killed.
+        """
+        fd = os.open(self.root.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+        finally:
+            os.close(fd)
 
     def is_current(self) -> bool:
         """Whether what is pinned was compiled from the shipped source with the same constants."""
@@ -105,11 +121,13 @@ class Datapath:
             raise DatapathError(f"{self.root}/maps/about: is empty; use: redirector uninstall")
         return About.from_buffer_copy(raw)
 
-    def _load(self) -> None:
+    def _load(self, lock: int) -> None:
         environment = {**os.environ, "BCC_KERNEL_SOURCE": str(kernel_headers())}
         loader = [sys.executable, "-m", "redirector.datapath.loader"]
         command = [*loader, str(self.root), json.dumps(dict(self._sizes))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, pass_fds=(lock,)
+        )
         if done.returncode == 0:
             return
         if "No module named 'bcc'" in done.stderr:
@@ -126,6 +144,10 @@ class Datapath:
 
     def unload(self) -> None:
         """Forget every pin: links detach, programs and maps go with their last user."""
+        with self._alone():
+            self._forget_all()
+
+    def _forget_all(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
         for left in self.root.parent.glob(f"{self.root.name}-loading-*"):
             shutil.rmtree(left, ignore_errors=True)
