@@ -14,7 +14,7 @@ from typing import Self, TextIO, TypeVar
 
 from redirector.compare import host, load, statistics
 from redirector.compare.cases import CASES, Case, Rung
-from redirector.compare.plan import Plan
+from redirector.compare.plan import MIN_ROUNDS, Plan
 from redirector.compare.report import html, json, table
 from redirector.compare.report.data import Report
 from redirector.compare.topology import Topology
@@ -24,8 +24,7 @@ FULL_ROUNDS, FULL_WARMUP, FULL_SECONDS = 10, 0.1, 0.5
 QUICK_ROUNDS, QUICK_WARMUP, QUICK_SECONDS = 3, 0.03, 0.2
 #: For all measurements of a quick run; the rest of its minute is set-up and clean-up.
 QUICK_BUDGET = 42.0
-#: One round has no spread.
-MIN_ROUNDS, MAX_ROUNDS = 2, 1000
+MAX_ROUNDS = 1000
 
 Progress = Callable[[str], None]
 Choice = TypeVar("Choice")
@@ -129,6 +128,9 @@ def compare(plan: Plan, cpu: int, say: Progress) -> Report:
         for number, case, rung in plan.order():
             interruption.check()
             elapsed = time.monotonic() - started
+            if plan.is_over(elapsed, number):
+                say(f"out of time: round {number} is cut short")
+                break
             if shown != (number, case):
                 shown = (number, case)
                 say(f"round {number}/{plan.rounds}  {case.name}  ({elapsed:.0f} s)")

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from redirector.compare.cases import Case, Rung, why_not
 
+#: One round has no spread.
+MIN_ROUNDS = 2
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -31,6 +34,10 @@ class Plan:
                 for rung in rotated(self.rungs, number - 1):
                     if why_not(case, rung) is None:
                         yield number, case, rung
+
+    def is_over(self, elapsed: float, number: int) -> bool:
+        """Whether the budget is spent in round `number`; two rounds are measured in any case."""
+        return self.budget is not None and elapsed > self.budget and number > MIN_ROUNDS
 
     def seconds_now(self, elapsed: float, done: int) -> float:
         """How long to measure next, `done` measurements having taken `elapsed` seconds.

@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_a_budget_is_kept(overhead: float) -> None:
     for done in range(plan.cells()):
         elapsed += plan.warmup + plan.seconds_now(elapsed, done) + overhead
     assert elapsed <= 42
+
+
+def test_a_spent_budget_cuts_the_third_round() -> None:
+    plan = Plan(CASES, tuple(Rung), rounds=3, warmup=0.03, seconds=0.4, budget=42)
+    assert not plan.is_over(43, 2)
+    assert not plan.is_over(41, 3)
+    assert plan.is_over(43, 3)
+    endless = replace(plan, budget=None)
+    assert not endless.is_over(1e6, 3)
 
 
 def test_the_defaults_are_everything() -> None:
