@@ -155,7 +155,6 @@ class Node:
         with ExitStack() as undo:
             undo.callback(self.close)
             self._cgroup.mkdir()
-            self._stack.callback(cgroups.remove_tree, self._cgroup)
             self._make_netns(self.name)
             self._make_bridge()
             undo.pop_all()
