@@ -154,7 +154,10 @@ async def _run(
     log.info("serving")
     watcher = asyncio.create_task(_follow(directory, seen, server))
     try:
-        await stop.wait()
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({stopped, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if watcher.done():
+            watcher.result()  # it ends by an error of ours only: better no server than a deaf one
     finally:
         log.info("stopping")
         watcher.cancel()

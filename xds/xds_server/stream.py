@@ -115,8 +115,9 @@ class TypeState:
     #: The state that `sent` and `stale` reflect in full; None: compare name by name.
     base: ResourceSet | None = None
     last_nonce: str = ""
-    #: By nonce, the responses without an answer.
-    unanswered: dict[str, Response] = field(default_factory=dict)
+    #: By nonce, the responses without an answer: the type's version, and what was in them. Not
+    #: the response itself, since nothing makes a client answer.
+    unanswered: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
     #: The last refusal, and name -> version (or ABSENT) of what it was about.
     rejected: Nack | None = None
     refused: dict[str, str] = field(default_factory=dict)
@@ -271,17 +272,18 @@ class Stream(ABC):
 
     def _answer(self, state: TypeState, nonce: str, error: str | None) -> Ack | Nack | None:
         """Book an ACK (`error` is None) or a NACK; None when no response of ours is meant."""
-        response = state.unanswered.pop(nonce, None)
-        if response is None:
+        found = state.unanswered.pop(nonce, None)
+        if found is None:
             return None
+        version, contents = found
         if error is None:
-            for name in response.versions():
+            for name in contents:
                 state.refused.pop(name, None)
             return Ack(state.type_url, nonce)
         state.refused.update(
-            (name, version) for name, version in response.versions().items() if state.wants(name)
+            (name, content) for name, content in contents.items() if state.wants(name)
         )
-        state.rejected = Nack(state.type_url, nonce, response.version, error)
+        state.rejected = Nack(state.type_url, nonce, version, error)
         return state.rejected
 
     def _emit(
@@ -298,7 +300,7 @@ class Stream(ABC):
         state.owed = False
         body = self._encode(state.type_url, nonce, version, chosen, gone)
         response = Response(state.type_url, nonce, version, chosen, gone, body)
-        state.unanswered[nonce] = response
+        state.unanswered[nonce] = (version, response.versions())
         return response
 
     def _send_endpoints_of(self, clusters: Iterable[Encoded]) -> None:

@@ -124,7 +124,8 @@ async def changes(directory: Path, seen: Listing) -> AsyncGenerator[Change, None
                         yield change
                     if not _same(watched, found.directory):
                         break  # the watch is on a directory that is no longer there
-        except OSError:
+        except (OSError, RuntimeError):
+            # No directory, or no watch to be had (the user's inotify limit): look by ourselves.
             found = listing(directory)
             change = compare(seen, found, time.time())
             seen = found

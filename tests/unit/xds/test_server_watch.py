@@ -8,6 +8,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+from watchfiles._rust_notify import WatchfilesRustInternalError
 from xds_server.watch import Change, changes, compare, listing, unsettled
 
 PATIENCE_S = 20.0
@@ -124,3 +125,14 @@ def test_new_mount_of_the_files_by_a_link_is_a_change(tmp_path: Path) -> None:
     change = compare(before, listing(shown), time.time())
     assert change is not None
     assert change.reason == "changed a.yaml"
+
+
+async def test_without_a_watch_to_be_had_changes_are_still_noticed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise WatchfilesRustInternalError("Too many open files (os error 24)")
+
+    monkeypatch.setattr("xds_server.watch.awatch", refuse)
+    change = await after(directory, lambda: (directory / "c.yaml").write_text("c"))
+    assert change.reason == "added c.yaml"
