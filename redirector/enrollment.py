@@ -4,6 +4,7 @@ The order of steps is what makes a kill at any moment harmless: the record is wr
 kernel is touched and deleted after it is clean, so `unenroll` and `uninstall` find everything.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables import IptablesMode
 from redirector.records import Records
+from redirector.steering import PASSTHROUGH_V6
 
 #: Where the records live; below the directory that the xDS server's socket is in.
 STATE = Path("/run/redirector/pods")
@@ -75,10 +77,12 @@ class Enrollment:
             self._require_new(pod)
             self._records.put(pod)
             try:
+                # 127.0.0.6 is loopback by itself, ::6 must be made so.
+                if any(ip.version == 6 for ip in pod.addresses):
+                    network.put_on_loopback(netns, PASSTHROUGH_V6)
                 self._modes[mode].install(pod)
             except BaseException:
-                self._modes[mode].remove(pod)
-                self._records.delete(name)
+                self._remove(pod)
                 raise
         return pod
 
@@ -117,6 +121,8 @@ class Enrollment:
         # Of every mode: a change of mode may have been interrupted.
         for driver in self._modes.values():
             driver.remove(pod)
+        with contextlib.suppress(InputError):  # the namespace is gone
+            network.take_off_loopback(pod.netns, PASSTHROUGH_V6)
         self._records.delete(pod.name)
 
     def get(self, name: str) -> Pod:

@@ -20,6 +20,7 @@ from pyroute2 import IPRoute
 
 from redirector.errors import InputError, MachineError
 from redirector.model import IPAddress
+from redirector.steering import PASSTHROUGH_SOURCES
 
 T = TypeVar("T")
 
@@ -45,7 +46,8 @@ def require_netns(path: Path) -> None:
 def addresses(netns: Path) -> tuple[IPAddress, ...]:
     """Return the addresses of the namespace's interfaces, loopback and link-local left out.
 
-    In the kernel's order, IPv4 first, each once.
+    Left out too is ::6, which enrolment puts on lo for the sidecar to connect from. In the
+    kernel's order, IPv4 first, each once.
     """
     return within(netns, _addresses)
 
@@ -61,11 +63,35 @@ def netns_cookie(netns: Path) -> int:
 def open_connections(netns: Path, ports: Collection[int]) -> frozenset[tuple[IPAddress, int]]:
     """Return the local address and port of every TCP connection open on one of these local ports.
 
+    Port 0 stands for all of them.
     An IPv4-mapped address counts as IPv4. Asked of sock_diag(7), where the kernel filters: after a
     rush of connections /proc/net/tcp takes seconds to print those in TIME_WAIT. MachineError on a
     kernel without it.
     """
     return within(netns, lambda: frozenset(_open_connections(ports)))
+
+
+def put_on_loopback(netns: Path, ip: IPAddress) -> None:
+    """Give the namespace's lo an address of its own; one that is there already is no error."""
+
+    def put() -> None:
+        with IPRoute() as ipr:
+            ipr.addr("replace", index=1, address=str(ip), prefixlen=ip.max_prefixlen)
+
+    within(netns, put)
+
+
+def take_off_loopback(netns: Path, ip: IPAddress) -> None:
+    """The inverse of `put_on_loopback`, once no open connection has the address."""
+    if any(address == ip for address, _ in open_connections(netns, {0})):
+        return
+
+    def take_off() -> None:
+        with IPRoute() as ipr:
+            if ipr.get_addr(index=1, address=str(ip)):
+                ipr.addr("del", index=1, address=str(ip), prefixlen=ip.max_prefixlen)
+
+    within(netns, take_off)
 
 
 def run_in(
@@ -154,7 +180,7 @@ def _addresses() -> tuple[IPAddress, ...]:
             if text is None:
                 continue
             address = ip_address(text)
-            if not (address.is_loopback or address.is_link_local):
+            if not (address.is_loopback or address.is_link_local or address in PASSTHROUGH_SOURCES):
                 found[address] = None
     return tuple(found)
 

@@ -25,9 +25,8 @@ TUNNEL_PORT = 15008
 #: What "localhost" means; other addresses of 127/8 are loopback, but not these.
 LOCALHOST: frozenset[IPAddress] = frozenset({IPv4Address("127.0.0.1"), IPv6Address("::1")})
 #: The sidecar connects from these when it hands an inbound connection to the application.
-PASSTHROUGH_SOURCES: frozenset[IPAddress] = frozenset(
-    {IPv4Address("127.0.0.6"), IPv6Address("::6")}
-)
+PASSTHROUGH_V4, PASSTHROUGH_V6 = IPv4Address("127.0.0.6"), IPv6Address("::6")
+PASSTHROUGH_SOURCES: frozenset[IPAddress] = frozenset({PASSTHROUGH_V4, PASSTHROUGH_V6})
 
 
 class Direction(StrEnum):

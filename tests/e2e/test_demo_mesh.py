@@ -139,8 +139,6 @@ def demo(
     for one in sidecars:
         eventually("listeners", partial(_configured, one))
         pod = one._pod
-        # The sidecar calls its application from here; 127.0.0.6 is there by itself.
-        pod.run(["ip", "-6", "address", "replace", "::6/128", "dev", "lo"], check=True)
         enrollment.enroll(pod.name, pod.netns, pod.cgroup, request.param)
     return Demo(pods["client"], pods["plain"], server)
 
