@@ -74,6 +74,11 @@ def link_create(prog: int, target: int, kind: AttachType) -> int:
     return _check(_lib().bpf_link_create(prog, target, int(kind), None), f"attach {kind.name}")
 
 
+def link_detach(fd: int) -> None:
+    """Detaches at once (BPF_LINK_DETACH); unpinning alone leaves it to a work queue."""
+    _check(_lib().bpf_link_detach(fd), "bpf_link_detach")
+
+
 class _CgroupLinkInfo(ctypes.Structure):
     """struct bpf_link_info of a cgroup or netns link, linux/bpf.h."""
 

@@ -116,6 +116,7 @@ def enroll(world: World, console: Console) -> None:
     """All pods but one, in eBPF mode."""
     console.say("The programs are compiled and loaded once for the node, then attached to each")
     console.say("pod's cgroup and network namespace. Nothing else on this machine is touched.")
+    console.quiet(f"$ redirector enroll {CLIENT} --netns NETNS --cgroup CGROUP --mode {Mode.EBPF}")
     for name in ENROLLED:
         console.waiting(f"enrolling {name}")
         pod = world.pods[name]

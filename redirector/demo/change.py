@@ -31,7 +31,7 @@ from redirector.modes.iptables import OUTPUT_CHAIN
 
 _NEW_WEIGHTS = {WEB_V1: 20, WEB_V2: 80}
 _BEFORE, _AFTER = 400, 600
-_KEPT, _FRESH, _PAUSE_S = 4, 4, 0.005
+_KEPT, _FRESH, _PAUSE_S = 4, 4, 0.01
 #: Requests that have to pass before the next pod is changed, and in a mode before it is left.
 _BETWEEN, _DWELL = 60, 300
 #: Differs from one answer to the next by design.
@@ -149,6 +149,7 @@ def change_modes(world: World, console: Console) -> None:
 
 def _change(world: World, console: Console, traffic: Traffic, mode: Mode) -> tuple[object, ...]:
     began = time.monotonic()
+    console.quiet(f"$ redirector mode {ENROLLED[0]} {mode}")
     for name in ENROLLED:
         console.waiting(f"changing {name} to {mode} mode")
         world.enrollment.change_mode(name, mode)

@@ -3,12 +3,8 @@
 import argparse
 import io
 import os
-import signal
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import TextIO
 
 from redirector import compare
@@ -16,11 +12,11 @@ from redirector.demo.begin import enroll, lay_out, serve
 from redirector.demo.change import change_modes, reweigh
 from redirector.demo.console import Console, Step
 from redirector.demo.end import take_down
+from redirector.demo.interruption import interruptible
 from redirector.demo.show import show
 from redirector.demo.world import World
 from redirector.errors import RedirectorError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Few enough for a minute, and among them one that eBPF loses.
 _COMPARED = "echo-64B,http-1-sidecar-c16,http-2-sidecars-c1,connect-rate,bulk-1KiB"
 
@@ -44,29 +40,30 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
     steps = [Step(number, title) for number, (title, _) in actions.items()]
     last = steps[-1]
     kernel, cpus = os.uname().release, len(os.sched_getaffinity(0))
-    interrupted = False
-    with _interrupts(), World() as world:
+    with interruptible() as interruption, World() as world:
         console.title(
             "     redirector: eBPF takes the traffic to Envoy, Envoy understands it",
             f"     Linux {kernel}, {cpus} CPUs, node {world.node.name}",
         )
+        for name in world.swept:
+            console.say(f"An earlier demo, {name}, was killed: what it left is removed now.")
         try:
             for step in steps[:-1]:
                 done = _run_step(step, actions[step.number][1], world, console)
+                interruption.check()
                 if not done and step.number in _FOUNDATIONS:
                     break
         except KeyboardInterrupt:
-            interrupted = True
-            console.say()
+            console.line()
             console.say("Interrupted: everything is taken down.")
-        with _uninterrupted():
+        # An impatient second Ctrl-C must not leave half of it.
+        with interruption.held_off():
             if any(step.failed for step in steps):
                 _last_words(world, console)
             _run_step(last, actions[last.number][1], world, console)
             world.close()
-    passed = console.summary(steps)
-    if interrupted:
-        raise KeyboardInterrupt
+        passed = console.summary(steps)
+        interruption.check()
     return 0 if passed else 1
 
 
@@ -134,44 +131,3 @@ def _last_words(world: World, console: Console) -> None:
     for child in world.children.values():
         for words in child.words(most=5):
             console.quiet(f"{child.name}: {words}")
-
-
-@contextmanager
-def _interrupts() -> Iterator[None]:
-    """Being told to end is an interruption, like Ctrl-C: what was made has to go."""
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    with _when_told_to_end(interrupt):
-        yield
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """An impatient second Ctrl-C must not leave half of it."""
-    with _when_told_to_end(lambda: None):
-        yield
-
-
-@contextmanager
-def _when_told_to_end(action: Callable[[], None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is told
-        return
-    owner = os.getpid()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            action()
-        else:
-            # A forked helper, of pyroute2 or of the lab: it must not take our things down.
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)

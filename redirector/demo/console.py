@@ -104,12 +104,12 @@ class Console:
     @contextmanager
     def step(self, step: Step) -> Iterator[None]:
         """A step under its heading; it has failed when a check did, or when it is left by error."""
-        self.line()
-        number = self._styled(f"{step.number:>3}", _Style.CYAN)
-        self.line(f"{number}  {self._styled(step.title, _Style.BOLD)}")
         started = time.monotonic()
         self._step, step.state = step, State.FAILED
         try:
+            self.line()
+            number = self._styled(f"{step.number:>3}", _Style.CYAN)
+            self.line(f"{number}  {self._styled(step.title, _Style.BOLD)}")
             yield
             step.state = State.FAILED if step.failed else State.OK
         except KeyboardInterrupt:
@@ -181,7 +181,7 @@ class Console:
     def bars(self, counts: Mapping[str, int], note: str = "") -> None:
         """Shares of a whole as bars."""
         total = sum(counts.values()) or 1
-        wide = max(map(len, counts))
+        wide = max(map(len, counts), default=0)
         for name, number in counts.items():
             share = number / total
             bar = ("#" * round(share * _BAR)).ljust(_BAR, ".")

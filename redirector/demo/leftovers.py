@@ -14,6 +14,7 @@ from typing import TypeVar
 from redirector import network
 from redirector.datapath import libbpf
 from redirector.datapath.libbpf import Kind, ObjectId
+from redirector.demo.orphans import Process, running
 from redirector.demo.world import World
 from redirector.errors import RedirectorError
 from redirector.lab.cgroups import members
@@ -24,14 +25,6 @@ T = TypeVar("T")
 
 #: The kernel frees maps and programs some time after their last user is gone (RCU), seconds.
 _PATIENCE = 10.0
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process; its id alone may be used again by another."""
-
-    pid: int
-    started: str
 
 
 @dataclass(frozen=True)
@@ -55,12 +48,13 @@ def take_inventory(world: World) -> Inventory:
     """What the world consists of now, while it stands."""
     pods = world.pods.values()
     cgroup = cgroup2_mount() / world.node.name
+    namespaces = (*(pod.netns for pod in pods), NETNS_DIRECTORY / world.node.name)
     children = [child.process.pid for child in world.children.values()]
-    alive = (_process(pid) for pid in {*members(cgroup), *children})
+    alive = (running(pid) for pid in {*members(cgroup), *children})
     return Inventory(
         objects=frozenset(_pinned(world.datapath.root)),
-        namespaces=(*(pod.netns for pod in pods), NETNS_DIRECTORY / world.node.name),
-        cookies=frozenset(network.netns_cookie(pod.netns) for pod in pods),
+        namespaces=namespaces,
+        cookies=frozenset(network.netns_cookie(path) for path in namespaces),
         cgroups=(cgroup, *(path for path in cgroup.rglob("*") if path.is_dir())),
         processes=frozenset(process for process in alive if process is not None),
         pins=world.datapath.root,
@@ -110,22 +104,13 @@ def _holders(cookies: frozenset[int]) -> list[int]:
 def processes_left(inventory: Inventory) -> list[int]:
     """Processes that run, or that nobody has waited for."""
     return _settled(
-        lambda: [process.pid for process in inventory.processes if _process(process.pid) == process]
+        lambda: [process.pid for process in inventory.processes if running(process.pid) == process]
     )
 
 
 def paths_left(*paths: Path) -> list[str]:
     """Those of the paths that exist."""
     return [str(path) for path in paths if os.path.lexists(path)]
-
-
-def _process(pid: int) -> Process | None:
-    try:
-        # The name, in parentheses, may hold spaces; start time is field 22 of proc_pid_stat(5).
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return Process(pid, fields[19])
 
 
 def _settled(look: Callable[[], list[T]]) -> list[T]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 from redirector.datapath.layout import Counter, Side
@@ -25,6 +26,8 @@ from redirector.demo.world import (
 )
 
 _TESTER = {"x-user": "tester"}
+#: Of the answer's; the request's are all shown.
+_SHOWN_HEADERS = frozenset({"content-type", "server", "x-route"})
 _SPLIT_REQUESTS = 600
 _KEPT, _FRESH, _PAUSE_S = 4, 2, 0.003
 
@@ -59,19 +62,17 @@ def _one_request(world: World, console: Console) -> int:
     (answer,) = world.ask(CLIENT, [request])
     console.say(f"{CLIENT}: {request}")
     saw, headers = answer.saw, _headers(answer)
+    ours = [
+        ("answered by", answer.name),
+        ("status", answer.status),
+        ("connected to", answer.peer),
+        *((name, value) for name, value in answer.headers.items() if name in _SHOWN_HEADERS),
+    ]
+    theirs = [("TCP peer (its sidecar)", saw.get("client", "-")), *headers.items()]
+    pairs = zip_longest(ours, theirs, fillvalue=("", ""))
     console.table(
         ("what the client sees", "", f"what {answer.name or 'the application'} sees", ""),
-        [
-            ("status", answer.status, "client address", headers.get("x-forwarded-for", "-")),
-            ("connected to", answer.peer, "host", headers.get("host", "-")),
-            (
-                "x-route",
-                answer.headers.get("x-route", "-"),
-                "x-routed-by",
-                headers.get("x-routed-by", "-"),
-            ),
-            ("answered by", answer.name, "TCP peer (its sidecar)", saw.get("client", "-")),
-        ],
+        [(*left, *right) for left, right in pairs],
     )
     console.check(answer.status == 200 and answer.name in WEBS, "answered", answer.error)
     console.check(
@@ -192,9 +193,10 @@ def check_split(console: Console, tally: Tally, weights: Mapping[str, int]) -> N
 
 
 def _show_flows(world: World, console: Console, flows: list[OpenFlow]) -> None:
+    openers = {status.pod.netns_cookie: status.pod.name for status in world.enrollment.status()}
     hops: dict[str, list[OpenFlow]] = {}
     for flow in flows:
-        hops.setdefault(_hop(world, flow), []).append(flow)
+        hops.setdefault(_hop(openers.get(flow.flow.client_netns, "?"), flow), []).append(flow)
     console.say()
     console.say("Connections open a moment ago, from the datapath's own table:")
     console.table(
@@ -213,10 +215,8 @@ def _show_flows(world: World, console: Console, flows: list[OpenFlow]) -> None:
     )
 
 
-def _hop(world: World, found: OpenFlow) -> str:
-    netns = {status.pod.netns_cookie: status.pod.name for status in world.enrollment.status()}
+def _hop(opener: str, found: OpenFlow) -> str:
     pods = {address: name for name, address in ADDRESSES.items()}
-    opener = netns.get(found.flow.client_netns, "?")
     if found.flow.original.port:
         return f"{opener}: app -> sidecar"
     if found.key.netns:

@@ -24,6 +24,7 @@ from typing import Any, Self
 from redirector import machine, network
 from redirector.bootstrap import bootstrap
 from redirector.datapath.pins import Datapath
+from redirector.demo import orphans
 from redirector.demo.app import Seen, read_seen
 from redirector.demo.client import Answer, Request
 from redirector.demo.traffic import Traffic
@@ -81,13 +82,15 @@ class World:
         self.manifests_source = _manifests()
         self.children: dict[str, Child] = {}
         self._stack = ExitStack()
+        #: Earlier demos that were killed and whose remains are gone now.
+        self.swept = orphans.sweep(PREFIX)
         with ExitStack() as undo:
             undo.callback(self.close)
             self.node = self._stack.enter_context(Node(prefix=PREFIX))
-            #: In /run, which every user can read: sidecars do not run as root.
-            self.files = Path("/run") / self.node.name
+            self.files = orphans.RUN / self.node.name
             self._stack.callback(shutil.rmtree, self.files, ignore_errors=True)
             self._directory(self.files)
+            orphans.claim(self.files)
             self.datapath = Datapath(machine.ensure_bpffs() / self.node.name)
             self.enrollment: Enrollment = default_enrollment(
                 self.files / "records", self.datapath.root
@@ -173,10 +176,18 @@ class World:
         tcp = f"127.0.0.1:{18000 if _is_free(18000) else 0}"
         argv: list[str | Path] = [self.xds_server, "--manifests", self.manifests]
         argv += ["--listen", tcp, "--listen", f"unix:{self.socket}", "--events", self.events]
+        # It runs on the node, not in a pod; in a cgroup, so that what kills the node's ends it too.
+        cgroup = machine.cgroup2_mount() / self.node.name / "xds-server"
+        cgroup.mkdir()
         log = self.files / "xds-server.log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                argv,
+                preexec_fn=partial((cgroup / "cgroup.procs").write_text, "0"),
+                process_group=0,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
         self.children["xds-server"] = Child("xds-server", process, log)
         self.wait(self.socket.exists, "xds-server")
