@@ -148,6 +148,8 @@ class Datapath:
             self._forget_all()
 
     def _forget_all(self) -> None:
+        for pod in self.pods():
+            self.forget(pod)
         shutil.rmtree(self.root, ignore_errors=True)
         for left in self.root.parent.glob(f"{self.root.name}-loading-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -165,7 +167,7 @@ class Datapath:
         pin = self._pin(pod, hook)
         if self.holds(pod, hook, target):
             return
-        pin.unlink(missing_ok=True)
+        self.detach(pod, hook)
         pin.parent.mkdir(mode=0o700, exist_ok=True)
         fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -189,11 +191,21 @@ class Datapath:
             return False
 
     def detach(self, pod: str, hook: str) -> None:
-        """Unpin a link, which detaches it."""
-        self._pin(pod, hook).unlink(missing_ok=True)
+        """Detach a link and unpin it: when this returns, the program runs no more."""
+        pin = self._pin(pod, hook)
+        try:
+            with libbpf.opened(pin) as link:
+                libbpf.link_detach(link)
+                pin.unlink()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise DatapathError(f"pod {pod}: {hook}: {error.strerror}") from error
 
     def forget(self, pod: str) -> None:
         """Remove the pod's pin directory and whatever links are left in it."""
+        for hook, _ in reversed(ALL_HOOKS):
+            self.detach(pod, hook)
         shutil.rmtree(self.root / "pods" / pod, ignore_errors=True)
 
     def _pin(self, pod: str, hook: str) -> Path:
