@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
-from redirector import check, compare, demo, steering
+from redirector import check, compare, steering
 from redirector.bootstrap import bootstrap
+from redirector.demo import command as demo
 from redirector.enrollment import Enrollment, PodStatus, default_enrollment
 from redirector.errors import RedirectorError
 from redirector.model import Accelerate, Mode
@@ -55,8 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the options are told by --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"redirector: {message}; see: {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="redirector",
         description="Routes pod traffic to an Envoy sidecar, by eBPF or by iptables.",
         epilog=f"{STATE_VARIABLE} and {PINS_VARIABLE} name other places for records and pins.",
