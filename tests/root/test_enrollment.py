@@ -1,0 +1,259 @@
+"""Pods are enrolled, moved and released under traffic: no failure, no way past the sidecar."""
+
+import ctypes
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import ip_address
+from typing import Any
+
+import probes
+import pytest
+import traces
+
+from redirector.datapath import libbpf
+from redirector.datapath.libbpf import AttachType
+from redirector.datapath.pins import Datapath
+from redirector.enrollment import Enrollment
+from redirector.errors import DatapathError
+from redirector.lab import LabPod, Node
+from redirector.model import IPAddress, Mode
+from redirector.network import netns_cookie
+from redirector.steering import Verdict
+
+pytestmark = pytest.mark.root
+
+PORT = 80
+#: Only a failure waits so long.
+PATIENCE_S = 30.0
+
+
+class Phase(IntEnum):
+    """Where a new connection may arrive now."""
+
+    FREE = 0
+    CHANGING = 1
+    ENROLLED = 2
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A process that connects all the time and keeps some connections for ever."""
+
+    process: Any
+    problems: Any
+    served: Any
+
+    def check(self) -> None:
+        """Assert that everything went as it must so far."""
+        assert not self.problems.poll(), self.problems.recv()
+        assert self.process.is_alive(), "the traffic has ended"
+
+
+@contextmanager
+def traffic(
+    pod: LabPod, destinations: list[IPAddress], steered: Verdict, moment: Any
+) -> Iterator[Traffic]:
+    """Connections of a process in `pod`; `moment` says in its lowest two bits what phase it is."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    served = context.Value(ctypes.c_uint64)
+    allowed = {
+        Phase.FREE: {Verdict.DIRECT},
+        Phase.CHANGING: {Verdict.DIRECT, steered},
+        Phase.ENROLLED: {steered},
+    }
+
+    def call_for_ever() -> None:
+        kept: dict[tuple[int, IPAddress], Any] = {}
+        while True:
+            for destination in destinations:
+                before = moment.value
+                connection, arrival = probes.connect(probes.Call(destination, PORT))
+                story = f"{arrival} for {destination} in {Phase(before & 3).name}"
+                assert (arrival.destination, arrival.port) == (destination, PORT), story
+                if moment.value == before:
+                    assert arrival.verdict in allowed[Phase(before & 3)], story
+                assert probes.echo(connection, b"new") == b"new", story
+                # One of each moment stays, to live through all that follow.
+                if kept.setdefault((before, destination), connection) is not connection:
+                    connection.close()
+            for (opened, destination), connection in kept.items():
+                text = os.urandom(100)
+                story = f"{destination} of moment {opened} in {moment.value}"
+                assert probes.echo(connection, text) == text, story
+            served.value += 1
+
+    def run() -> None:
+        try:
+            pod.place().enter()
+            call_for_ever()
+        except BaseException as error:
+            theirs.send(f"{type(error).__name__}: {error}")
+        finally:
+            os._exit(1)
+
+    process = context.Process(target=run, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield Traffic(process, ours, served)
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.01)
+
+
+def test_modes_change_under_traffic(node: Node, enrollment: Enrollment, datapath: Datapath) -> None:
+    """none -> ebpf -> iptables -> ebpf -> none, again and again, outbound and inbound."""
+    datapath.ensure()
+    pod, peer = node.pod("pod"), node.pod("peer")
+    probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
+    for each in (pod, peer):
+        probes.start(each, [(Verdict.DIRECT, PORT)])
+    moment = multiprocessing.get_context("fork").Value(ctypes.c_uint64)
+
+    def enter(phase: Phase) -> None:
+        moment.value = ((moment.value >> 2) + 1) << 2 | phase
+
+    def own(each: LabPod) -> list[IPAddress]:
+        return [ip_address(each.ip), ip_address(each.ip6)]
+
+    with (
+        traffic(pod, own(peer), Verdict.OUTBOUND, moment) as outbound,
+        traffic(peer, own(pod), Verdict.INBOUND, moment) as inbound,
+    ):
+
+        def let_flow() -> None:
+            """Until both have been served in this phase, and all their open connections too."""
+            both = (outbound, inbound)
+            before = [each.served.value for each in both]
+
+            def flowed() -> bool:
+                for each in both:
+                    each.check()
+                return all(
+                    each.served.value >= then + 3 for each, then in zip(both, before, strict=True)
+                )
+
+            until(flowed)
+
+        let_flow()
+        for _ in range(2):
+            enter(Phase.CHANGING)
+            enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+            enter(Phase.ENROLLED)
+            let_flow()
+            for mode in (Mode.IPTABLES, Mode.EBPF):
+                enrollment.change_mode("pod", mode)
+                let_flow()
+                # A new number, so that a connection of this very mode is kept as well.
+                enter(Phase.ENROLLED)
+                let_flow()
+            enter(Phase.CHANGING)
+            enrollment.unenroll("pod")
+            enter(Phase.FREE)
+            let_flow()
+            # What keeps the NAT of connections that are still open, and steers nothing.
+            assert all("REDIRECTOR_KEEP" in trace for trace in traces.in_pod(pod))
+
+    def released() -> bool:
+        enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.IPTABLES)
+        enrollment.unenroll("pod")
+        return traces.in_pod(pod) == []
+
+    until(released)
+
+
+def test_a_sidecar_older_than_the_enrolment_gets_what_comes_in(
+    node: Node, enrollment: Enrollment
+) -> None:
+    pod, peer = node.pod("pod"), node.pod("peer")
+    probes.start(pod, [(Verdict.INBOUND, 15006)], sidecar=True)
+    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+    assert arrivals(peer, pod) == [Verdict.INBOUND, Verdict.INBOUND]
+
+
+def test_a_sidecar_that_restarts_gets_what_comes_in(node: Node, enrollment: Enrollment) -> None:
+    """Without a sidecar connections are refused: never past it, though the application listens."""
+    pod, peer = node.pod("pod"), node.pod("peer")
+    probes.start(pod, [(Verdict.DIRECT, PORT)])
+    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+    for _ in range(3):
+        assert arrivals(peer, pod) == ["ECONNREFUSED", "ECONNREFUSED"]
+        probes.start(pod, [(Verdict.INBOUND, 15006)], sidecar=True)
+        assert arrivals(peer, pod) == [Verdict.INBOUND, Verdict.INBOUND]
+        (pod.sidecar / "cgroup.kill").write_text("1")
+        until(lambda: "populated 0" in (pod.sidecar / "cgroup.events").read_text())
+
+
+def arrivals(peer: LabPod, pod: LabPod) -> list[Verdict | str]:
+    """Who accepts what the peer opens to the pod, by IPv4 and IPv6."""
+    calls = [probes.Call(ip_address(text), PORT) for text in (pod.ip, pod.ip6)]
+    outcomes = peer.call(probes.dial, calls)
+    return [each.verdict if isinstance(each, probes.Arrival) else each for each in outcomes]
+
+
+@contextmanager
+def foreign_program() -> Iterator[int]:
+    """A sockops program of somebody else's that does nothing: r0 = 1; exit (linux/bpf.h)."""
+    instructions = b"\xb7\0\0\0\1\0\0\0" + b"\x95" + bytes(7)
+    library = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    fd = library.bpf_prog_load(13, b"foreign", b"GPL", instructions, ctypes.c_size_t(2), None)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def test_programs_of_others_stay(node: Node, enrollment: Enrollment) -> None:
+    pod = node.pod("pod")
+    cgroup = os.open(pod.cgroup, os.O_RDONLY)
+    with foreign_program() as program:
+        link = libbpf.link_create(program, cgroup, AttachType.CGROUP_SOCK_OPS)
+        try:
+            before = traces.in_pod(pod)
+            assert before == ["CGROUP_SOCK_OPS on the cgroup"]
+            enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+            assert len(traces.in_pod(pod)) == 7
+            enrollment.change_mode("pod", Mode.IPTABLES)
+            enrollment.unenroll("pod")
+            assert traces.in_pod(pod) == before
+        finally:
+            os.close(link)
+            os.close(cgroup)
+    assert traces.in_pod(pod) == []
+
+
+def test_a_program_that_wants_its_hook_alone_stays_alone(
+    node: Node, enrollment: Enrollment, datapath: Datapath
+) -> None:
+    """Enrolling fails with a name, and what it had attached by then is taken off again."""
+    pod = node.pod("pod")
+    cgroup = os.open(pod.cgroup, os.O_RDONLY)
+    with foreign_program() as program:
+        libbpf.prog_attach(program, cgroup, AttachType.CGROUP_SOCK_OPS)
+        with pytest.raises(DatapathError, match=f"pod pod: sockops on {pod.cgroup}: "):
+            enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+        assert traces.in_pod(pod) == ["CGROUP_SOCK_OPS on the cgroup"]
+        assert enrollment.status() == []
+        assert not datapath.has_pod(netns_cookie(pod.netns))
+        # The other mode needs no such hook.
+        enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.IPTABLES)
+        with pytest.raises(DatapathError, match="sockops"):
+            enrollment.change_mode("pod", Mode.EBPF)
+        (status,) = enrollment.status()
+        assert (status.pod.mode, status.missing) == (Mode.IPTABLES, ())
+    os.close(cgroup)
