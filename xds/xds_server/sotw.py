@@ -36,20 +36,20 @@ class SotwStream(Stream):
     def receive(self, request: DiscoveryRequest) -> Ack | Nack | None:
         """Take in a request; returns the answer that it carries, if any.
 
-        A request that does not carry the last nonce of its type was overtaken by that response
-        and says nothing: the client will answer the response, with all its names.
+        A request that does not carry the last nonce of its type was overtaken by that response:
+        its names do not count, since the client will answer the response with all of them.
         """
         state = self._state(request.type_url)
-        if request.response_nonce != state.last_nonce:
-            return None
         self._drained = False
+        error = request.error_detail.message if request.HasField("error_detail") else None
+        if request.response_nonce != state.last_nonce:
+            return self._answer(state, request.response_nonce, error)
         names = set(request.resource_names)
         if state.interest is Interest.UNASKED and request.version_info:
             self._resumed[state.type_url] = request.version_info
         self._ask(state, names_something=bool(names), owed=True)
         if state.interest is Interest.NAMED:
             self._replace(state, names)
-        error = request.error_detail.message if request.HasField("error_detail") else None
         return self._answer(state, request.response_nonce, error)
 
     def _replace(self, state: TypeState, names: set[str]) -> None:
@@ -103,7 +103,11 @@ class SotwStream(Stream):
         if is_cluster:
             self._send_endpoints_of(fresh)
         kept = [self._clusters[name] for name in state.stale]
-        return self._emit(state, set_version((*chosen, *kept)), (*chosen, *kept))
+        response = self._emit(state, set_version((*chosen, *kept)), (*chosen, *kept))
+        for name in state.stale:
+            # Whether the client likes what is about to go does not matter.
+            state.unanswered[response.nonce][1].pop(name)
+        return response
 
     def _remove(self, state: TypeState, desired: ResourceSet) -> Response:
         for name in state.stale:

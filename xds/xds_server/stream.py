@@ -284,6 +284,9 @@ class Stream(ABC):
             (name, content) for name, content in contents.items() if state.wants(name)
         )
         state.rejected = Nack(state.type_url, nonce, version, error)
+        if self._desired is not None:
+            # What was refused may have been overtaken meanwhile.
+            state.reconsider(self._desired.of(state.type_url))
         return state.rejected
 
     def _emit(

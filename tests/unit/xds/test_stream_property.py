@@ -35,7 +35,7 @@ CLUSTERS, ROUTES, LISTENERS = "abcd", "rst", "lm"
 #: A message is delivered or handled at most so often before everything must have come to rest.
 REST = 400
 
-_MESSAGES: dict[str, type[Message]] = {
+MESSAGES: dict[str, type[Message]] = {
     CLUSTER: Cluster,
     ENDPOINT: ClusterLoadAssignment,
     LISTENER: Listener,
@@ -88,11 +88,17 @@ class Config:
         self.warm_clusters.update((name, self.has[CLUSTER][name]) for name in both)
 
     def take(self, type_url: str, message: Message) -> None:
-        name = message.cluster_name if type_url == ENDPOINT else message.name  # type: ignore[attr-defined]
+        name = self.name(message)
         self.has[type_url][name] = message
         if type_url == ENDPOINT and name in self.has[CLUSTER]:
             self.warm_clusters[name] = self.has[CLUSTER][name]
         self._activate()
+
+    @staticmethod
+    def name(message: Message) -> str:
+        """The resource's name, which endpoints keep in another field."""
+        field_name = "cluster_name" if isinstance(message, ClusterLoadAssignment) else "name"
+        return str(getattr(message, field_name))
 
     def drop(self, type_url: str, name: str) -> None:
         self.has[type_url].pop(name, None)
@@ -141,6 +147,8 @@ class DeltaClient(RuleBasedStateMachine):
         self.config.give_up_warming()
         self.to_server: deque[DeltaDiscoveryRequest] = deque()
         self.to_client: deque[DeltaDiscoveryResponse] = deque()
+        #: By nonce, the names in responses that the client refuses.
+        self.refusals: dict[str, set[str]] = {}
         #: Names that the server may send although the client has them in this version.
         self.may_repeat: dict[str, set[str]] = {url: set() for url in ORDER}
         self.has_sent = {url: dict(self.versions[url]) for url in ORDER}
@@ -225,6 +233,9 @@ class DeltaClient(RuleBasedStateMachine):
         if request.type_url in self.may_repeat:
             new = set(request.resource_names_subscribe) - set(request.initial_resource_versions)
             self.may_repeat[request.type_url] |= new
+        # What went with a refused resource may be sent again once that changes; without an end,
+        # the client would never come to rest.
+        self.may_repeat[request.type_url] |= self.refusals.pop(request.response_nonce, set())
         self.stream.receive(request)
 
     def send(self) -> None:
@@ -258,7 +269,7 @@ class DeltaClient(RuleBasedStateMachine):
             if type_url in (CLUSTER, LISTENER):
                 self.config.drop(type_url, name)
         for resource in response.resources:
-            message = _MESSAGES[type_url].FromString(resource.resource.value)
+            message = MESSAGES[type_url].FromString(resource.resource.value)
             if type_url in self.subscribed and resource.name not in self.config.wanted(type_url):
                 continue
             if resource.name not in refused:
@@ -269,7 +280,7 @@ class DeltaClient(RuleBasedStateMachine):
         self.answer(response, refused)
 
     def refused(self, response: DeltaDiscoveryResponse) -> list[str]:
-        message_type = _MESSAGES[response.type_url]
+        message_type = MESSAGES[response.type_url]
         return [
             resource.name
             for resource in response.resources
@@ -280,8 +291,7 @@ class DeltaClient(RuleBasedStateMachine):
         answer = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
         if refused:
             answer.error_detail.message = f"refused {refused}"
-            # What went with it may be sent again once that changes; never resting would show.
-            self.may_repeat[response.type_url] |= {r.name for r in response.resources}
+            self.refusals[response.nonce] = {r.name for r in response.resources}
         self.to_server.append(answer)
 
     def check_config(self) -> None:
