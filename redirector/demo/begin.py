@@ -95,6 +95,8 @@ def serve(world: World, console: Console) -> None:
     console.quiet(
         f"$ xds-server --manifests manifests/demo --listen {listening} --listen unix:xds.sock"
     )
+    if listening.endswith(":0"):
+        console.quiet("  (port 18000 is taken by another program: any free one)")
     console.check(True, "xds-server serves delta ADS", _since(started))
     console.waiting("waiting for the sidecars' configuration")
     for name in ENROLLED:

@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace, out: TextIO) -> int:
                 if not done and step.number in _FOUNDATIONS:
                     break
         except KeyboardInterrupt:
+            interruption.remember()
             console.line()
             console.say("Interrupted: everything is taken down.")
         # An impatient second Ctrl-C must not leave half of it.

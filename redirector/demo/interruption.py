@@ -37,6 +37,10 @@ class Interruption:
         if self._told and not self._held_off:
             raise KeyboardInterrupt
 
+    def remember(self) -> None:
+        """Note a KeyboardInterrupt that another handler has raised meanwhile."""
+        self._told = True
+
     @contextmanager
     def held_off(self) -> Iterator[None]:
         """Nothing interrupts the block; `check` after it tells of what came meanwhile."""

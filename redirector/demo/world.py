@@ -49,7 +49,7 @@ ENROLLED = (CLIENT, *WEBS)
 SERVICE, SERVICE_V1 = "10.96.77.1", "10.96.77.2"
 
 #: How long anything may take to start or to settle, seconds.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
