@@ -40,6 +40,7 @@ class DeltaStream(Stream):
             elif not state.wildcard:
                 state.start_wildcard(owed=not known)
         if known:
+            self._resumed = True
             state.sent.update((n, v) for n, v in known.items() if state.wants(n))
             state.base = None
         error = request.error_detail.message if request.HasField("error_detail") else None

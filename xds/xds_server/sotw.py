@@ -29,8 +29,10 @@ class SotwStream(Stream):
     def __init__(self) -> None:
         super().__init__()
         #: type -> version that the client says it still has from an earlier stream.
-        self._resumed: dict[str, str] = {}
-        #: The clusters as sent, so that those to go can stay in responses until nothing uses them.
+        self._claimed: dict[str, str] = {}
+        #: The clusters as sent, and those of them that the client took: when they are to go, they
+        #: stay in responses until nothing uses them.
+        self._offered: dict[str, Encoded] = {}
         self._clusters: dict[str, Encoded] = {}
 
     def receive(self, request: DiscoveryRequest) -> Ack | Nack | None:
@@ -43,14 +45,24 @@ class SotwStream(Stream):
         self._drained = False
         error = request.error_detail.message if request.HasField("error_detail") else None
         if request.response_nonce != state.last_nonce:
-            return self._answer(state, request.response_nonce, error)
+            return self._book(state, request.response_nonce, error)
         names = set(request.resource_names)
         if state.interest is Interest.UNASKED and request.version_info:
-            self._resumed[state.type_url] = request.version_info
+            self._claimed[state.type_url] = request.version_info
         self._ask(state, names_something=bool(names), owed=True)
         if state.interest is Interest.NAMED:
             self._replace(state, names)
-        return self._answer(state, request.response_nonce, error)
+        return self._book(state, request.response_nonce, error)
+
+    def _book(self, state: TypeState, nonce: str, error: str | None) -> Ack | Nack | None:
+        _, contents = state.unanswered.get(nonce, ("", {}))
+        answer = self._answer(state, nonce, error)
+        if isinstance(answer, Ack) and state.type_url == CLUSTER:
+            for name, version in contents.items():
+                offered = self._offered.get(name)
+                if offered is not None and offered.version == version:
+                    self._clusters[name] = offered
+        return answer
 
     def _replace(self, state: TypeState, names: set[str]) -> None:
         """Bring the subscription to exactly these names."""
@@ -84,27 +96,30 @@ class SotwStream(Stream):
 
     def _update_whole(self, state: TypeState, desired: ResourceSet) -> Response | None:
         chosen = [entry for name, entry in desired.items() if state.wants(name)]
-        resumed = self._resumed.pop(state.type_url, None) == _version(state, desired)
+        resumed = self._claimed.pop(state.type_url, None) == _version(state, desired)
         fresh = [entry for entry in chosen if state.outdated(entry)]
         gone = {n for n, version in state.sent.items() if version and n not in desired}
         is_cluster = state.type_url == CLUSTER
-        news = bool(fresh or state.owed or (gone and not is_cluster)) and not resumed
-        state.stale = gone if is_cluster else set()
+        # Only what the client took can be in use; what it refused must not be offered again.
+        kept = gone & self._clusters.keys() if is_cluster else set()
+        news = bool(fresh or state.owed or gone - kept) and not resumed
+        state.stale = kept
         state.base = desired
         state.due.clear()
         state.owed = False
         state.book(chosen)
+        state.book_absent(gone - kept)
         if is_cluster:
-            self._clusters.update((entry.name, entry) for entry in chosen)
-        else:
-            state.book_absent(gone)
+            self._offered.update((entry.name, entry) for entry in chosen)
+            if resumed:
+                self._clusters.update((entry.name, entry) for entry in chosen)
         if not news:
             return None
         if is_cluster:
             self._send_endpoints_of(fresh)
-        kept = [self._clusters[name] for name in state.stale]
-        response = self._emit(state, set_version((*chosen, *kept)), (*chosen, *kept))
-        for name in state.stale:
+        entries = (*chosen, *(self._clusters[name] for name in sorted(kept)))
+        response = self._emit(state, set_version(entries), entries)
+        for name in kept:
             # Whether the client likes what is about to go does not matter.
             state.unanswered[response.nonce][1].pop(name)
         return response
@@ -112,6 +127,7 @@ class SotwStream(Stream):
     def _remove(self, state: TypeState, desired: ResourceSet) -> Response:
         for name in state.stale:
             self._clusters.pop(name, None)
+            self._offered.pop(name, None)
         state.book_absent(set(state.stale))
         chosen = [entry for name, entry in desired.items() if state.wants(name)]
         return self._emit(state, _version(state, desired), chosen)

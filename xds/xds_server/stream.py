@@ -194,6 +194,8 @@ class Stream(ABC):
         self._types: dict[str, TypeState] = {url: TypeState(url) for url in ORDER}
         self._desired: Snapshot | None = None
         self._nonces = 0
+        #: The client came with resources from an earlier stream.
+        self._resumed = False
         self._drained = True
 
     def offer(self, snapshot: Snapshot) -> None:
@@ -251,7 +253,12 @@ class Stream(ABC):
         the listener's ACK, so an answered stream alone does not say that it has come this far.
         """
         listeners = self._types[LISTENER]
-        if self._desired is None or not listeners.wildcard:
+        if self._desired is None:
+            return True
+        if listeners.interest is Interest.UNASKED:
+            # Back after a reconnect: its listeners and routes may still use what is to go.
+            return not (self._resumed and self._desired.of(LISTENER))
+        if not listeners.wildcard:
             return True
         routes, sent = self._desired.of(ROUTE), self._types[ROUTE].sent
         return all(

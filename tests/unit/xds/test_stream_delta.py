@@ -197,6 +197,14 @@ def test_reconnect_is_sent_what_changed_and_told_what_is_gone() -> None:
     talk.ask(CLUSTER, known=versions(old, CLUSTER))
     assert talk.said() == [("cluster", ("new", "web"), ())]
     talk.ack_all()
+    # Its listeners and routes are yet to be heard of.
+    assert talk.said() == []
+    talk.ask(LISTENER, known=versions(old, LISTENER))
+    talk.ask(ENDPOINT, ["web"], known=versions(old, ENDPOINT))
+    assert talk.said() == [("endpoints", ("new", "web"), ())]
+    talk.ack_all()
+    assert talk.said() == []
+    talk.ask(ROUTE, ["to-web"], known=versions(old, ROUTE))
     assert talk.said() == [("cluster", (), ("gone",))]
 
 

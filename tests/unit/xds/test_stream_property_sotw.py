@@ -1,0 +1,163 @@
+"""The model client of test_stream_property.py, in the state-of-the-world variant."""
+
+from collections import deque
+
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
+from google.protobuf.message import Message
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from test_stream_property import MESSAGES, REST, Config, is_bad, worlds
+from worlds import Resources, world
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.snapshot import Encoder, Snapshot
+from xds_server.sotw import SotwStream
+from xds_server.stream import ORDER, WHOLE_TYPES
+
+
+class SotwClient(RuleBasedStateMachine):
+    """Messages wait in both directions until a rule moves them."""
+
+    bad = True
+
+    @initialize(first=worlds(bad=False))
+    def start(self, first: Resources) -> None:
+        self.resources = first
+        self.config = Config()
+        self.versions = dict.fromkeys(ORDER, "")
+        self.connect()
+
+    def connect(self) -> None:
+        #: A new stream knows nothing of clusters that the client had and that are to go.
+        self.steady = False
+        self.config.give_up_warming()
+        self.stream = SotwStream()
+        self.stream.offer(self.snapshot())
+        self.to_server: deque[DiscoveryRequest] = deque()
+        self.to_client: deque[DiscoveryResponse] = deque()
+        self.nonces = dict.fromkeys(ORDER, "")
+        self.names: dict[str, set[str]] = {url: set() for url in ORDER}
+        for type_url in (CLUSTER, LISTENER):
+            self.request(type_url)
+        self.subscribe()
+
+    def snapshot(self) -> Snapshot:
+        return Encoder().snapshot(self.resources)
+
+    def request(self, type_url: str, error: str = "") -> None:
+        request = DiscoveryRequest(
+            type_url=type_url,
+            resource_names=sorted(self.names[type_url]),
+            version_info=self.versions[type_url],
+            response_nonce=self.nonces[type_url],
+        )
+        if error:
+            request.error_detail.message = error
+        self.to_server.append(request)
+
+    def subscribe(self) -> None:
+        for type_url in (ENDPOINT, ROUTE):
+            wanted = self.config.wanted(type_url)
+            if wanted != self.names[type_url]:
+                for name in self.names[type_url] - wanted:
+                    self.config.drop(type_url, name)
+                self.names[type_url] = wanted
+                self.request(type_url)
+
+    @rule(data=st.data())
+    def change(self, data: st.DataObject) -> None:
+        self.resources = data.draw(worlds(bad=self.bad))
+        self.stream.offer(self.snapshot())
+
+    @rule()
+    def reconnect(self) -> None:
+        self.connect()
+
+    @rule(moves=st.lists(st.sampled_from(["deliver", "send", "handle"]), min_size=1, max_size=12))
+    def move(self, moves: list[str]) -> None:
+        """Let some messages go their way, in any order between the two directions."""
+        for each in moves:
+            if each == "deliver" and self.to_server:
+                self.stream.receive(self.to_server.popleft())
+            elif each == "send":
+                self.send()
+            elif each == "handle" and self.to_client:
+                self.handle()
+
+    @rule()
+    def rest(self) -> None:
+        """Move messages until none is left."""
+        for _ in range(REST):
+            if self.to_server:
+                self.stream.receive(self.to_server.popleft())
+            elif self.to_client:
+                self.handle()
+            elif not self.send():
+                assert self.stream.settled
+                self.steady = True
+                return
+        raise AssertionError("never comes to rest")
+
+    def send(self) -> bool:
+        response = self.stream.next_response()
+        if response is not None:
+            self.to_client.append(DiscoveryResponse.FromString(response.body))
+        return response is not None
+
+    def handle(self) -> None:
+        response = self.to_client.popleft()
+        type_url = response.type_url
+        self.nonces[type_url] = response.nonce
+        messages = [MESSAGES[type_url].FromString(each.value) for each in response.resources]
+        if any(map(is_bad, messages)):
+            self.request(type_url, "refused")
+            return
+        self.take(type_url, messages)
+        self.versions[type_url] = response.version_info
+        self.subscribe()
+        self.request(type_url)
+        self.check_config()
+
+    def take(self, type_url: str, messages: list[Message]) -> None:
+        for message in messages:
+            if type_url in WHOLE_TYPES or self.config.name(message) in self.names[type_url]:
+                self.config.take(type_url, message)
+        if type_url in WHOLE_TYPES:
+            names = {self.config.name(message) for message in messages}
+            for name in self.config.has[type_url].keys() - names:
+                self.config.drop(type_url, name)
+
+    def check_config(self) -> None:
+        """What must hold after each message that the client takes in."""
+
+    def teardown(self) -> None:
+        if not hasattr(self, "stream"):
+            return
+        self.rest()
+        if any(is_bad(m) for named in self.resources.values() for m in named.values()):
+            self.resources = world()
+            self.stream.offer(self.snapshot())
+            self.rest()
+        assert not self.stream.rejected
+        for type_url in (CLUSTER, LISTENER):
+            assert self.config.has[type_url] == self.resources[type_url]
+        for type_url in (ENDPOINT, ROUTE):
+            named = self.resources[type_url]
+            wanted = {name: named[name] for name in self.config.wanted(type_url)}
+            assert {name: self.config.has[type_url].get(name) for name in wanted} == wanted
+        assert self.config.warm_clusters == self.resources[CLUSTER]
+
+
+class GoodSotwClient(SotwClient):
+    """Without refusals, live traffic never has a cluster taken away from under it."""
+
+    bad = False
+
+    def check_config(self) -> None:
+        assert not self.steady or self.config.holes() == []
+
+
+TestSotwClient = SotwClient.TestCase
+TestSotwClient.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
+TestGoodSotwClient = GoodSotwClient.TestCase
+TestGoodSotwClient.settings = settings(max_examples=80, stateful_step_count=20, deadline=None)
