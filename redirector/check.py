@@ -24,13 +24,6 @@ from redirector.network import own_netns_cookie
 OLDEST_KERNEL = (5, 15)
 #: Bits of CapEff (linux/capability.h).
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}
-#: Program and Debian package of what the comparison measures with.
-LOAD_TOOLS = {
-    "sockperf": "sockperf",
-    "wrk": "wrk",
-    "h2load": "nghttp2-client",
-    "iperf3": "iperf3",
-}
 _BCC = "import bcc; bcc.BPF; print(bcc.__version__)"
 _TIMEOUT = 20.0
 
@@ -217,16 +210,9 @@ def _envoy(env: Environment) -> str:
     return f"{found[1]} {binary}"
 
 
-def _load_tools(_env: Environment) -> str:
-    found, packages = [], []
-    for program, package in LOAD_TOOLS.items():
-        try:
-            found.append(str(machine.find_tool(program, package)))
-        except MachineError:
-            packages.append(package)
-    if packages:
-        raise MachineError(f"the comparison needs more: apt-get install {' '.join(packages)}")
-    return " ".join(found)
+def _luajit(_env: Environment) -> str:
+    """What the comparison's load runs on."""
+    return str(machine.find_tool("luajit", "luajit"))
 
 
 CHECKS: tuple[Check, ...] = (
@@ -242,5 +228,5 @@ CHECKS: tuple[Check, ...] = (
     Check("iptables", _iptables(IPV4)),
     Check("ip6tables", _iptables(IPV6)),
     Check("Envoy", _envoy),
-    Check("load tools", _load_tools, required=False),
+    Check("luajit", _luajit, required=False),
 )

@@ -107,15 +107,9 @@ local function get(fd, size)
     local got = 0
     while got < size do
         local n = tonumber(C.recv(fd, buffer + got, size - got, 0))
-        if n > 0 then
-            got = got + n
-        elseif n == 0 then
-            ffi.errno(104) -- closed too early: ECONNRESET
-            return false
-        elseif ffi.errno() ~= 11 then
-            return false
-        end
-        -- EAGAIN, though it blocks: tcp_bpf_recvmsg's answer to a wake-up without data.
+        if n == 0 then ffi.errno(104) end -- closed too early: ECONNRESET
+        if n <= 0 then return false end
+        got = got + n
     end
     return true
 end

@@ -124,10 +124,15 @@ def test_without_ipv6_there_is_nothing_to_want_of_ip6tables(good: Environment) -
     assert not_ok(replace(good, execute=only_ipv4)) == {}
 
 
-def test_load_tools_are_only_a_warning(good: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("redirector.check.LOAD_TOOLS", {"nonesuch": "some-package"})
+def test_the_comparisons_tool_is_only_a_warning(
+    good: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_luajit(name: str, package: str) -> Path:
+        if name == "luajit":
+            raise MachineError(f"apt-get install {package}")
+        return Path("/usr/sbin") / name
+
+    monkeypatch.setattr("redirector.machine.find_tool", without_luajit)
     out = io.StringIO()
     assert run(out, good) == 0
-    assert "warn     load tools      the comparison needs more: apt-get install some-package" in (
-        out.getvalue()
-    )
+    assert "warn     luajit          apt-get install luajit" in out.getvalue()
