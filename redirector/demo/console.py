@@ -142,7 +142,8 @@ class Console:
         wide = max(len(step.title) for step in steps)
         for step in steps:
             took = f"{step.seconds:6.1f} s" if step.state is not State.NOT_RUN else " " * 8
-            passed = f"{step.passed:>3} checks" if step.passed else ""
+            noun = "check" if step.passed == 1 else "checks"
+            passed = f"{step.passed:>3} {noun}" if step.passed else ""
             line = f"{self._mark(step.state)} {step.number}  {step.title:{wide}} {took}  {passed}"
             self.say(line.rstrip())
             for failed in step.failed:
