@@ -4,13 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 
-from envoy.config.cluster.v3 import cluster_pb2
-from envoy.config.endpoint.v3 import endpoint_pb2
-from envoy.config.listener.v3 import listener_pb2
-from envoy.config.route.v3 import route_pb2
 from google.protobuf.message import Message
 
 from xds_server.ir import AppPort, Mesh, Name, NodeId, Parent, Policy, Route
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds_server.translate.clusters import (
     INBOUND,
     cluster_name,
@@ -23,12 +20,6 @@ from xds_server.translate.outbound import OUTBOUND, outbound_listener
 from xds_server.translate.routes import route_configuration
 
 __all__ = ["CLUSTER", "ENDPOINT", "LISTENER", "ROUTE", "Resources", "Translator", "translate"]
-
-_PREFIX = "type.googleapis.com/"
-LISTENER = _PREFIX + listener_pb2.Listener.DESCRIPTOR.full_name
-ROUTE = _PREFIX + route_pb2.RouteConfiguration.DESCRIPTOR.full_name
-CLUSTER = _PREFIX + cluster_pb2.Cluster.DESCRIPTOR.full_name
-ENDPOINT = _PREFIX + endpoint_pb2.ClusterLoadAssignment.DESCRIPTOR.full_name
 
 #: type URL -> resource name -> message. Messages are shared between nodes: do not change them.
 Resources = Mapping[str, Mapping[str, Message]]
