@@ -130,5 +130,7 @@ def _last_words(world: World, console: Console) -> None:
     """What the programs wrote, before it is gone; when all is well nobody wants to read it."""
     console.say()
     for child in world.children.values():
+        if child.process.poll():
+            console.say(f"{child.name} ended with code {child.process.returncode}")
         for words in child.words(most=5):
             console.quiet(f"{child.name}: {words}")
