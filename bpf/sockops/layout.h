@@ -25,7 +25,7 @@ struct flow_key {
 	struct address server;
 	__u16 client_port; // host byte order
 	__u16 server_port; // host byte order
-	__u32 side;	   // which end's socket; 0 in the flows map
+	__u32 pad;
 };
 
 // A direction is decided before its first byte. It may change once, from REDIRECT to PASS.
@@ -46,12 +46,12 @@ struct flow {
 	__u64 bytes[2];	    // redirected by this side
 	__u64 messages[2];
 	__u64 verdict[2]; // of what this side sends; 64 bits for compare-and-swap
+	__u64 socket[2];  // cookies: each side's key in the sockhash, 0 while it is not there
 };
 
 // What a socket carries with it (sk_storage).
 struct sock_state {
-	struct flow_key flow; // side = 0
-	struct flow_key peer; // the other end's key in the sockhash
+	struct flow_key flow;
 	struct endpoint original;
 	__u32 side;
 	__u32 verdict;	     // once PASS here, the flow need not be asked

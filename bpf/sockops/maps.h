@@ -32,8 +32,8 @@ BPF_SK_STORAGE(states, struct sock_state);
 	__attribute__((section("maps/sockhash"))) struct NAME##_sockhash NAME = {.max_entries =    \
 										     (SIZE)}
 
-// Established sockets that may be short-circuited; carries the sk_msg verdict program.
-SOCKHASH(sockets, struct flow_key, MAX_SOCKETS);
+// Socket cookie -> established socket that may be short-circuited; carries the sk_msg program.
+SOCKHASH(sockets, __u64, MAX_SOCKETS);
 // The sidecar's inbound listening sockets.
 SOCKHASH(listeners, struct listener_key, 2 * MAX_PODS);
 // Index 0: this datapath and what it found out about the kernel.

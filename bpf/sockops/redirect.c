@@ -42,7 +42,7 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 		state->leaving_ns = bpf_ktime_get_ns();
 		return pass(state, flow->client_netns, PASSED_UNREAD);
 	}
-	found = sockets.msg_redirect_hash(msg, &state->peer, BPF_F_INGRESS);
+	found = sockets.msg_redirect_hash(msg, &flow->socket[theirs], BPF_F_INGRESS);
 	if (found != SK_PASS) {
 		flow->verdict[mine] = PASS;
 		return pass(state, flow->client_netns, PASSED_NO_PEER);

@@ -43,8 +43,6 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	state->flow.client_port = ops->local_port;
 	state->flow.server_port = bpf_ntohl(ops->remote_port);
 	scope(&state->flow, netns);
-	state->peer = state->flow;
-	state->peer.side = SERVER;
 
 	flow.original = state->original;
 	flow.flags = state->flags;
@@ -60,30 +58,27 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-ALWAYS void enter_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, __u32 side)
+ALWAYS void enter_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, struct flow *flow)
 {
+	__u64 cookie = bpf_get_socket_cookie(ops);
 	__u64 netns = bpf_get_netns_cookie(ops);
-	struct flow_key key = state->flow;
 	int failed;
 
-	key.side = side;
-	failed = sockets.sock_hash_update(ops, &key, BPF_ANY); // bcc ends it with a semicolon
+	failed = sockets.sock_hash_update(ops, &cookie, BPF_ANY); // bcc ends it with a semicolon
 	if (failed) {
 		state->verdict = PASS;
 		count(netns, failed == -E2BIG ? PASSED_FULL : PASSED_UNSUPPORTED);
 		return;
 	}
+	flow->socket[state->side & 1] = cookie;
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
 					   BPF_SOCK_OPS_RTT_CB_FLAG);
 	count(netns, ACCELERATED);
 }
 
-ALWAYS void leave_sockhash(struct bpf_sock_ops *ops, struct sock_state *state)
+ALWAYS void leave_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, struct flow *flow)
 {
-	struct flow_key key = state->flow;
-
-	key.side = state->side;
-	sockets.delete(&key);
+	sockets.delete(&flow->socket[state->side & 1]);
 	state->verdict = PASS;
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
 }
@@ -114,7 +109,7 @@ ALWAYS void streams(struct bpf_sock_ops *ops)
 		return;
 	theirs = (state->side ^ 1) & 1;
 	if (never_redirected(state, flow, theirs)) {
-		leave_sockhash(ops, state);
+		leave_sockhash(ops, state, flow);
 		return;
 	}
 	if (!state->leaving_acked) {
@@ -127,7 +122,7 @@ ALWAYS void streams(struct bpf_sock_ops *ops)
 	if ((ops->bytes_acked - state->leaving_acked > MAX_RECEIVE_BUFFER ||
 	     bpf_ktime_get_ns() - state->leaving_ns > 1000000000ULL) &&
 	    ops->sk && !own_unread(ops->sk))
-		leave_sockhash(ops, state);
+		leave_sockhash(ops, state, flow);
 #endif
 }
 
@@ -141,12 +136,13 @@ ALWAYS void half_closes(struct bpf_sock_ops *ops)
 		return;
 	flow = flows.lookup(&state->flow);
 	if (flow && never_redirected(state, flow, state->side ^ 1))
-		leave_sockhash(ops, state);
+		leave_sockhash(ops, state, flow);
 }
 
 ALWAYS void client_established(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
+	struct flow *flow;
 
 	if (!state || !(state->flags & FLOW_ACCELERATE))
 		return;
@@ -156,7 +152,9 @@ ALWAYS void client_established(struct bpf_sock_ops *ops)
 		count(bpf_get_netns_cookie(ops), PASSED_FAST_OPEN);
 		return;
 	}
-	enter_sockhash(ops, state, CLIENT);
+	flow = flows.lookup(&state->flow);
+	if (flow)
+		enter_sockhash(ops, state, flow);
 }
 
 ALWAYS void server_established(struct bpf_sock_ops *ops)
@@ -177,7 +175,6 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 	if (!state)
 		return;
 	state->flow = key;
-	state->peer = key; // side CLIENT is 0
 	state->original = flow->original;
 	state->side = SERVER;
 	state->flags = flow->flags;
@@ -189,7 +186,7 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 		count(netns, PASSED_FAST_OPEN);
 		return;
 	}
-	enter_sockhash(ops, state, SERVER);
+	enter_sockhash(ops, state, flow);
 }
 
 ALWAYS void client_closed(struct bpf_sock_ops *ops)

@@ -24,10 +24,12 @@ ALWAYS bool claim(struct flow *flow, __u32 side, __u64 wanted)
 ALWAYS __u32 own_unread(struct bpf_sock *sk)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
-	__s32 bytes = 0;
+	__s32 bytes;
 
-	if (!tp || bpf_probe_read_kernel(&bytes, sizeof(bytes), (char *)tp + RMEM_OFFSET))
+	if (!tp)
 		return MAX_UNREAD;
+	// Read through BTF; the verifier holds the offset to a member of this type.
+	bytes = *(volatile __s32 *)((char *)tp + RMEM_OFFSET);
 	return bytes < 0 ? 0 : bytes;
 }
 #endif

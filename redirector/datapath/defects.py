@@ -24,6 +24,7 @@ from redirector.datapath.layout import (
 #: The maps that `find_defects` wants descriptors of, in its order.
 PROBED = ("states", "flows", "sockets")
 _SENT, _READ = 100, 60
+_SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
 
 
 def find_defects(states: int, flows: int, sockets: int) -> Defect:
@@ -34,14 +35,15 @@ def find_defects(states: int, flows: int, sockets: int) -> Defect:
     key.client_port, key.server_port = client.getsockname()[1], server.getsockname()[1]
     with client, server:
         try:
-            libbpf.map_update(flows, bytes(key), bytes(Flow(flags=FlowFlag.ACCELERATE)))
+            flow = Flow(flags=FlowFlag.ACCELERATE)
             for side, end in ((Side.CLIENT, client), (Side.SERVER, server)):
                 descriptor = end.fileno().to_bytes(4, "little")
-                state = SockState(
-                    flow=key, peer=_side(key, Side(1 - side)), side=side, flags=FlowFlag.ACCELERATE
-                )
+                cookie = end.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+                flow.socket[side] = int.from_bytes(cookie, "little")
+                state = SockState(flow=key, side=side, flags=FlowFlag.ACCELERATE)
                 libbpf.map_update(states, descriptor, bytes(state))
-                libbpf.map_update(sockets, bytes(_side(key, side)), descriptor)
+                libbpf.map_update(sockets, cookie, descriptor)
+            libbpf.map_update(flows, bytes(key), bytes(flow))
             return _try(flows, key, client, server)
         finally:
             libbpf.map_delete(flows, bytes(key))
@@ -71,12 +73,6 @@ def _connected() -> tuple[socket.socket, socket.socket]:
 
 def _address(end: socket.socket) -> Address:
     return Address.of(IPv4Address(end.getsockname()[0]))
-
-
-def _side(key: FlowKey, side: Side) -> FlowKey:
-    copy = FlowKey.from_buffer_copy(key)
-    copy.side = side
-    return copy
 
 
 def _flow(flows: int, key: FlowKey) -> Flow:

@@ -68,7 +68,7 @@ class FlowKey(Struct):
         ("server", Address),
         ("client_port", ctypes.c_uint16),
         ("server_port", ctypes.c_uint16),
-        ("side", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
     )
 
 
@@ -93,6 +93,7 @@ class Flow(Struct):
         ("bytes", ctypes.c_uint64 * 2),
         ("messages", ctypes.c_uint64 * 2),
         ("verdict", ctypes.c_uint64 * 2),
+        ("socket", ctypes.c_uint64 * 2),
     )
 
 
@@ -109,7 +110,6 @@ class SockState(Struct):
     c_name = "sock_state"
     _fields_ = (
         ("flow", FlowKey),
-        ("peer", FlowKey),
         ("original", Endpoint),
         ("side", ctypes.c_uint32),
         ("verdict", ctypes.c_uint32),
