@@ -10,7 +10,7 @@ from redirector.compare.topology import LOAD_SCRIPT, Way
 from redirector.errors import RedirectorError
 
 #: Beyond warm-up and measurement: starting, and draining a stream.
-PATIENCE = 20.0
+PATIENCE = 30.0
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def test_every_case_is_measured_on_every_rung(tmp_path: Path) -> None:
     data, page = tmp_path / "figures.json", tmp_path / "page.html"
     options = ("--rounds", 2, "--seconds", 0.05, "--json", data, "--html", page)
     with running(*options) as process:
-        output, progress = process.communicate(timeout=150)
+        output, progress = process.communicate(timeout=240)
     assert process.returncode == 0, progress
     assert leftovers(node_name(progress.splitlines())) == []
     whole = json.loads(data.read_text())
