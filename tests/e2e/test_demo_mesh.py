@@ -215,3 +215,36 @@ def test_changes_hold_at_once_and_close_no_connection(demo: Demo, manifests: Pat
     assert (status("/fine"), status("/admin")) == (403, 200)
     changed("route-web.yaml", "weight: 90", "weight: 0")
     assert (status("/fine"), status("/admin")) == (403, 200)
+
+
+@pytest.mark.parametrize("demo", [Mode.EBPF], indirect=True)
+def test_the_first_policy_for_paths_holds_on_connections_older_than_it(
+    demo: Demo, manifests: Path
+) -> None:
+    """They stay with a listener that does not normalize."""
+    policy = manifests / "policy-web.yaml"
+    text = policy.read_text()
+    demo.server.event_after(policy.unlink)
+    # One without a sidecar chooses itself how it spells a path.
+    with pod_socket(demo.plain) as connection, connection.makefile("rb") as received:
+        connection.settimeout(PATIENCE_S)
+        connection.connect((PODS["web-v1"], APP_PORT))
+
+        def status(path: str) -> int:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            code = int(received.readline().split()[1])
+            names = http.client.parse_headers(received)
+            if "content-length" in names:
+                received.read(int(names["content-length"]))
+            else:
+                while size := int(received.readline(), 16):
+                    received.read(size + 2)
+                received.readline()
+            return code
+
+        spellings = ("/./admin", "/%61dmin", "/x/..%2fadmin", "/x/../admin", "/x\\..\\admin")
+        assert [status(path) for path in spellings] == [200] * len(spellings)
+        demo.server.event_after(lambda: policy.write_text(text))
+        eventually("the policy", lambda: status("/admin") == 403)
+        assert [status(path) for path in spellings] == [403] * len(spellings)
+        assert status("/fine") == 200

@@ -254,6 +254,10 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (200, FRIEND, "GET", "/caf%c3%A8", {}),
         (200, FRIEND, "GET", "/fine?next=/admin", {}),
         (200, FRIEND, "GET", "/public/admin", {}),
+        # Normal already, however odd.
+        (200, FRIEND, "GET", "/.well-known/..a/...?x=//../%61", {}),
+        (200, FRIEND, "GET", "/a%20b%3Fc%25/d%40e%c3%a9%7b%60%5e/..%2Xf", {}),
+        (200, FRIEND, "GET", "/ordin%61ry/%2d%5F/.", {}),
         # All headers of a rule must match.
         (403, FRIEND, "GET", "/fine", {"x-tier": "guest", "x-agent": "bot/7"}),
         (200, FRIEND, "GET", "/fine", {"x-tier": "guest", "x-agent": "curl"}),

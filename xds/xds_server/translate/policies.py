@@ -35,6 +35,12 @@ _ANYONE = rbac_pb2.Principal(any=True)
 _NOBODY = rbac_pb2.Principal(not_id=_ANYONE)
 
 _UNRESERVED = re.compile(r"[A-Za-z0-9\-._~/]*")
+#: What normalizing leaves in no path: an empty or a dot segment, a backslash, an encoded slash,
+#: backslash or unreserved character.
+_UNNORMALIZED = (
+    r".*(?://|/\.\.?[/;]|\\|%(?:2[d-fD-F]|3[0-9]|[46][1-9a-fA-F]|5[0-9acfACF]|7[0-9aeAE])).*"
+    r"|.*/\.\.?"
+)
 _ORDER = (Action.DENY, Action.ALLOW)
 
 
@@ -57,11 +63,23 @@ def per_route(policies: Sequence[Policy]) -> dict[str, Any]:
     found = {}
     for action in _ORDER:
         rules = _rules(policies, action, http=True)
+        if action is Action.DENY and any(policy.judges_paths for policy in policies):
+            rules = rules or rbac_pb2.RBAC(action=rbac_pb2.RBAC.Action.DENY)
+            rules.policies["unnormalized path"].CopyFrom(_unnormalized())
         config = http_rbac_pb2.RBAC()
         if rules is not None:
             config = http_rbac_pb2.RBAC(rules=rules, rules_stat_prefix=f"{_word(action)}_")
         found[_filter_name(action)] = packed(http_rbac_pb2.RBACPerRoute(rbac=config))
     return found
+
+
+def _unnormalized() -> rbac_pb2.Policy:
+    """Normalizing comes with the listener. A connection that is older than the first policy to
+    judge paths stays with the listener it has, where paths arrive as they were sent, for as long as
+    Envoy drains it (10 minutes), but is under today's rules."""
+    permission = rbac_pb2.Permission()
+    permission.url_path.path.CopyFrom(string_matcher(StringMatch(MatchKind.REGEX, _UNNORMALIZED)))
+    return rbac_pb2.Policy(permissions=[permission], principals=[_ANYONE])
 
 
 def network_filters(policies: Sequence[Policy]) -> list[Filter]:
