@@ -38,6 +38,7 @@ enum flow_flag {
 };
 
 struct flow {
+	__u64 id;		  // cookie of the client's socket: no other flow has it, ever
 	struct endpoint original; // where the client wanted to go
 	__u32 flags;
 	__u64 client_netns; // netns cookie of the pod that opened it
@@ -52,6 +53,8 @@ struct flow {
 // What a socket carries with it (sk_storage).
 struct sock_state {
 	struct flow_key flow;
+	__u64 id;   // of the flow
+	__u64 peer; // the other end's key in the sockhash, 0 until it is known
 	struct endpoint original;
 	__u32 side;
 	__u32 verdict;	     // once PASS here, the flow need not be asked
@@ -122,7 +125,7 @@ enum counter {
 	STEERED_OUTBOUND,
 	STEERED_INBOUND,
 	STEERED_SELF,	  // the proxy called its own pod
-	DIRECT_OUTBOUND,  // an application's connection that no rule steers
+	DIRECT_OUTBOUND,  // connections that the rules leave alone
 	ACCELERATED,	  // sockets put into the sockhash
 	REDIRECTED_BYTES, // of connections that have closed; open ones: the flows map
 	REDIRECTED_MESSAGES,
@@ -133,7 +136,8 @@ enum counter {
 	PASSED_FULL,	    // socket left alone: no room in the sockhash
 	PASSED_UNSUPPORTED, // socket left alone: of a kind that the sockhash does not take (MPTCP)
 	REFUSED_NO_STATE,   // connect refused: its original destination could not be kept
-	REFUSED_NO_FLOW,    // SYN refused: came to a sidecar's port without an original destination
+	REFUSED_NO_FLOW, // came to a sidecar's port without an original destination; sk_lookup also
+			 // asks for a stray segment of a closed connection, and counts it here
 	REFUSED_NO_LISTENER, // SYN refused: the sidecar does not listen
 	COUNTERS,
 };

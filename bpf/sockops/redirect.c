@@ -25,10 +25,14 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 	if (!state || state->verdict == PASS)
 		return SK_PASS;
 	flow = flows.lookup(&state->flow);
-	if (!flow) // the client has closed, or the pod was unenrolled
-		return pass(state, bpf_get_netns_cookie(msg), PASSED_NO_PEER);
 	mine = state->side & 1;
 	theirs = mine ^ 1;
+	if (flow && !state->peer)
+		state->peer = *(volatile __u64 *)&flow->socket[theirs];
+	// No flow: the client has closed, or the pod was unenrolled. Another id: it has closed just
+	// now, and the kernel gave the map's element to another flow, beneath our feet.
+	if (!flow || *(volatile __u64 *)&flow->id != state->id)
+		return pass(state, bpf_get_netns_cookie(msg), PASSED_NO_PEER);
 	if (!claim(flow, mine, REDIRECT))
 		return pass(state, flow->client_netns, PASSED_LEFT);
 #if RMEM_OFFSET
@@ -42,7 +46,7 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 		state->leaving_ns = bpf_ktime_get_ns();
 		return pass(state, flow->client_netns, PASSED_UNREAD);
 	}
-	found = sockets.msg_redirect_hash(msg, &flow->socket[theirs], BPF_F_INGRESS);
+	found = sockets.msg_redirect_hash(msg, &state->peer, BPF_F_INGRESS);
 	if (found != SK_PASS) {
 		flow->verdict[mine] = PASS;
 		return pass(state, flow->client_netns, PASSED_NO_PEER);

@@ -43,7 +43,9 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	state->flow.client_port = ops->local_port;
 	state->flow.server_port = bpf_ntohl(ops->remote_port);
 	scope(&state->flow, netns);
+	state->id = bpf_get_socket_cookie(ops);
 
+	flow.id = state->id;
 	flow.original = state->original;
 	flow.flags = state->flags;
 	flow.client_netns = netns;
@@ -175,6 +177,7 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 	if (!state)
 		return;
 	state->flow = key;
+	state->id = flow->id;
 	state->original = flow->original;
 	state->side = SERVER;
 	state->flags = flow->flags;

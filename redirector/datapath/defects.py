@@ -24,6 +24,7 @@ from redirector.datapath.layout import (
 #: The maps that `find_defects` wants descriptors of, in its order.
 PROBED = ("states", "flows", "sockets")
 _SENT, _READ = 100, 60
+_ID = 1
 _SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
 
 
@@ -35,12 +36,12 @@ def find_defects(states: int, flows: int, sockets: int) -> Defect:
     key.client_port, key.server_port = client.getsockname()[1], server.getsockname()[1]
     with client, server:
         try:
-            flow = Flow(flags=FlowFlag.ACCELERATE)
+            flow = Flow(id=_ID, flags=FlowFlag.ACCELERATE)
             for side, end in ((Side.CLIENT, client), (Side.SERVER, server)):
                 descriptor = end.fileno().to_bytes(4, "little")
                 cookie = end.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
                 flow.socket[side] = int.from_bytes(cookie, "little")
-                state = SockState(flow=key, side=side, flags=FlowFlag.ACCELERATE)
+                state = SockState(flow=key, id=_ID, side=side, flags=FlowFlag.ACCELERATE)
                 libbpf.map_update(states, descriptor, bytes(state))
                 libbpf.map_update(sockets, cookie, descriptor)
             libbpf.map_update(flows, bytes(key), bytes(flow))

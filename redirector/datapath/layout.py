@@ -85,6 +85,7 @@ class Flow(Struct):
 
     c_name = "flow"
     _fields_ = (
+        ("id", ctypes.c_uint64),
         ("original", Endpoint),
         ("flags", ctypes.c_uint32),
         ("client_netns", ctypes.c_uint64),
@@ -110,6 +111,8 @@ class SockState(Struct):
     c_name = "sock_state"
     _fields_ = (
         ("flow", FlowKey),
+        ("id", ctypes.c_uint64),
+        ("peer", ctypes.c_uint64),
         ("original", Endpoint),
         ("side", ctypes.c_uint32),
         ("verdict", ctypes.c_uint32),
