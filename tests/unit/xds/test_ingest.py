@@ -105,6 +105,7 @@ def test_good_objects_have_no_problems() -> None:
         ("Service", "spec.selector", [1], "spec.selector: [1]: must be a mapping"),
         ("Service", "spec.selector", {"a": 1}, "spec.selector.a: 1: must be a string; put it"),
         ("Pod", "status.podIP", "web", "status.podIP: 'web': is not an IP address"),
+        ("Pod", "status.podIP", "::ffff:10.0.0.1", "'::ffff:10.0.0.1': is not an IP address"),
         ("Pod", "status.podIP", "fe80::1%eth0", "'fe80::1%eth0': is not an IP address"),
         ("Pod", "spec.containers.0.ports.0.containerPort", -1, "containerPort: -1: must be from"),
         ("Pod", "spec.hostNetwork", "yes", "spec.hostNetwork: 'yes': must be true or false"),
@@ -140,7 +141,29 @@ def test_good_objects_have_no_problems() -> None:
             [{"type": "RequestHeaderModifier"}],
             "filters[0].requestHeaderModifier: is required",
         ),
+        (
+            "HTTPRoute",
+            "spec.rules.0.filters",
+            [
+                {
+                    "type": "RequestHeaderModifier",
+                    "requestHeaderModifier": {"set": [{"name": "a", "value": "a" * 4097}]},
+                }
+            ],
+            "set[0].value: 'aaaaaaaa",
+        ),
+        ("HTTPRoute", "spec.rules.0.matches", [None], "rules[0].matches[0]: must not be empty"),
         ("AuthorizationPolicy", "spec", None, "spec: is required"),
+        # What is there but empty would otherwise hold for everything.
+        ("AuthorizationPolicy", "spec.rules", [None], "spec.rules[0]: must not be empty; remove"),
+        ("AuthorizationPolicy", "spec.selector", None, "spec.selector: must not be empty; remove"),
+        ("AuthorizationPolicy", "spec.rules.0.from", None, "rules[0].from: must not be empty"),
+        ("AuthorizationPolicy", "spec.rules.0.form", None, "rules[0].form: must not be empty"),
+        ("AuthorizationPolicy", "spec.rules.0.from", [None], "from[0]: must not be empty"),
+        ("AuthorizationPolicy", "spec.rules.0.from.0.namespaces", None, "namespaces: must not be"),
+        ("AuthorizationPolicy", "spec.rules.0.to.0.paths", None, "to[0].paths: must not be empty"),
+        ("AuthorizationPolicy", "spec.rules.0.when", {"headers": None}, "headers: must not be em"),
+        ("AuthorizationPolicy", "metadata.namespace", "a.b", "namespace: 'a.b': is not a name"),
         ("AuthorizationPolicy", "spec.rule", [], "spec.rule: []: is not supported (known: target"),
         (
             "AuthorizationPolicy",
@@ -168,6 +191,12 @@ def test_good_objects_have_no_problems() -> None:
             "spec.rules.0.from",
             [{"cidrs": ["10.0.0.0/33"]}],
             "cidrs[0]: '10.0.0.0/33': is not a network",
+        ),
+        (
+            "AuthorizationPolicy",
+            "spec.rules.0.from",
+            [{"cidrs": ["::ffff:10.0.0.0/104"]}],
+            "cidrs[0]: '::ffff:10.0.0.0/104': is not a network",
         ),
         (
             "AuthorizationPolicy",
@@ -269,6 +298,17 @@ def test_a_route_makes_an_undeclared_port_http() -> None:
         assert problems == []
         assert mesh.services[Name("demo", "web")].ports[0].protocol is protocol
         assert mesh.workloads[Name("demo", "web-1")].ports[0].protocol is protocol
+
+
+def test_a_slice_says_nothing_of_another_namespaces_pods() -> None:
+    far = POD.replace("demo", "far")
+    reference = "targetRef: {kind: Pod, name: web-1, namespace: far}"
+    by_name = SLICE.replace("[10.77.0.1]", f"[10.77.0.9], {reference}")
+    for piece in (SLICE, by_name):
+        mesh, problems = read(SERVICE, far, piece)
+        assert problems == []
+        (port,) = mesh.workloads[Name("far", "web-1")].ports
+        assert port.protocol is Protocol.TCP
 
 
 @pytest.mark.parametrize(

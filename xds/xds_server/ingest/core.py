@@ -162,7 +162,7 @@ def read_slice(item: Item) -> Slice | None:
         target, conditions = endpoint["targetRef"], endpoint["conditions"]
         pod = None
         if target["kind"].text("") == "Pod":
-            namespace = target["namespace"].dns_name(item.name.namespace)
+            namespace = target["namespace"].namespace(item.name.namespace)
             pod = Name(namespace, target["name"].text())
         ready = conditions["ready"].boolean(True)
         endpoints.append(
@@ -207,6 +207,8 @@ class Members:
                 members = {by_address[a] for a in endpoint.addresses if a in by_address}
                 if endpoint.pod is not None:
                     members.add(endpoint.pod)
+                # Nobody decides on protocols and policies of another namespace's pods.
+                members = {pod for pod in members if pod.namespace == piece.service.namespace}
                 self._pods[piece.service] |= members
                 for port, number in _pairs(known.get(piece.service), piece):
                     for member in members:

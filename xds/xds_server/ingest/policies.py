@@ -78,6 +78,7 @@ class PolicyReader:
         spec = item.spec
         if not spec.present:
             spec.problem("is required; add it")
+        spec.complete()
         spec.only("targetRefs", "selector", "action", "rules")
         action = spec["action"].choice(Action, Action.ALLOW)
         rules = tuple(self._rule(item.name.namespace, action, r) for r in spec["rules"].items())
@@ -94,6 +95,7 @@ class PolicyReader:
             return frozenset(found)
         if spec["selector"].present:
             selector = spec["selector"]
+            selector.complete()
             selector.only("matchLabels", way_out="use matchLabels")
             wanted = selector["matchLabels"].labels()
             if not wanted:
@@ -128,6 +130,8 @@ class PolicyReader:
         return frozenset()
 
     def _rule(self, namespace: str, action: Action, rule: Field) -> PolicyRule:
+        rule.complete()
+        rule["when"].complete()
         rule.only("from", "to", "when")
         everyone = "remove it to mean every peer"
         everything = "remove it to mean every request"
@@ -141,6 +145,7 @@ class PolicyReader:
         )
 
     def _source(self, namespace: str, action: Action, source: Field) -> Source:
+        source.complete()
         source.only("namespaces", "serviceAccounts", "cidrs")
         if source.value == {}:
             source.problem("says nothing; remove it to mean every peer")
@@ -148,7 +153,7 @@ class PolicyReader:
         way_out = "remove it, or name one"
         namespaces = source["namespaces"]
         if namespaces.present:
-            keys = [(field.dns_name(),) for field in namespaces.filled(way_out)]
+            keys = [(field.namespace(),) for field in namespaces.filled(way_out)]
             groups.append(self.origins.of(keys, action))
         accounts = source["serviceAccounts"]
         if accounts.present:
@@ -170,6 +175,7 @@ def _account(namespace: str, field: Field) -> tuple[str, str]:
 
 
 def _operation(operation: Field) -> Operation:
+    operation.complete()
     operation.only("methods", "paths", "hosts", "ports")
     if operation.value == {}:
         operation.problem("says nothing; remove it to mean every request")

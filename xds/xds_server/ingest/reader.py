@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv6Network, ip_address, ip_network
 from typing import TypeVar
 
 from redirector.model import IPAddress, IPNetwork
@@ -20,7 +20,11 @@ from xds_server.sources.objects import KubeObject
 E = TypeVar("E", bound=StrEnum)
 T = TypeVar("T")
 
-DNS_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+DNS_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
+# RFC 1123. A dot would make NAME.NAMESPACE ambiguous, of which clusters and node ids are made.
+_NAMESPACE = re.compile(_LABEL)
+_MAPPED = IPv6Network("::ffff:0:0/96")
 TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+\-.^_`|~]+")
 """RFC 9110, 5.6.2: what a header or method is made of."""
 
@@ -101,7 +105,19 @@ class Field:
         if not isinstance(self.value, list):
             self.problem("must be a list")
             return []
-        return [Field(item, self.origin, self, index) for index, item in enumerate(self.value)]
+        fields = [Field(item, self.origin, self, index) for index, item in enumerate(self.value)]
+        for field in fields:
+            if not field.present:
+                field.problem("must not be empty; remove it or fill it in")
+        return [field for field in fields if field.present]
+
+    def complete(self) -> None:
+        """Reports keys without a value. Elsewhere they mean nothing, but a policy whose conditions
+        were all commented out would hold for everything."""
+        if isinstance(self.value, dict):
+            for name in self.value:
+                if self.value[name] is None:
+                    self[str(name)].problem("must not be empty; remove it or fill it in")
 
     def filled(self, way_out: str) -> list["Field"]:
         """The entries of a list that says something if it is there at all: an empty one is a
@@ -133,8 +149,8 @@ class Field:
             self.problem(f"is not {what}")
         return text
 
-    def dns_name(self, default: str | None = None) -> str:
-        return self.matching(DNS_NAME, "a name: use a-z, 0-9, '-' and '.'", default)
+    def namespace(self, default: str | None = None) -> str:
+        return self.matching(_NAMESPACE, "a namespace: use a-z, 0-9 and '-'", default)
 
     def integer(self, low: int, high: int, default: int | None = None) -> int:
         if not self.present:
@@ -187,7 +203,9 @@ class Field:
         text = self.text()
         if isinstance(self.value, str):
             try:
-                if "%" not in text:  # a scoped address means nothing on another machine
+                # A scoped address means nothing on another machine, and traffic of IPv4-mapped
+                # ones is IPv4 to Envoy.
+                if "%" not in text and not _mapped(text):
                     return parse(text)
             except ValueError:
                 pass
@@ -223,6 +241,11 @@ class Field:
             self.problem(f"is not a regular expression: {error}")
             return ""
         return text
+
+
+def _mapped(text: str) -> bool:
+    network = ip_network(text, strict=False)
+    return isinstance(network, IPv6Network) and network.subnet_of(_MAPPED)
 
 
 def first_of_each(matches: list[NamedMatch]) -> tuple[NamedMatch, ...]:
@@ -262,7 +285,7 @@ def identify(source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | 
     version, kind = anonymous["apiVersion"].text(), anonymous["kind"].text()
     metadata = anonymous["metadata"]
     name = metadata["name"].matching(_OBJECT_NAME, "a name: use a-z, 0-9, '-' and '.'")
-    namespace = metadata["namespace"].dns_name("default")
+    namespace = metadata["namespace"].namespace("default")
     where = name if kind == "Namespace" else f"{namespace}/{name}"
     subject = f"{kind} {where}" if kind and name else ""
     if wrong:

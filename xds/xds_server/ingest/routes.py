@@ -24,6 +24,10 @@ from xds_server.ir import (
 
 GATEWAY_GROUP = "gateway.networking.k8s.io"
 MAX_WEIGHT = 1_000_000
+#: Envoy refuses header values beyond 16 KiB, and weights whose sum has more than 32 bits; these are
+#: the limits of the Gateway API.
+_MAX_HEADER_VALUE = 4096
+_MAX_BACKENDS = 16
 
 _HOSTNAME = re.compile(rf"(\*\.)?{DNS_NAME.pattern}")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
@@ -56,7 +60,7 @@ class Grant:
 def read_grant(item: Item) -> list[Grant]:
     """What a ReferenceGrant lets HTTPRoutes of other namespaces refer to."""
     froms = [
-        source["namespace"].dns_name()
+        source["namespace"].namespace()
         for source in item.spec["from"].items()
         if source["group"].text() == GATEWAY_GROUP and source["kind"].text() == "HTTPRoute"
     ]
@@ -104,7 +108,7 @@ class RouteReader:
 
     def _parents(self, item: Item, reference: Field) -> list[Parent]:
         reference.only("group", "kind", "namespace", "name", "port")
-        name = Name(reference["namespace"].dns_name(item.name.namespace), reference["name"].text())
+        name = Name(reference["namespace"].namespace(item.name.namespace), reference["name"].text())
         service = self.services.get(name)
         if service is None:
             if reference["name"].present:
@@ -137,9 +141,12 @@ class RouteReader:
                 "must not be longer than timeouts.request, which would cut it off first"
             )
         matches = tuple(_match(match) for match in rule["matches"].items())
+        backends = rule["backendRefs"].items()
+        if len(backends) > _MAX_BACKENDS:
+            rule["backendRefs"].problem(f"must have at most {_MAX_BACKENDS} entries")
         return RouteRule(
             matches or (RouteMatch(),),
-            tuple(self._backend(item, backend) for backend in rule["backendRefs"].items()),
+            tuple(self._backend(item, backend) for backend in backends),
             _filters(rule["filters"]),
             whole,
             single,
@@ -147,7 +154,7 @@ class RouteReader:
 
     def _backend(self, item: Item, reference: Field) -> Backend:
         reference.only("group", "kind", "namespace", "name", "port", "weight", "filters")
-        name = Name(reference["namespace"].dns_name(item.name.namespace), reference["name"].text())
+        name = Name(reference["namespace"].namespace(item.name.namespace), reference["name"].text())
         if reference["group"].text("") != "" or reference["kind"].text("Service") != "Service":
             reference["kind"].problem("only a Service (group '') can be a backend")
         backend = Backend(
@@ -279,6 +286,8 @@ def _change(change: Field) -> HeaderChange:
             value = entry["value"].text()
             if not _HEADER_VALUE.fullmatch(value):
                 entry["value"].problem("must not contain control characters")
+            elif len(value) > _MAX_HEADER_VALUE:
+                entry["value"].problem(f"must have at most {_MAX_HEADER_VALUE} characters")
             kept.setdefault(name.lower(), (name, value))
         return tuple(kept.values())
 
