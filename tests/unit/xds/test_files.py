@@ -1,5 +1,6 @@
 """Reading manifests from a directory."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -78,16 +79,35 @@ def test_every_file_is_tried(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text(POD % "fine")
     objects, problems = load(tmp_path)
     assert len(objects) == 1
-    assert [Path(problem.file).name for problem in problems] == ["a.yaml", "b.yaml", "d.yaml"]
+    names = [Path(problem.file).name for problem in problems]
+    assert names == ["a.yaml", "b.yaml", "c.yaml", "d.yaml"]
     assert "is not UTF-8" in str(problems[1])
+    assert "leads nowhere" in str(problems[2])
+
+
+def test_what_might_never_end_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").symlink_to("/dev/zero")
+    _, problems = load(tmp_path)
+    assert ["is not a regular file" in str(problem) for problem in problems] == [True, True]
 
 
 def test_a_cluster_of_aliases_is_shown_short() -> None:
     """The billion laughs: nothing here walks the whole tree."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)]
-    _, problems = parse("f", "\n".join(lines) + "\n--- \n- &b [*b]\n")
+    objects, problems = parse("f", "\n".join(lines) + "\n--- \n- &b [*b]\n")
+    assert objects == []
+    assert str(problems[0]).startswith("f: document 1: its aliases expand to more than")
+    _, problems = parse("f", "- &b [*b]\n" * 3)
     assert len(str(problems[0])) < 200
+
+
+def test_merge_keys_that_multiply() -> None:
+    lines = ["a0: &a0 {x: 1, y: 2}"]
+    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 40)]
+    _, problems = parse("f", "\n".join(lines))
+    assert "is not YAML: merging makes more than" in str(problems[0])
 
 
 @pytest.mark.parametrize("path", ["missing", "file"])

@@ -1,5 +1,7 @@
 """Reads manifests from a directory: YAML or JSON, several documents a file, `List` objects too."""
 
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from xds_server.errors import Problem, shown
 from xds_server.sources.objects import KubeObject
 
 _MAX_DEPTH = 100
+#: Far more than an object that a Kubernetes API server would take.
+_MAX_VALUES = 1_000_000
+_MAX_KEYS = 100_000
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 _TEXT = "tag:yaml.org,2002:str"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
@@ -36,6 +41,14 @@ class _Loader(yaml.CSafeLoader):
 
     def ascend_resolver(self) -> None:
         self._depth -= 1
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merge keys (<<) copy what they name, each time."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_KEYS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"merging makes more than {_MAX_KEYS} keys", node.start_mark
+            )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -67,8 +80,15 @@ def load(directory: Path) -> tuple[list[KubeObject], list[Problem]]:
     problems: list[Problem] = []
     for path in paths:
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                # Reading a pipe or a device may never end.
+                problems.append(Problem(str(path), "", "", "", "is not a regular file; remove it"))
+                continue
             text = path.read_bytes().decode()
         except FileNotFoundError:
+            if path.is_symlink():
+                wrong = f"leads nowhere: {os.readlink(path)}; correct or remove the link"
+                problems.append(Problem(str(path), "", "", "", wrong))
             continue  # renamed away since it was listed, as editors do
         except OSError as error:
             problems.append(Problem(str(path), "", "", "", f"cannot be read: {error.strerror}"))
@@ -78,9 +98,9 @@ def load(directory: Path) -> tuple[list[KubeObject], list[Problem]]:
                 Problem(str(path), "", f"byte {error.start}", "", "is not UTF-8; save it as UTF-8")
             )
             continue
-        read, wrong = parse(str(path), text)
+        read, unreadable = parse(str(path), text)
         objects += read
-        problems += wrong
+        problems += unreadable
     return objects, problems
 
 
@@ -103,6 +123,10 @@ def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:
         except (yaml.YAMLError, ValueError) as error:
             problems.append(Problem(file, "", "", "", f"is not YAML: {error}"))
             return objects, problems
+        if _values(document, {}) > _MAX_VALUES:
+            message = f"its aliases expand to more than {_MAX_VALUES} values; write fewer"
+            problems.append(Problem(file, "", f"document {index + 1}", "", message))
+            return objects, problems
         for field, value in _expanded(f"document {index + 1}", document):
             if isinstance(value, dict):
                 objects.append(KubeObject(file, value))
@@ -111,6 +135,18 @@ def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:
                     Problem(file, "", field, shown(value), "must be a mapping: a Kubernetes object")
                 )
         index += 1
+
+
+def _values(value: object, known: dict[int, int]) -> int:
+    """How many values a reader of the document meets, which with aliases may be exponentially more
+    than were written. An alias to what it stands in counts once."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] += sum(_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _expanded(field: str, document: object) -> Iterator[tuple[str, object]]:
