@@ -11,13 +11,14 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TypeVar
 
 from pyroute2 import IPRoute
 
+from redirector import tcp_diag
 from redirector.errors import InputError, MachineError
 from redirector.model import IPAddress
 from redirector.steering import PASSTHROUGH_SOURCES
@@ -27,15 +28,6 @@ T = TypeVar("T")
 _NS_GET_NSTYPE = 0xB703  # _IO(0xb7, 0x3), ioctl_ns(2)
 _CLONE_NEWNET = 0x40000000
 _SO_NETNS_COOKIE = 71  # Linux 5.14; Python has no name for it
-
-# netlink(7), sock_diag(7)
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_DIAG_SECONDS = 10.0
-#: Bits by include/net/tcp_states.h: all but TIME_WAIT, CLOSE and LISTEN.
-_OPEN_STATES = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
 
 
 def require_netns(path: Path) -> None:
@@ -68,7 +60,12 @@ def open_connections(netns: Path, ports: Collection[int]) -> frozenset[tuple[IPA
     rush of connections /proc/net/tcp takes seconds to print those in TIME_WAIT. MachineError on a
     kernel without it.
     """
-    return within(netns, lambda: frozenset(_open_connections(ports)))
+    return within(netns, lambda: frozenset(tcp_diag.open_connections(ports)))
+
+
+def listening_inodes(netns: Path, port: int) -> dict[int, int]:
+    """Return inode -> address family of every socket that listens on this TCP port."""
+    return within(netns, lambda: dict(tcp_diag.listening(port)))
 
 
 def put_on_loopback(netns: Path, ip: IPAddress) -> None:
@@ -183,48 +180,3 @@ def _addresses() -> tuple[IPAddress, ...]:
             if not (address.is_loopback or address.is_link_local or address in PASSTHROUGH_SOURCES):
                 found[address] = None
     return tuple(found)
-
-
-def _open_connections(ports: Collection[int]) -> Iterator[tuple[IPAddress, int]]:
-    try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
-            diag.settimeout(_DIAG_SECONDS)
-            for family in (socket.AF_INET, socket.AF_INET6):
-                for port in ports:
-                    diag.send(_diag_request(family, port))
-                    yield from ((address, port) for address in _diag_answers(diag))
-    except OSError as error:
-        raise MachineError(
-            f"the kernel does not list its TCP sockets ({error.strerror or error});"
-            " load its module tcp_diag"
-        ) from None
-
-
-def _diag_request(family: int, local_port: int) -> bytes:
-    """struct nlmsghdr, then struct inet_diag_req_v2 with its ports in network order."""
-    request = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, _OPEN_STATES)
-    request += struct.pack("!H", local_port) + bytes(46)
-    flags = _NLM_F_REQUEST | _NLM_F_DUMP
-    return struct.pack("=IHHII", 16 + len(request), _SOCK_DIAG_BY_FAMILY, flags, 0, 0) + request
-
-
-def _diag_answers(diag: socket.socket) -> Iterator[IPAddress]:
-    """Yield the local addresses of the dump's struct inet_diag_msg, up to its end."""
-    while True:
-        data = memoryview(diag.recv(1 << 16))
-        while data:
-            length, kind = struct.unpack_from("=IH", data)
-            message = data[16:length]
-            if kind == _NLMSG_DONE:
-                return
-            if kind == _NLMSG_ERROR:
-                code = -struct.unpack_from("=i", message)[0]
-                raise OSError(code, os.strerror(code))
-            size = 16 if message[0] == socket.AF_INET6 else 4
-            yield _unmapped(ip_address(bytes(message[8 : 8 + size])))
-            data = data[(length + 3) & ~3 :]
-
-
-def _unmapped(address: IPAddress) -> IPAddress:
-    mapped = address.ipv4_mapped if address.version == 6 else None
-    return mapped or address

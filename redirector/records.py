@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -22,10 +23,20 @@ class Records:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other commands that change pods out until leaving."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self.directory / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        path = self.directory / ".lock"
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                lock = path.open("w")
+            except FileNotFoundError:  # `clear` took the directory away again
+                continue
+            with lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                # Whom we waited for may have been `clear`: then this lock is nobody's any more.
+                if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+                    continue
+                yield
+                return
 
     def all(self) -> list[Pod]:
         """Every record, by name. DatapathError names a file that is not a record."""

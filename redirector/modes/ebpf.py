@@ -74,7 +74,7 @@ class EbpfMode:
         pins = pin_name(pod.name)
         for hook, kind in CGROUP_HOOKS:
             self._datapath.attach(pins, hook, kind, pod.cgroup)
-        with listening_sockets(pod.cgroup, pod.steering.inbound_port) as sockets:
+        with listening_sockets(pod.netns, pod.cgroup, pod.steering.inbound_port) as sockets:
             for family, socket in sockets.items():
                 self._datapath.put_listener(pod.netns_cookie, family, socket)
         self._datapath.attach(pins, *INBOUND_HOOK, pod.netns)

@@ -37,7 +37,7 @@ def start_sidecar(pod: LabPod, directory: Path) -> None:
 
 
 def _listens(pod: LabPod, port: int) -> bool:
-    with listening_sockets(pod.sidecar, port) as found:
+    with listening_sockets(pod.netns, pod.sidecar, port) as found:
         return bool(found)
 
 
