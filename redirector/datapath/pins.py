@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,11 @@ class Datapath:
         )
 
     def unload(self) -> None:
-        """Forget every pin: links detach, programs and maps go with their last user."""
+        """Forget every pin: links detach, programs and maps go with their last user.
+
+        Open sockets of the sockhash are such users: each holds the verdict program, and that the
+        map. So nothing that is queued for them is lost; what they hold goes when they close.
+        """
         with self._alone():
             self._forget_all()
 
