@@ -1,7 +1,7 @@
 # Every target does its own set-up, again and again without harm.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test compare check fmt clean
+.PHONY: help setup demo test test-kernel compare check fmt clean
 
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -10,7 +10,7 @@ SETUP    := .ci/setup
 SETUP_OK := $(VENV)/.setup-ok
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Debian packages, .venv, Envoy, kernel headers for bcc
 	@bash $(SETUP) $(VENV) $(STATE)
@@ -20,6 +20,10 @@ demo: setup ## steer real pods through real Envoys and show it
 
 test: setup ## every test, on the real kernel and real Envoys
 	@$(BIN)/pytest
+
+test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulator
+	@bash tests/kernel/setup $(STATE)/kernel
+	@bash tests/kernel/boot $(STATE)/kernel $(ARGS)
 
 compare: setup ## the latency comparison of both modes
 	@$(BIN)/redirector compare $(ARGS)
