@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DiscoveryRequest
+from google.protobuf.message import DecodeError
 
 from redirector.errors import InputError, RedirectorError
 from xds_server.delta import DeltaStream
@@ -160,6 +161,15 @@ class Server:
         )
 
     async def _serve(
+        self, stream: DeltaStream | SotwStream, requests: AsyncIterator[Any], context: Any
+    ) -> None:
+        try:
+            await self._serve_decoded(stream, requests, context)
+        except DecodeError as error:
+            log.warning("refused a client: %s", error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _serve_decoded(
         self, stream: DeltaStream | SotwStream, requests: AsyncIterator[Any], context: Any
     ) -> None:
         first = await anext(requests, None)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -19,7 +19,7 @@ from xds_server.generation import Generation, InconsistentSnapshot
 from xds_server.ir import NodeId
 from xds_server.push import Push
 from xds_server.references import CLUSTER, ENDPOINT, ROUTE
-from xds_server.server import MAX_REQUEST_BYTES, Server
+from xds_server.server import MAX_REQUEST_BYTES, SERVICE, Server
 
 from redirector.errors import RedirectorError
 
@@ -184,6 +184,30 @@ async def test_node_id_that_is_none_is_refused_in_one_line(node: str) -> None:
         await call.write(first(CLUSTER, node))
         assert await asyncio.wait_for(call.code(), PATIENCE_S) == grpc.StatusCode.INVALID_ARGUMENT
         assert f"node id {node!r}" in await call.details()
+
+
+async def test_what_is_no_request_ends_its_stream_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    garbage = b"\xff\xff garbage"
+
+    async def code(call: Any) -> grpc.StatusCode:
+        with suppress(grpc.aio.AioRpcError):
+            async for _ in call:
+                pass
+        found: grpc.StatusCode = await call.code()
+        return found
+
+    async with (
+        running() as (started, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{started.port}") as channel,
+    ):
+        for sent in ([garbage], [first(CLUSTER).SerializeToString(), garbage]):
+            call = channel.stream_stream(f"/{SERVICE}/DeltaAggregatedResources")(iter(sent))
+            ended = await asyncio.wait_for(code(call), PATIENCE_S)
+            assert ended == grpc.StatusCode.INVALID_ARGUMENT
+    assert "refused a client: Error parsing message" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_first_node_of_envoys_size_passes_and_one_beyond_the_limit_does_not() -> None:
