@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--manifests",
-        type=Path,
+        type=_path,
         required=True,
         metavar="DIR",
         help="directory of *.yaml, *.yml and *.json files, watched for changes",
@@ -63,15 +63,24 @@ def _parser() -> argparse.ArgumentParser:
         help="allow --listen addresses that other machines reach, unencrypted",
     )
     parser.add_argument(
-        "--validate", action="store_true", help="check the manifests, print every problem and exit"
+        "--validate",
+        action="store_true",
+        help="check the manifests, print what is ignored and every problem, and exit",
     )
     parser.add_argument(
-        "--events", type=Path, metavar="FILE", help="append one JSON line for each push"
+        "--events", type=_path, metavar="FILE", help="append one JSON line for each push"
     )
     parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info"
     )
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        # Path("") would be the working directory: an unset variable must not choose it.
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    return Path(text)
 
 
 def read(directory: Path) -> tuple[Mesh, int, list[Problem]]:
@@ -93,6 +102,8 @@ def validate(directory: Path, out: TextIO, err: TextIO) -> int:
     for name, workload in mesh.workloads.items():
         for address in workload.addresses[:1]:
             generation.snapshot(NodeId(str(address), name.name, name.namespace))
+    for ignored in mesh.ignored:
+        print(f"ignored: {ignored}", file=out)
     print(f"{count(objects, 'object')}, no problems", file=out)
     return 0
 
@@ -122,7 +133,7 @@ def _reporter(path: Path | None) -> Callable[[Push], None]:
     if path is None:
         return lambda _: None
     try:
-        path.touch()
+        path.open("ab").close()
     except OSError as error:
         raise InputError(f"--events {path}: {error.strerror}; give a file to append to") from error
 

@@ -35,6 +35,27 @@ def test_validate_says_how_many_objects_are_good(
     assert err == ""
 
 
+def test_validate_says_what_has_no_effect(
+    manifests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy of somebody else's kind, or a misspelt route, is no mistake but may be one."""
+    edit(manifests / "route-web.yaml", "kind: HTTPRoute", "kind: HttpRoute")
+    assert main(["--manifests", str(manifests), "--validate"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "ignored: HttpRoute demo/web (gateway.networking.k8s.io/v1)"
+    assert lines[1:] == ["14 objects, no problems"]
+
+
+def test_an_empty_path_is_not_the_working_directory(
+    manifests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (["--manifests", ""], ["--manifests", str(manifests), "--events", ""]):
+        with pytest.raises(SystemExit) as ended:
+            main([*options, "--validate"])
+        assert ended.value.code == 2
+        assert f"argument {options[-2]}: is empty; give a path" in capsys.readouterr().err
+
+
 def test_validate_prints_every_problem_at_once(
     manifests: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +99,7 @@ def test_missing_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         (["--listen", "nowhere"], "--listen nowhere: not an address"),
         (["--listen", "0.0.0.0:18000"], "add --insecure-listen"),
         (["--events", "/nowhere/events"], "--events /nowhere/events: No such file"),
+        (["--events", "/"], "--events /: Is a directory; give a file"),
     ],
 )
 def test_bad_option_is_one_line(
