@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from redirector import check, compare, steering
+from redirector import check, compare, explain, steering
 from redirector.bootstrap import bootstrap
 from redirector.demo import command as demo
 from redirector.enrollment import Enrollment, PodStatus, default_enrollment
@@ -110,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("mode", choices=modes)
     unenroll = add("unenroll", _unenroll, "make a pod's traffic direct again")
     unenroll.add_argument("name", metavar="NAME")
+    explaining = add("explain", _explain, "say where a connection would go, and by which rule")
+    explain.add_arguments(explaining)
     add("uninstall", _uninstall, "remove everything from this machine's kernel")
     shown = add("demo", _demo, "steer real pods through real Envoys and show it")
     demo.add_arguments(shown)
@@ -202,6 +204,12 @@ def _enroll(arguments: argparse.Namespace, context: Context) -> int:
 def _mode(arguments: argparse.Namespace, context: Context) -> int:
     pod = context.enrollment().change_mode(arguments.name, Mode(arguments.mode))
     context.out.write(f"pod {pod.name} is in {pod.mode} mode\n")
+    return 0
+
+
+def _explain(arguments: argparse.Namespace, context: Context) -> int:
+    pod = context.enrollment().get(arguments.name)
+    context.out.write(explain.explain(arguments, pod) + "\n")
     return 0
 
 

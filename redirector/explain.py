@@ -1,0 +1,61 @@
+"""`redirector explain`: what the rules say of a connection, without sending anything."""
+
+import argparse
+from ipaddress import ip_address
+
+from redirector.errors import InputError
+from redirector.model import IPAddress, Pod
+from redirector.steering import Connection, Direction, Verdict, decide
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `redirector explain`."""
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--to", required=True, metavar="IP:PORT", help="IPv6 as [IP]:PORT")
+    parser.add_argument("--source", metavar="IP", help="the address that the socket is bound to")
+    parser.add_argument("--uid", type=int, default=0, help="of who connects (default: %(default)s)")
+    parser.add_argument("--gid", type=int, default=0, help="of who connects (default: %(default)s)")
+    parser.add_argument(
+        "--inbound", action="store_true", help="somebody outside the pod connects to it"
+    )
+
+
+def explain(arguments: argparse.Namespace, pod: Pod) -> str:
+    """One line: where the connection goes, and by which rule. InputError on a wrong address."""
+    destination, port = _endpoint(arguments.to)
+    connection = Connection(
+        direction=Direction.INBOUND if arguments.inbound else Direction.OUTBOUND,
+        destination=destination,
+        port=port,
+        own=pod.addresses,
+        source=_address("--source", arguments.source) if arguments.source else None,
+        uid=arguments.uid,
+        gid=arguments.gid,
+    )
+    decision = decide(pod.steering, connection)
+    ports = {
+        Verdict.OUTBOUND: f"steered to the sidecar's outbound port {pod.steering.outbound_port}",
+        Verdict.INBOUND: f"steered to the sidecar's inbound port {pod.steering.inbound_port}",
+        Verdict.DIRECT: "direct",
+    }
+    return f"{arguments.to}: {ports[decision.verdict]}, by rule {decision.rule} ({pod.mode} mode)"
+
+
+def _endpoint(text: str) -> tuple[IPAddress, int]:
+    host, _, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise InputError(f"--to {text}: write an IPv6 address in brackets: [{host}]:{port}")
+    if not (port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
+        raise InputError(f"--to {text}: {port!r} is not a port; give IP:PORT with a port 1-65535")
+    return _address("--to", host), int(port)
+
+
+def _address(option: str, text: str) -> IPAddress:
+    try:
+        return ip_address(text)
+    except ValueError:
+        raise InputError(
+            f"{option} {text}: is not an IP address; names are not looked up"
+        ) from None

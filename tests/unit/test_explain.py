@@ -1,0 +1,64 @@
+"""`explain` says what `decide` decides, in one line."""
+
+import argparse
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from redirector.errors import InputError
+from redirector.explain import add_arguments, explain
+from redirector.model import Mode, Pod, Steering
+
+POD = Pod(
+    "demo/web",
+    Path("/run/netns/x"),
+    Path("/cgroup/x"),
+    Mode.EBPF,
+    steering=Steering(exclude_outbound_ports=frozenset({3306})),
+    addresses=(ip_address("10.0.0.5"), ip_address("fd00::5")),
+)
+
+
+def ask(*words: str) -> str:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return explain(parser.parse_args(["demo/web", *words]), POD)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--to", "10.96.0.1:80"], "outbound port 15001, by rule outbound.included-cidr"),
+        (["--to", "[fd96::1]:80"], "outbound port 15001, by rule outbound.included-cidr"),
+        (["--to", "10.96.0.1:3306"], "direct, by rule outbound.excluded-port"),
+        (["--to", "10.96.0.1:80", "--uid", "1337"], "direct, by rule outbound.proxy-uid"),
+        (["--to", "10.0.0.5:80", "--uid", "1337"], "inbound port 15006, by rule outbound.proxy-"),
+        (
+            ["--to", "10.0.0.5:80", "--uid", "1337", "--source", "127.0.0.6"],
+            "direct, by rule outbound.passthrough",
+        ),
+        (["--to", "10.0.0.5:8080", "--inbound"], "inbound port 15006, by rule inbound.included-"),
+        (["--to", "10.0.0.5:15020", "--inbound"], "direct, by rule inbound.excluded-port"),
+    ],
+)
+def test_it_names_the_way_and_the_rule(words: list[str], answer: str) -> None:
+    said = ask(*words)
+    assert said.startswith(words[1])
+    assert answer in said
+    assert "ebpf mode" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--to", "10.96.0.1"], "not a port"),
+        (["--to", "10.96.0.1:70000"], "'70000' is not a port"),
+        (["--to", "fd96::1:80"], "in brackets"),
+        (["--to", "example.com:80"], "names are not looked up"),
+        (["--to", "10.96.0.1:80", "--source", "x"], "--source x: is not an IP address"),
+    ],
+)
+def test_wrong_addresses_are_named(words: list[str], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        ask(*words)
