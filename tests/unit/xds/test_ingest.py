@@ -214,7 +214,25 @@ def test_a_mistake_is_named(kind: str, path: str, value: Any, problem: str) -> N
 
 @pytest.mark.parametrize(
     "expression",
-    ["(", "[a", "a(?=b)", "(?<!a)b", r"(a)\1", "(?>a)", "a++", "a{1000,2000}", r"a\Z", "(?x)a"],
+    [
+        "(",
+        "[a",
+        "a(?=b)",
+        "(?<!a)b",
+        r"(a)\1",
+        "(?>a)",
+        "a++",
+        "a{1000,2000}",
+        r"a\Z",
+        "(?x)a",
+        r"[\b]",
+        r"[a\1]",
+        r"[\u0041]",
+        "[[:foo:]]",
+        r"\é",
+        r"[\é]",
+        "(?P<é>a)",
+    ],
 )
 def test_expressions_that_envoy_does_not_know(expression: str) -> None:
     value = {"path": {"type": "RegularExpression", "value": expression}}
@@ -223,7 +241,21 @@ def test_expressions_that_envoy_does_not_know(expression: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "expression", [r"\(?=", "[(?=]", "[+]+", r"\*+", "(?i)a", "(?P<n>a)", "a{9}"]
+    "expression",
+    [
+        r"\(?=",
+        "[(?=]",
+        "[+]+",
+        r"\*+",
+        "(?i)a",
+        "(?P<n>a)",
+        "a{9}",
+        r"[\\b]",
+        "[[:alpha:]]",
+        "[é]",
+        "[+--]",
+        r"\b[\d\-]\n",
+    ],
 )
 def test_expressions_that_envoy_knows(expression: str) -> None:
     value = {"path": {"type": "RegularExpression", "value": expression}}

@@ -5,6 +5,7 @@ the lower bound), which is never translated: a mesh with problems is not used.
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -36,8 +37,15 @@ _DURATION = re.compile(r"([0-9]{1,5}(h|m|s|ms)){1,4}")
 _UNITS = {"h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 # What Python's re takes and RE2 (Envoy's) does not: lookaround, conditions, backreferences, some
 # flags and escapes, possessive repeats. Character classes and plain escapes are taken out first.
-_PLAIN = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[^1-9ZuUN]")
-_NOT_RE2 = re.compile(r"\(\?(?:<?[=!]|\(|>|P=|#|[imsaLux-]*[aLux])|\\[1-9ZuUN]|[*+?}]\+")
+_PLAIN = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[^1-9ZuUN\x80-\U0010ffff]")
+_NOT_RE2 = re.compile(
+    r"\(\?(?:<?[=!]|\(|>|P=|#|[imsaLux-]*[aLux])|\\[^\x00-\x7f]|\\[1-9ZuUN]|[*+?}]\+|\(\?P<[^>]*[^\x00-\x7f>]"
+)
+# The same within a character class.
+_ESCAPE = re.compile(r"\\.", re.DOTALL)
+_NOT_RE2_ESCAPE = re.compile(r"\\(?:[1-9ABZbuUN]|[^\x00-\x7f])")
+_POSIX = "alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit"
+_NOT_RE2_CLASS = re.compile(rf"\[:(?!\^?(?:{_POSIX}):\])")
 _REPEATS = re.compile(r"\{[0-9,]*[0-9]{4}")
 
 
@@ -229,18 +237,33 @@ class Field:
             self.problem("is too long for a regular expression; keep it within 1024 characters")
             return ""
         bare = _PLAIN.sub("c", text)
-        if _NOT_RE2.search(bare) or _REPEATS.search(bare):
+        classes = [part for part in _PLAIN.findall(text) if part.startswith("[")]
+        if (
+            _NOT_RE2.search(bare)
+            or _REPEATS.search(bare)
+            or any(not _re2_knows(part) for part in classes)
+        ):
             self.problem(
                 "is not an RE2 expression (no lookaround, backreferences, atomic groups, "
-                "possessive repeats, \\Z, \\u, nor more than 999 repeats); rewrite it without"
+                "possessive repeats, \\Z, \\u, [\\b], [:unknown:], names or escapes beyond "
+                "ASCII, nor more than 999 repeats); rewrite it without"
             )
             return ""
         try:
-            re.compile(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's plans for its own syntax
+                re.compile(text)
         except (re.error, OverflowError, RecursionError) as error:
             self.problem(f"is not a regular expression: {error}")
             return ""
         return text
+
+
+def _re2_knows(character_class: str) -> bool:
+    escapes = _ESCAPE.findall(character_class)
+    return not (
+        any(map(_NOT_RE2_ESCAPE.match, escapes)) or _NOT_RE2_CLASS.search(character_class, 1)
+    )
 
 
 def _mapped(text: str) -> bool:
