@@ -197,6 +197,10 @@ class DeltaClient(RuleBasedStateMachine):
     @rule(type_url=st.sampled_from([ENDPOINT, ROUTE]), name=st.sampled_from("abcrstxyz"))
     def ask_again(self, type_url: str, name: str) -> None:
         """A client may have forgotten what it has, and may ask for what there is not."""
+        if not self.subscribed[type_url]:
+            # Who asks for a route before the listener that names it may be sent both before the
+            # clusters' endpoints, for which it has not asked yet; Envoy asks in this order.
+            return
         self.subscribed[type_url].add(name)
         self.to_server.append(
             DeltaDiscoveryRequest(type_url=type_url, resource_names_subscribe=[name])
