@@ -15,6 +15,7 @@ XDS_CLUSTER = "xds"
 _UNIX = "unix:"
 _DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+_NO_LIMIT = 2**32 - 1
 
 
 def node_id(pod: str, namespace: str, ip: str) -> str:
@@ -55,6 +56,19 @@ def bootstrap(
             "lds_config": _ads_source(),
         },
         "static_resources": {"clusters": [_xds_cluster(xds)]},
+        # Envoy's default refuses regular expressions of more than 100 RE2 instructions, and with
+        # them the whole resource: a policy with a token of 100 letters would never hold.
+        "layered_runtime": {
+            "layers": [
+                {
+                    "name": "limits",
+                    "static_layer": {
+                        "re2.max_program_size.error_level": _NO_LIMIT,
+                        "re2.max_program_size.warn_level": _NO_LIMIT,
+                    },
+                }
+            ]
+        },
         "stats_config": {"use_all_default_tags": True},
         # No stats sink is configured: flush when somebody asks, not every five seconds.
         "stats_flush_on_admin": True,

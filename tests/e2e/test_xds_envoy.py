@@ -127,3 +127,33 @@ def test_one_change_reaches_every_sidecar_that_it_concerns(
     assert (event["sidecars"], event["nacks"], event["waiting"]) == (2, [], [])
     assert [weights(each) for each in started] == [[[1, 10]]] * 2
     server.wait_for_log(r"pushed 1 change to 2 sidecars, last ACK after \d+\.\d ms")
+
+
+def test_a_policy_with_a_long_token_holds(
+    serve: Serve, sidecar: StartSidecar, manifests: Path
+) -> None:
+    """Envoy's default refuses expressions of that size, and the policy with them."""
+    server = serve()
+    ready(sidecar("web-v1", "10.77.0.11", f"unix:{server.socket}"))
+    policy = f"""
+apiVersion: policy.redirector.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {{name: token, namespace: demo}}
+spec:
+  action: DENY
+  rules: [{{when: {{headers: [{{name: authorization, value: "Bearer {"x" * 200}"}}]}}}}]
+"""
+    event = server.event_after(lambda: (manifests / "policy-token.yaml").write_text(policy))
+    assert (event["sidecars"], event["nacks"], event["waiting"]) == (1, [], [])
+    assert "NACK" not in server.log
+
+
+def test_an_emptied_directory_drops_no_policy(
+    serve: Serve, sidecar: StartSidecar, manifests: Path
+) -> None:
+    server = serve()
+    client = ready(sidecar("client", "10.77.0.10", f"unix:{server.socket}"))
+    for path in manifests.iterdir():
+        path.unlink()
+    server.wait_for_log(r"no object in .*, still serving the last good state")
+    assert weights(client) == [[90, 10]]

@@ -205,7 +205,13 @@ async def _follow(directory: Path, seen: Listing, server: Server) -> None:
 
 
 async def _reload(directory: Path, change: Change, server: Server) -> None:
-    mesh, _, problems = await asyncio.to_thread(read, directory)
+    mesh, objects, problems = await asyncio.to_thread(read, directory)
+    if not objects and not problems:
+        # More likely a writer between two steps than a wish to drop every policy.
+        log.error(
+            "no object in %s, still serving the last good state; restart to serve none", directory
+        )
+        return
     if problems:
         for problem in problems:
             log.error("%s", problem)

@@ -372,6 +372,15 @@ def test_whom_a_policy_holds_for(target: str, pods: set[str] | None) -> None:
         assert {name.name for name in targets if name.namespace == "demo"} == pods
 
 
+def test_a_foreign_object_needs_no_name() -> None:
+    kustomization = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization"
+    mesh, problems = read(kustomization)
+    assert problems == []
+    assert mesh.ignored == ("Kustomization (kustomize.config.k8s.io/v1beta1)",)
+    _, problems = read("apiVersion: v1\nkind: Service\nmetadata: {}")
+    assert "metadata.name" in str(problems[0])
+
+
 def test_what_is_of_no_use_is_told() -> None:
     gateway = ROUTE.replace('group: "", kind: Service', "kind: Gateway")
     config = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a, namespace: demo}"

@@ -100,6 +100,9 @@ def _sorted_by_kind(
     ignored: list[str] = []
     seen: dict[tuple[str, Name], str] = {}
     for source in objects:
+        if foreign := _foreign_without_name(source):
+            ignored.append(foreign)
+            continue
         identity = identify(source, problems)
         if identity is None:
             continue
@@ -122,6 +125,17 @@ def _sorted_by_kind(
         seen[key] = source.file
         kinds[item.kind].append(item)
     return kinds, ignored
+
+
+def _foreign_without_name(source: KubeObject) -> str | None:
+    """What to call an object of another program's kind that has no name (a kustomization)."""
+    version, kind = source.data.get("apiVersion"), source.data.get("kind")
+    metadata = source.data.get("metadata", {})
+    if not isinstance(version, str) or not isinstance(kind, str) or (version, kind) in _KINDS:
+        return None
+    if version.split("/")[0] == POLICY_GROUP or not isinstance(metadata, dict):
+        return None
+    return None if "name" in metadata else f"{kind} ({version})"
 
 
 def _protocol(port: RawPort, routed: bool) -> Protocol:
