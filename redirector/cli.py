@@ -154,6 +154,8 @@ def _status_text(status: PodStatus) -> str:
         lines.append(
             f"  INCOMPLETE: lacks {', '.join(status.missing)}; repair: redirector mode "
             f"{pod.name} {pod.mode}"
+            if status.repairable
+            else f"  LOST: {', '.join(status.missing)}; take it off: redirector unenroll {pod.name}"
         )
     lines += [
         f"  {counter.name.lower().replace('_', '-'):24}{n:>14}"

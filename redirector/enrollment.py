@@ -34,6 +34,9 @@ class PodStatus:
     counters: dict[Counter, int]
     #: What the kernel does wrong with redirected bytes; `accelerate auto` is off then.
     defects: Defect
+    #: Whether the namespace and cgroup are those that were enrolled: what is missing can be put
+    #: back.
+    repairable: bool
 
 
 class Enrollment:
@@ -99,12 +102,28 @@ class Enrollment:
                     f"pod {pod.name}: netns {pod.netns} is enrolled already as pod {other.name}; "
                     f"take it off with 'redirector unenroll {other.name}'"
                 )
+            # The programs would run twice for one connection.
+            if pod.cgroup.is_relative_to(other.cgroup) or other.cgroup.is_relative_to(pod.cgroup):
+                raise AlreadyEnrolled(
+                    f"pod {pod.name}: cgroup {pod.cgroup} overlaps {other.cgroup}, which is "
+                    f"enrolled as pod {other.name}; give each pod its own, or take that one off "
+                    f"with 'redirector unenroll {other.name}'"
+                )
 
     def change_mode(self, name: str, mode: Mode) -> Pod:
-        """Move a pod to another mode. Both steer for a moment, so no connection slips past."""
+        """Move a pod to another mode. Both steer for a moment, so no connection slips past.
+
+        To the mode it has: repair what is missing. Either way its addresses are read anew.
+        """
         with self._records.locked():
             old = self.get(name)
-            new = replace(old, mode=mode)
+            lost = _lost(old)
+            if lost:
+                raise InputError(
+                    f"pod {name}: {lost}; take the pod off with 'redirector unenroll {name}' and "
+                    "enroll it again"
+                )
+            new = replace(old, mode=mode, addresses=network.addresses(old.netns))
             self._modes[mode].install(new)
             self._records.put(new)
             for other in self._modes.values():
@@ -122,7 +141,8 @@ class Enrollment:
         for driver in self._modes.values():
             driver.remove(pod)
         with contextlib.suppress(InputError):  # the namespace is gone
-            network.take_off_loopback(pod.netns, PASSTHROUGH_V6)
+            if _same_netns(pod):
+                network.take_off_loopback(pod.netns, PASSTHROUGH_V6)
         self._records.delete(pod.name)
 
     def get(self, name: str) -> Pod:
@@ -138,11 +158,12 @@ class Enrollment:
         return [self._status(pod) for pod in self._records.all()]
 
     def _status(self, pod: Pod) -> PodStatus:
-        missing = tuple(self._modes[pod.mode].missing(pod))
+        lost = _lost(pod)
+        missing = (lost,) if lost else tuple(self._modes[pod.mode].missing(pod))
         if pod.mode is not Mode.EBPF or not self._datapath.is_loaded():
-            return PodStatus(pod, missing, {}, Defect(0))
+            return PodStatus(pod, missing, {}, Defect(0), lost is None)
         counters = self._datapath.counters(pod.netns_cookie)
-        return PodStatus(pod, missing, counters, self._datapath.defects())
+        return PodStatus(pod, missing, counters, self._datapath.defects(), lost is None)
 
     def uninstall(self) -> list[str]:
         """Remove everything this product put into the kernel, and the records. Idempotent.
@@ -161,6 +182,21 @@ class Enrollment:
             self._datapath.unload()
             self._records.clear()
         return problems
+
+
+def _same_netns(pod: Pod) -> bool:
+    """Whether the pod's path still leads to the namespace that was enrolled."""
+    return network.netns_cookie(pod.netns) == pod.netns_cookie
+
+
+def _lost(pod: Pod) -> str | None:
+    """What of the pod itself, not of ours, is no longer there."""
+    try:
+        if not _same_netns(pod):
+            return f"netns {pod.netns}: is another namespace than was enrolled"
+    except InputError as error:
+        return str(error).partition(";")[0]
+    return None if pod.cgroup.is_dir() else f"cgroup {pod.cgroup}: does not exist"
 
 
 def require_cgroup(path: Path) -> Path:

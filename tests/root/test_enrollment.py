@@ -3,12 +3,14 @@
 import ctypes
 import multiprocessing
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import probes
@@ -19,7 +21,7 @@ from redirector.datapath import libbpf
 from redirector.datapath.libbpf import AttachType
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
-from redirector.errors import DatapathError
+from redirector.errors import AlreadyEnrolled, DatapathError, InputError
 from redirector.lab import LabPod, Node
 from redirector.model import IPAddress, Mode
 from redirector.network import netns_cookie
@@ -257,3 +259,50 @@ def test_a_program_that_wants_its_hook_alone_stays_alone(
         (status,) = enrollment.status()
         assert (status.pod.mode, status.missing) == (Mode.IPTABLES, ())
     os.close(cgroup)
+
+
+def test_pods_do_not_share_a_cgroup(node: Node, enrollment: Enrollment) -> None:
+    """The programs of both would run for one connection; the second would lose its destination."""
+    pod, peer = node.pod("pod"), node.pod("peer")
+    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+    for shared in (pod.cgroup, pod.app, pod.cgroup.parent):
+        with pytest.raises(AlreadyEnrolled, match=f"cgroup {shared} overlaps .* as pod pod"):
+            enrollment.enroll("peer", peer.netns, shared, Mode.EBPF)
+    enrollment.enroll("peer", peer.netns, peer.cgroup, Mode.EBPF)
+
+
+def test_another_namespace_under_the_path_is_left_alone(node: Node, enrollment: Enrollment) -> None:
+    """A pod is made anew under the same path while its forerunner is still enrolled."""
+    old, new = node.pod("old"), node.pod("new")
+    path = old.netns.with_name(f"{old.netns.name}-path")
+    path.touch()
+    try:
+        _mount(old.netns, path)
+        enrollment.enroll("old", path, old.cgroup, Mode.EBPF)
+        _unmount(path)
+        _mount(new.netns, path)
+        enrollment.enroll("new", path, new.cgroup, Mode.IPTABLES)
+        steered = traces.in_pod(new)
+        for mode in Mode:
+            with pytest.raises(InputError, match="is another namespace than was enrolled"):
+                enrollment.change_mode("old", mode)
+        missing = {status.pod.name: status.missing for status in enrollment.status()}
+        assert missing == {
+            "new": (),
+            "old": (f"netns {path}: is another namespace than was enrolled",),
+        }
+        enrollment.unenroll("old")
+        assert traces.in_pod(new) == steered != []
+        assert traces.in_pod(old) == []
+        enrollment.unenroll("new")
+    finally:
+        _unmount(path)
+        path.unlink()
+
+
+def _mount(netns: Path, path: Path) -> None:
+    subprocess.run(["mount", "--bind", netns, path], check=True)
+
+
+def _unmount(path: Path) -> None:
+    subprocess.run(["umount", path], check=True)

@@ -19,7 +19,7 @@ from redirector.errors import DatapathError, InputError, MachineError
 from redirector.lab import LabPod, Node
 from redirector.model import IPAddress, Mode, Pod, Steering
 from redirector.modes.iptables import KEEP_CHAIN, IptablesMode
-from redirector.network import addresses, open_connections, within
+from redirector.network import addresses, netns_cookie, open_connections, within
 from redirector.steering import Verdict
 
 pytestmark = pytest.mark.root
@@ -61,6 +61,7 @@ def as_pod(lab: LabPod, steering: Steering | None = None) -> Pod:
         Mode.IPTABLES,
         steering=steering or Steering(),
         addresses=addresses(lab.netns),
+        netns_cookie=netns_cookie(lab.netns),
     )
 
 
