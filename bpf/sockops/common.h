@@ -48,18 +48,18 @@ ALWAYS bool is_v4_loopback(const struct address *a)
 	return is_v4(a) && (bpf_ntohl(a->word[3]) >> 24) == 127;
 }
 
-// 127/8, and the low IPv6 addresses of which ::1 and ::6 are in use.
-ALWAYS bool is_loopback(const struct address *a)
-{
-	return is_v4_loopback(a) || (a->word[0] | a->word[1] | a->word[2]) == 0;
-}
-
 // Exactly 127.0.0.<last> or ::<last>.
 ALWAYS bool is_local(const struct address *a, __u32 last)
 {
 	if (is_v4(a))
 		return a->word[3] == bpf_htonl(0x7f000000 | last);
 	return (a->word[0] | a->word[1] | a->word[2]) == 0 && a->word[3] == bpf_htonl(last);
+}
+
+// 127/8, ::1 and ::6: what no packet from outside may claim. Other low IPv6 addresses may come.
+ALWAYS bool is_loopback(const struct address *a)
+{
+	return is_v4_loopback(a) || is_local(a, 1) || is_local(a, 6);
 }
 
 // Tuples within one namespace may repeat in another; tuples between pods cannot.

@@ -84,12 +84,13 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct endpoint *dst,
 	if (!pod || ctx->protocol != IPPROTO_TCP)
 		return 1;
 	aim = take_aim(pod, netns, dst, source);
-	if (aim == AIM_DIRECT) {
+	if (aim == AIM_DIRECT)
 		count(netns, DIRECT_OUTBOUND);
+	if (aim == AIM_DIRECT || (aim == AIM_NEAR && !(pod->flags & POD_ACCELERATE))) {
+		// An earlier connect() of this socket, which failed, may have been steered.
+		states.sk_storage_delete(ctx->sk);
 		return 1;
 	}
-	if (aim == AIM_NEAR && !(pod->flags & POD_ACCELERATE))
-		return 1;
 
 	state = states.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!state) {

@@ -39,11 +39,24 @@ ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 
 	return SK_DROP;
 }
 
+// An address that enrolment did not find: link-local, or newer. This hook cannot tell the pod by
+// its namespace, hence neither its lists nor its counters. What the pod sends to itself goes on;
+// what comes from outside must not get past the sidecar.
+ALWAYS int unknown_address(const struct flow_key *key)
+{
+	bool inside = is_loopback(&key->server) || is_loopback(&key->client) ||
+		      same(&key->server, &key->client);
+
+	return inside ? SK_PASS : SK_DROP;
+}
+
 ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 {
 	struct flow_key key = {};
+	struct flow *flow;
 	struct pod *pod;
 	__u64 *owner, *sender, netns;
+	bool sidecars;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
@@ -62,23 +75,27 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	}
 	owner = pods_by_address.lookup(&key.server);
 	if (!owner)
-		return SK_PASS;
+		return unknown_address(&key);
 	netns = *owner;
 	pod = pods.lookup(&netns);
 	if (!pod)
 		return SK_PASS;
+	sidecars = ctx->local_port == pod->outbound_port || ctx->local_port == pod->inbound_port;
+	if (sidecars) {
+		// Steered at connect(), from whatever address: it has brought its original
+		// destination.
+		key.server_port = ctx->local_port;
+		key.client_port = bpf_ntohs(ctx->remote_port);
+		scope(&key, netns);
+		flow = flows.lookup(&key);
+		if (flow && flow->client_netns == netns)
+			return SK_PASS;
+	}
 	// The kernel drops packets from outside that claim one of our own addresses as source.
 	sender = pods_by_address.lookup(&key.client);
 	if (!is_loopback(&key.client) && (!sender || *sender != netns))
 		return from_outside(ctx, pod, netns);
-
-	if (ctx->local_port != pod->outbound_port && ctx->local_port != pod->inbound_port)
-		return SK_PASS;
-	// Steered at connect(): it must have brought its original destination.
-	key.server_port = ctx->local_port;
-	key.client_port = bpf_ntohs(ctx->remote_port);
-	scope(&key, netns);
-	if (flows.lookup(&key))
+	if (!sidecars)
 		return SK_PASS;
 	count(netns, REFUSED_NO_FLOW);
 	return SK_DROP;

@@ -46,6 +46,7 @@ struct flow {
 	__u32 unread[2];    // redirected bytes that this side has not read yet, an upper estimate
 	__u64 bytes[2];	    // redirected by this side
 	__u64 messages[2];
+	__u64 drained[2]; // messages that had been redirected to this side when it had read all
 	__u64 verdict[2]; // of what this side sends; 64 bits for compare-and-swap
 	__u64 socket[2];  // cookies: each side's key in the sockhash, 0 while it is not there
 };

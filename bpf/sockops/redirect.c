@@ -37,11 +37,15 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 		return pass(state, flow->client_netns, PASSED_LEFT);
 #if RMEM_OFFSET
 	// Who replies tells what it has left unread: that gives the other side its budget back.
-	if (flow->unread[mine])
+	if (flow->unread[mine]) {
 		flow->unread[mine] = own_unread(msg->sk);
+		if (!flow->unread[mine])
+			flow->drained[mine] = flow->messages[theirs];
+	}
 #endif
 	unread = flow->unread[theirs] + msg->size;
-	if (unread > MAX_UNREAD) {
+	if (unread > MAX_UNREAD ||
+	    flow->messages[mine] - flow->drained[theirs] >= MAX_UNREAD_MESSAGES) {
 		flow->verdict[mine] = PASS;
 		state->leaving_ns = bpf_ktime_get_ns();
 		return pass(state, flow->client_netns, PASSED_UNREAD);

@@ -166,6 +166,9 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 	struct sock_state *state;
 	struct flow *flow;
 
+	// Two connect() that meet, or one that meets itself: neither end was accepted.
+	if (state_of(ops, 0))
+		return;
 	addresses(ops, &key.server, &key.client);
 	key.server_port = ops->local_port;
 	key.client_port = bpf_ntohl(ops->remote_port);
@@ -200,7 +203,7 @@ ALWAYS void client_closed(struct bpf_sock_ops *ops)
 	if (!state || state->side != CLIENT)
 		return;
 	flow = flows.lookup(&state->flow);
-	if (!flow)
+	if (!flow || flow->id != state->id)
 		return;
 	if (flow->messages[CLIENT] + flow->messages[SERVER]) {
 		count_by(flow->client_netns, REDIRECTED_BYTES,

@@ -5,6 +5,8 @@
 // Redirected bytes know no receive window. Past this many unread ones a direction goes to TCP,
 // whose window then holds the sender back.
 #define MAX_UNREAD (1 << 20)
+// Each message costs the kernel 1 KiB (struct sk_msg) beside its bytes, charged to nobody.
+#define MAX_UNREAD_MESSAGES 4096
 
 // Makes a direction's verdict `wanted` if it is still open, and tells whether that is its verdict
 // now. Both ends may try at once: one of them wins.

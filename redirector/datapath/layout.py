@@ -93,6 +93,7 @@ class Flow(Struct):
         ("unread", ctypes.c_uint32 * 2),
         ("bytes", ctypes.c_uint64 * 2),
         ("messages", ctypes.c_uint64 * 2),
+        ("drained", ctypes.c_uint64 * 2),
         ("verdict", ctypes.c_uint64 * 2),
         ("socket", ctypes.c_uint64 * 2),
     )

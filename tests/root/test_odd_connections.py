@@ -1,0 +1,197 @@
+"""Connections that programs seldom make: none gets past the sidecar, none leaves a trace."""
+
+import ipaddress
+import socket
+import struct
+
+import pytest
+from sockets import pod_socket
+
+from redirector.datapath.layout import Counter
+from redirector.datapath.pins import Datapath
+from redirector.enrollment import Enrollment
+from redirector.lab import LabPod, Node
+from redirector.model import Accelerate, Mode
+from redirector.network import netns_cookie, within
+
+pytestmark = pytest.mark.root
+
+SERVICE = ("10.96.1.1", 80)
+SERVICE6 = ("fd96::1", 80)
+OUTBOUND, INBOUND, APP = 15001, 15006, 8080
+SO_ORIGINAL_DST = 80
+ADDED = "10.77.0.99"
+#: A low address that is not loopback's.
+LOW6 = "::1234"
+
+
+@pytest.fixture
+def pod(node: Node, enrollment: Enrollment) -> LabPod:
+    made = node.pod("pod")
+    enrollment.enroll("pod", made.netns, made.cgroup, Mode.EBPF, Accelerate.ON)
+    return made
+
+
+def listen(pod: LabPod, port: int, *, v6: bool = False, sidecar: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if v6 else socket.AF_INET
+    listener = pod_socket(pod, sidecar=sidecar, family=family)
+    listener.bind(("::" if v6 else "0.0.0.0", port))
+    listener.listen()
+    return listener
+
+
+def link_local(pod: LabPod) -> tuple[str, int]:
+    """The address and scope of the pod's eth0."""
+    lines = pod.run(["ip", "-6", "-o", "addr", "show", "dev", "eth0", "scope", "link"]).stdout
+    scope = within(pod.netns, lambda: socket.if_nametoindex("eth0"))
+    return lines.split()[3].partition("/")[0], scope
+
+
+def use_link_local(pod: LabPod) -> tuple[str, int]:
+    """The same, once no duplicate address detection (RFC 4862) holds it up."""
+    address, scope = link_local(pod)
+    for verb in (["del"], ["add", "nodad"]):
+        argv = ["ip", "addr", verb[0], f"{address}/64", "dev", "eth0", "scope", "link", *verb[1:]]
+        pod.run(argv, check=True)
+    return address, scope
+
+
+def flows(pod: LabPod, datapath: Datapath) -> int:
+    return sum(f.flow.client_netns == netns_cookie(pod.netns) for f in datapath.flows())
+
+
+@pytest.mark.parametrize("port", [APP, INBOUND])
+def test_a_refused_connect_leaves_nothing_for_the_next(
+    pod: LabPod, datapath: Datapath, port: int
+) -> None:
+    """The socket of a steered connect() that failed then goes where nothing is steered."""
+    with listen(pod, port) as listener, pod_socket(pod) as client:
+        client.settimeout(None)  # Python's own timeout would leave the socket connecting
+        with pytest.raises(ConnectionRefusedError):
+            client.connect(SERVICE)
+        if port == INBOUND:
+            with pytest.raises(ConnectionRefusedError):
+                client.connect((pod.ip, port))
+            return
+        client.connect((pod.ip, port))
+        server, _ = listener.accept()
+        with server:
+            assert client.getpeername() == (pod.ip, port)
+            with pytest.raises(FileNotFoundError):
+                server.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
+            assert flows(pod, datapath) == 0
+
+
+def test_a_socket_that_connects_to_itself_leaves_no_flow(pod: LabPod, datapath: Datapath) -> None:
+    for port in range(30_000, 30_010):
+        with pod_socket(pod) as client:
+            client.bind(("127.0.0.6", port))
+            client.connect(("127.0.0.6", port))
+            client.sendall(b"echo")
+            assert client.recv(4) == b"echo"
+    assert flows(pod, datapath) == 0
+
+
+def test_a_link_local_address_leads_not_past_the_sidecar(node: Node, pod: LabPod) -> None:
+    peer = node.pod("peer")
+    (address, _), (_, scope) = use_link_local(pod), use_link_local(peer)
+    with (
+        listen(pod, APP, v6=True),
+        pod_socket(peer, family=socket.AF_INET6) as client,
+        pytest.raises(ConnectionRefusedError),
+    ):
+        client.connect((address, APP, 0, scope))
+    # The pod itself may still use it.
+    with listen(pod, APP, v6=True), pod_socket(pod, family=socket.AF_INET6) as client:
+        pod.call(client.connect, (address, APP, 0, link_local(pod)[1]), uid=1337)
+
+
+def test_an_address_newer_than_the_enrolment_leads_not_past_the_sidecar(
+    node: Node, enrollment: Enrollment, pod: LabPod
+) -> None:
+    peer = node.pod("peer")
+    pod.run(["ip", "addr", "add", f"{ADDED}/24", "dev", "eth0"], check=True)
+    with listen(pod, APP), listen(pod, INBOUND, sidecar=True) as sidecar:
+        with pod_socket(peer) as client, pytest.raises(ConnectionRefusedError):
+            client.connect((ADDED, APP))
+        enrollment.change_mode("pod", Mode.EBPF)
+        with pod_socket(peer) as client:
+            client.connect((ADDED, APP))
+            server, _ = sidecar.accept()
+            with server:
+                assert server.getsockname() == (ADDED, APP)
+
+
+def test_a_low_ipv6_source_leads_not_past_the_sidecar(node: Node, pod: LabPod) -> None:
+    peer = node.pod("peer")
+    peer.run(["ip", "addr", "add", f"{LOW6}/128", "dev", "eth0", "nodad"], check=True)
+    pod.run(["ip", "route", "add", LOW6, "via", peer.ip6], check=True)
+    with (
+        listen(pod, APP, v6=True),
+        listen(pod, INBOUND, v6=True, sidecar=True) as sidecar,
+        pod_socket(peer, family=socket.AF_INET6) as client,
+    ):
+        client.bind((LOW6, 0))
+        client.connect((pod.ip6, APP))
+        server, source = sidecar.accept()
+        with server:
+            assert source[0] == LOW6
+
+
+def test_any_source_address_leads_to_the_outbound_listener(pod: LabPod) -> None:
+    """A source that enrolment did not know must not pass for somebody outside."""
+    pod.run(["ip", "addr", "add", f"{ADDED}/24", "dev", "eth0"], check=True)
+    address, scope = use_link_local(pod)
+    with (
+        listen(pod, OUTBOUND, v6=True, sidecar=True) as outbound,
+        listen(pod, INBOUND, v6=True, sidecar=True),
+        pod_socket(pod) as client,
+        pod_socket(pod, family=socket.AF_INET6) as client6,
+    ):
+        client.bind((ADDED, 0))
+        client.connect(SERVICE)
+        server, _ = outbound.accept()
+        with server:
+            raw = server.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
+        assert (socket.inet_ntoa(raw[4:8]), *struct.unpack_from("!H", raw, 2)) == SERVICE
+        client6.bind((address, 0, 0, scope))
+        client6.connect(SERVICE6)
+        server, _ = outbound.accept()
+        with server:
+            raw = server.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)
+        assert str(ipaddress.IPv6Address(raw[8:24])) == SERVICE6[0]
+
+
+def test_tiny_messages_to_a_stalled_reader_are_bounded(pod: LabPod, datapath: Datapath) -> None:
+    """Each costs the kernel 1 KiB, whatever it holds: bytes alone are no bound."""
+    sent = 10_000
+    with listen(pod, OUTBOUND, sidecar=True) as listener, pod_socket(pod) as client:
+        client.connect(SERVICE)
+        server, _ = listener.accept()
+        with server:
+            for _ in range(sent):
+                client.sendall(b"x")
+                # A reader that talks meanwhile gets no other bound.
+                server.sendall(b"y")
+            counters = datapath.counters(netns_cookie(pod.netns))
+            assert counters[Counter.REDIRECTED_MESSAGES] <= 2 * 4096
+            assert counters[Counter.PASSED_UNREAD] >= 1
+            for end, byte in ((server, b"x"), (client, b"y")):
+                got = b""
+                while len(got) < sent:
+                    got += end.recv(sent)
+                assert got == byte * sent
+
+
+def test_tiny_requests_and_replies_stay_redirected(pod: LabPod, datapath: Datapath) -> None:
+    with listen(pod, OUTBOUND, sidecar=True) as listener, pod_socket(pod) as client:
+        client.connect(SERVICE)
+        server, _ = listener.accept()
+        with server:
+            for _ in range(6000):
+                client.sendall(b"x")
+                assert server.recv(1) == b"x"
+                server.sendall(b"y")
+                assert client.recv(1) == b"y"
+            counters = datapath.counters(netns_cookie(pod.netns))
+    assert counters[Counter.REDIRECTED_MESSAGES] == 12_000
