@@ -176,7 +176,15 @@ class Enrollment:
         with self._records.locked():
             for path in self._records.paths():
                 try:
-                    self._remove(self._records.read(path))
+                    pod = self._records.read(path)
+                except RedirectorError as error:
+                    problems.append(
+                        f"{str(error).partition(';')[0]}; if that pod was in iptables mode, its "
+                        "rules stay: in its namespace, remove the nat chains REDIRECTOR_* by hand"
+                    )
+                    continue
+                try:
+                    self._remove(pod)
                 except RedirectorError as error:
                     problems.append(str(error))
             self._datapath.unload()
