@@ -88,7 +88,7 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 		key.client_port = bpf_ntohs(ctx->remote_port);
 		scope(&key, netns);
 		flow = flows.lookup(&key);
-		if (flow && flow->client_netns == netns)
+		if (flow && flow->client_netns == netns && flow->flags & FLOW_STEERED)
 			return SK_PASS;
 	}
 	// The kernel drops packets from outside that claim one of our own addresses as source.

@@ -82,6 +82,15 @@ def test_a_refused_connect_leaves_nothing_for_the_next(
             assert flows(pod, datapath) == 0
 
 
+@pytest.mark.parametrize("port", [OUTBOUND, INBOUND])
+def test_the_passthrough_source_opens_no_sidecar_port(pod: LabPod, port: int) -> None:
+    """Its connections have a flow, to be short-circuited, but no original destination."""
+    with listen(pod, port, sidecar=True), pod_socket(pod) as client:
+        client.bind(("127.0.0.6", 0))
+        with pytest.raises(ConnectionRefusedError):
+            client.connect((pod.ip, port))
+
+
 def test_a_socket_that_connects_to_itself_leaves_no_flow(pod: LabPod, datapath: Datapath) -> None:
     for port in range(30_000, 30_010):
         with pod_socket(pod) as client:
