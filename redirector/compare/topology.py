@@ -17,8 +17,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from redirector import machine
 from redirector.compare import envoy
@@ -27,6 +26,7 @@ from redirector.datapath.layout import Counter
 from redirector.enrollment import default_enrollment
 from redirector.errors import RedirectorError
 from redirector.lab import LabPod, Node
+from redirector.lab.closing import Closing
 from redirector.lab.node import SIDECAR_ID
 from redirector.model import Accelerate, Mode
 
@@ -57,7 +57,7 @@ class Way:
     pods: tuple[LabPod, ...]
 
 
-class Topology:
+class Topology(Closing):
     """The pods of the comparison, all their processes on one CPU; a context manager.
 
     Records and pins are its own, so that pods enrolled on this machine are not touched. Raises
@@ -86,17 +86,6 @@ class Topology:
             self._stack.callback(self._uninstall)
             self._build([rung for rung in Rung if rung in set(rungs)])
             undo.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Unenroll, kill and remove everything; a second call does nothing."""

@@ -18,8 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from redirector import machine, network
 from redirector.bootstrap import bootstrap
@@ -31,6 +30,7 @@ from redirector.demo.traffic import Traffic
 from redirector.enrollment import Enrollment, default_enrollment
 from redirector.errors import MachineError, RedirectorError
 from redirector.lab import LabPod, Node
+from redirector.lab.closing import Closing
 from redirector.lab.node import NETNS_DIRECTORY
 
 PREFIX = "rdrdemo"
@@ -72,7 +72,7 @@ class Child:
             raise RedirectorError(f"{self.name} ended with code {code}: {said}")
 
 
-class World:
+class World(Closing):
     """The node of the demo; a context manager that leaves nothing."""
 
     def __init__(self) -> None:
@@ -98,17 +98,6 @@ class World:
             self._stack.callback(self.enrollment.uninstall)
             self._stack.callback(self.stop_children)
             undo.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop, unenroll and remove everything; a second call does nothing."""

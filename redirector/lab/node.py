@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pyroute2 import IPRoute, netns
 
 from redirector.errors import InputError, MachineError
 from redirector.lab import cgroups
+from redirector.lab.closing import Closing
 from redirector.lab.enter import Place, call_in
 from redirector.machine import cgroup2_mount
 
@@ -136,7 +136,7 @@ class LabPod:
         self._children.clear()
 
 
-class Node:
+class Node(Closing):
     """A bridge and the pods on it; a context manager that leaves nothing, also after an error.
 
     Pods of one node reach each other by IPv4 and IPv6; nothing leads out of it. Any other
@@ -158,17 +158,6 @@ class Node:
             self._make_netns(self.name)
             self._make_bridge()
             undo.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Kill what runs in the pods and remove them and the bridge; a second call does nothing."""

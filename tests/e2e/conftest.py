@@ -1,7 +1,5 @@
 """What the end-to-end tests run in: pods made by hand, and a folder that sidecars can read."""
 
-import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,39 +8,9 @@ from pathlib import Path
 import pytest
 from running import Sidecar, XdsServer
 
-from redirector.datapath.pins import Datapath
-from redirector.enrollment import Enrollment
 from redirector.lab import Node
-from redirector.machine import ensure_bpffs
-from redirector.records import Records
 
 DEMO = Path(__file__).parents[2] / "manifests" / "demo"
-
-
-@pytest.fixture
-def node() -> Iterator[Node]:
-    if os.geteuid() != 0:
-        pytest.fail("this test makes namespaces and cgroups: run it as root")
-    with Node(prefix="rdrtest") as made:
-        yield made
-
-
-@pytest.fixture(scope="session")
-def datapath() -> Iterator[Datapath]:
-    """Programs of this run's own in bpffs, loaded once."""
-    made = Datapath(ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}")
-    yield made
-    made.unload()
-
-
-@pytest.fixture
-def enrollment(datapath: Datapath, node: Node, tmp_path: Path) -> Iterator[Enrollment]:  # noqa: ARG001
-    """Enrols pods of the test's node; takes them off before the node goes."""
-    records = Records(tmp_path / "pods")
-    made = Enrollment(records, datapath)
-    yield made
-    for pod in records.all():
-        made.unenroll(pod.name)
 
 
 @pytest.fixture
