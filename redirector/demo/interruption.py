@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: How long the exception may take to the top before it is raised once more.
+_AGAIN_SECONDS = 2.0
 
 
 class Interruption:
     """Raises KeyboardInterrupt in the process that made it, and remembers that it was told.
 
-    The exception may come anywhere, also where a library swallows all exceptions: `check` asks
-    again.
+    The exception may come anywhere, also where a library swallows all exceptions: a timer raises
+    it again until somebody says that it has arrived, and `check` asks.
     """
 
     def __init__(self) -> None:
@@ -30,6 +32,8 @@ class Interruption:
             os.kill(os.getpid(), number)
             return
         self._told = True
+        if not self._held_off:
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
         self.check()
 
     def check(self) -> None:
@@ -38,13 +42,15 @@ class Interruption:
             raise KeyboardInterrupt
 
     def remember(self) -> None:
-        """Note a KeyboardInterrupt that another handler has raised meanwhile."""
+        """Note a KeyboardInterrupt that has arrived, also one that another handler raised."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
         self._told = True
 
     @contextmanager
     def held_off(self) -> Iterator[None]:
         """Nothing interrupts the block; `check` after it tells of what came meanwhile."""
         self._held_off = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             yield
         finally:
@@ -58,9 +64,11 @@ def interruptible() -> Iterator[Interruption]:
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
-    before = {number: signal.signal(number, interruption.handle) for number in _SIGNALS}
+    handled = (*_SIGNALS, signal.SIGALRM)
+    before = {number: signal.signal(number, interruption.handle) for number in handled}
     try:
         yield interruption
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in before.items():
             signal.signal(number, old)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 
 import pytest
 
@@ -58,3 +59,16 @@ def test_a_forked_child_ends_by_the_signal_and_cleans_up_nothing() -> None:
     with open(reader, "rb") as pipe:
         assert pipe.read() == b""
     assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
+def test_an_exception_that_a_library_swallows_is_raised_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("redirector.demo.interruption._AGAIN_SECONDS", 0.05)
+    with interruptible() as interruption:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+        interruption.remember()
+        time.sleep(0.2)  # it has arrived: not once more
