@@ -141,7 +141,7 @@ class Enrollment:
         for driver in self._modes.values():
             driver.remove(pod)
         with contextlib.suppress(InputError):  # the namespace is gone
-            if _same_netns(pod):
+            if network.is_pods(pod):
                 network.take_off_loopback(pod.netns, PASSTHROUGH_V6)
         self._records.delete(pod.name)
 
@@ -192,15 +192,10 @@ class Enrollment:
         return problems
 
 
-def _same_netns(pod: Pod) -> bool:
-    """Whether the pod's path still leads to the namespace that was enrolled."""
-    return network.netns_cookie(pod.netns) == pod.netns_cookie
-
-
 def _lost(pod: Pod) -> str | None:
     """What of the pod itself, not of ours, is no longer there."""
     try:
-        if not _same_netns(pod):
+        if not network.is_pods(pod):
             return f"netns {pod.netns}: is another namespace than was enrolled"
     except InputError as error:
         return str(error).partition(";")[0]

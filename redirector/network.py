@@ -20,7 +20,7 @@ from pyroute2 import IPRoute
 
 from redirector import tcp_diag
 from redirector.errors import InputError, MachineError
-from redirector.model import IPAddress
+from redirector.model import IPAddress, Pod
 from redirector.steering import PASSTHROUGH_SOURCES
 
 T = TypeVar("T")
@@ -66,6 +66,14 @@ def open_connections(netns: Path, ports: Collection[int]) -> frozenset[tuple[IPA
 def listening_inodes(netns: Path, port: int) -> dict[int, int]:
     """Return inode -> address family of every socket that listens on this TCP port."""
     return within(netns, lambda: dict(tcp_diag.listening(port)))
+
+
+def is_pods(pod: Pod) -> bool:
+    """Return whether the pod's path still leads to the namespace that was enrolled.
+
+    InputError when it leads to none.
+    """
+    return netns_cookie(pod.netns) == pod.netns_cookie
 
 
 def put_on_loopback(netns: Path, ip: IPAddress) -> None:

@@ -4,13 +4,14 @@
 
 #define ALWAYS static __always_inline
 
-ALWAYS void count(__u64 netns, __u32 which)
-{
-	struct counters *c = counters.lookup(&netns);
-
-	if (c && which < COUNTERS)
-		c->value[which]++;
-}
+// An IPv6 address word by word: contexts allow no other access, hence no pointer to them.
+#define COPY_WORDS(TO, FROM)                                                                       \
+	do {                                                                                       \
+		(TO)[0] = (FROM)[0];                                                               \
+		(TO)[1] = (FROM)[1];                                                               \
+		(TO)[2] = (FROM)[2];                                                               \
+		(TO)[3] = (FROM)[3];                                                               \
+	} while (0)
 
 ALWAYS void count_by(__u64 netns, __u32 which, __u64 amount)
 {
@@ -18,6 +19,11 @@ ALWAYS void count_by(__u64 netns, __u32 which, __u64 amount)
 
 	if (c && which < COUNTERS)
 		c->value[which] += amount;
+}
+
+ALWAYS void count(__u64 netns, __u32 which)
+{
+	count_by(netns, which, 1);
 }
 
 ALWAYS struct address mapped(__be32 ip4)

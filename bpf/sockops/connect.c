@@ -150,25 +150,16 @@ ALWAYS int connect6(struct bpf_sock_addr *ctx)
 	struct endpoint to = {};
 	int verdict;
 
-	dst.ip.word[0] = ctx->user_ip6[0];
-	dst.ip.word[1] = ctx->user_ip6[1];
-	dst.ip.word[2] = ctx->user_ip6[2];
-	dst.ip.word[3] = ctx->user_ip6[3];
+	COPY_WORDS(dst.ip.word, ctx->user_ip6);
 	// connect() to :: means loopback (ipv6: tcp_v6_connect).
 	if (is_any(&dst.ip))
 		dst.ip.word[3] = bpf_htonl(1);
 	if (sk) {
-		source.word[0] = sk->src_ip6[0];
-		source.word[1] = sk->src_ip6[1];
-		source.word[2] = sk->src_ip6[2];
-		source.word[3] = sk->src_ip6[3];
+		COPY_WORDS(source.word, sk->src_ip6);
 	}
 	verdict = decide_connect(ctx, &dst, &source, &to);
 	if (to.port) {
-		ctx->user_ip6[0] = to.ip.word[0];
-		ctx->user_ip6[1] = to.ip.word[1];
-		ctx->user_ip6[2] = to.ip.word[2];
-		ctx->user_ip6[3] = to.ip.word[3];
+		COPY_WORDS(ctx->user_ip6, to.ip.word);
 		ctx->user_port = bpf_htons(to.port);
 	}
 	return verdict;

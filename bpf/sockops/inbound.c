@@ -64,14 +64,8 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 		key.server = mapped(ctx->local_ip4);
 		key.client = mapped(ctx->remote_ip4);
 	} else {
-		key.server.word[0] = ctx->local_ip6[0];
-		key.server.word[1] = ctx->local_ip6[1];
-		key.server.word[2] = ctx->local_ip6[2];
-		key.server.word[3] = ctx->local_ip6[3];
-		key.client.word[0] = ctx->remote_ip6[0];
-		key.client.word[1] = ctx->remote_ip6[1];
-		key.client.word[2] = ctx->remote_ip6[2];
-		key.client.word[3] = ctx->remote_ip6[3];
+		COPY_WORDS(key.server.word, ctx->local_ip6);
+		COPY_WORDS(key.client.word, ctx->remote_ip6);
 	}
 	owner = pods_by_address.lookup(&key.server);
 	if (!owner)

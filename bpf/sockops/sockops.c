@@ -12,14 +12,8 @@ ALWAYS void addresses(struct bpf_sock_ops *ops, struct address *local, struct ad
 		*remote = mapped(ops->remote_ip4);
 		return;
 	}
-	local->word[0] = ops->local_ip6[0];
-	local->word[1] = ops->local_ip6[1];
-	local->word[2] = ops->local_ip6[2];
-	local->word[3] = ops->local_ip6[3];
-	remote->word[0] = ops->remote_ip6[0];
-	remote->word[1] = ops->remote_ip6[1];
-	remote->word[2] = ops->remote_ip6[2];
-	remote->word[3] = ops->remote_ip6[3];
+	COPY_WORDS(local->word, ops->local_ip6);
+	COPY_WORDS(remote->word, ops->remote_ip6);
 }
 
 ALWAYS struct sock_state *state_of(struct bpf_sock_ops *ops, __u64 flags)

@@ -24,10 +24,7 @@ ALWAYS bool local_is_original(struct bpf_sockopt *ctx, struct endpoint *original
 		asm volatile("" ::: "memory");
 		return true;
 	}
-	original->ip.word[0] = sk->src_ip6[0];
-	original->ip.word[1] = sk->src_ip6[1];
-	original->ip.word[2] = sk->src_ip6[2];
-	original->ip.word[3] = sk->src_ip6[3];
+	COPY_WORDS(original->ip.word, sk->src_ip6);
 	return true;
 }
 
@@ -56,10 +53,7 @@ ALWAYS void answer6(struct bpf_sockopt *ctx, const struct endpoint *original)
 	__builtin_memset(out, 0, sizeof(*out));
 	out->sin6_family = AF_INET6;
 	out->sin6_port = bpf_htons(original->port);
-	out->sin6_addr.s6_addr32[0] = original->ip.word[0];
-	out->sin6_addr.s6_addr32[1] = original->ip.word[1];
-	out->sin6_addr.s6_addr32[2] = original->ip.word[2];
-	out->sin6_addr.s6_addr32[3] = original->ip.word[3];
+	COPY_WORDS(out->sin6_addr.s6_addr32, original->ip.word);
 	ctx->optlen = sizeof(*out);
 	asm volatile("" ::: "memory");
 	ctx->retval = 0;
@@ -119,10 +113,7 @@ ALWAYS int getpeername6(struct bpf_sock_addr *ctx)
 	struct sock_state *state = steered_client(ctx);
 
 	if (state) {
-		ctx->user_ip6[0] = state->original.ip.word[0];
-		ctx->user_ip6[1] = state->original.ip.word[1];
-		ctx->user_ip6[2] = state->original.ip.word[2];
-		ctx->user_ip6[3] = state->original.ip.word[3];
+		COPY_WORDS(ctx->user_ip6, state->original.ip.word);
 		ctx->user_port = bpf_htons(state->original.port);
 	}
 	return 1;

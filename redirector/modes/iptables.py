@@ -19,7 +19,7 @@ from pathlib import Path
 from redirector.errors import DatapathError, InputError, MachineError, RedirectorError
 from redirector.machine import find_tool
 from redirector.model import IPNetwork, Mode, Pod, Steering
-from redirector.network import netns_cookie, open_connections, require_netns, run_in
+from redirector.network import is_pods, open_connections, require_netns, run_in
 from redirector.steering import LOCALHOST, TUNNEL_PORT, honoured_loopback
 
 OUTPUT_CHAIN = "REDIRECTOR_OUTPUT"
@@ -264,7 +264,7 @@ class IptablesMode:
     def remove(self, pod: Pod) -> None:
         try:
             # Another namespace may have taken the path, and be another pod's.
-            if netns_cookie(pod.netns) != pod.netns_cookie:
+            if not is_pods(pod):
                 return
         except InputError:
             return
