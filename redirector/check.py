@@ -18,7 +18,8 @@ from typing import TextIO
 from redirector import machine
 from redirector.errors import MachineError
 from redirector.model import Mode, Pod
-from redirector.modes.iptables import IPV4, IPV6, Family, restore_text
+from redirector.modes.iptables.rules import IPV4, IPV6, Family
+from redirector.modes.iptables.transaction import restore_text
 from redirector.network import own_netns_cookie
 
 OLDEST_KERNEL = (5, 15)

@@ -16,7 +16,7 @@ from redirector.errors import AlreadyEnrolled, InputError, NotEnrolled, Redirect
 from redirector.model import Accelerate, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
-from redirector.modes.iptables import IptablesMode
+from redirector.modes.iptables.driver import IptablesMode
 from redirector.records import Records
 from redirector.steering import PASSTHROUGH_V6
 

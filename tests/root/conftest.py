@@ -6,7 +6,7 @@ from redirector.datapath.pins import Datapath
 from redirector.model import Mode
 from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
-from redirector.modes.iptables import IptablesMode
+from redirector.modes.iptables.driver import IptablesMode
 
 
 @pytest.fixture(params=list(Mode))

@@ -18,7 +18,8 @@ import pytest
 from redirector.errors import DatapathError, InputError, MachineError
 from redirector.lab import LabPod, Node
 from redirector.model import IPAddress, Mode, Pod, Steering
-from redirector.modes.iptables import KEEP_CHAIN, IptablesMode
+from redirector.modes.iptables.driver import IptablesMode
+from redirector.modes.iptables.rules import KEEP_CHAIN
 from redirector.network import addresses, netns_cookie, open_connections, within
 from redirector.steering import Verdict
 
@@ -255,7 +256,7 @@ def test_who_cannot_count_connections_keeps_them(
     lab = node.pod("a")
     DRIVER.install(as_pod(lab))
     with monkeypatch.context() as patch:
-        patch.setattr("redirector.modes.iptables.open_connections", no_sock_diag)
+        patch.setattr("redirector.modes.iptables.driver.open_connections", no_sock_diag)
         DRIVER.remove(as_pod(lab))
         assert saved(lab).count(f"-A {KEEP_CHAIN}") == 2
         assert saved(lab).count("REDIRECTOR_OUTPUT") == 0

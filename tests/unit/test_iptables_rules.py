@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from redirector.model import Mode, Pod
-from redirector.modes.iptables import rules
+from redirector.modes.iptables.transaction import rules
 from redirector.steering import parse
 
 GOLDEN = Path(__file__).parent.parent / "golden/iptables"

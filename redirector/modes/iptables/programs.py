@@ -1,0 +1,47 @@
+"""The iptables programs, run in a pod's namespace."""
+
+import re
+import subprocess
+
+from redirector.errors import DatapathError, MachineError
+from redirector.machine import find_tool
+from redirector.model import Pod
+from redirector.modes.iptables.rules import Family
+from redirector.modes.iptables.transaction import State, parse, transaction
+from redirector.network import run_in
+
+#: How long to wait for another program that changes rules (/run/xtables.lock).
+_LOCK_SECONDS = 10
+
+
+def read(pod: Pod, family: Family) -> State:
+    return parse(_run(pod, [family.save, "-t", "nat"]))
+
+
+def commit(pod: Pod, family: Family, now: State, then: State) -> None:
+    _run(pod, [family.restore, "--noflush", f"--wait={_LOCK_SECONDS}"], transaction(now, then))
+
+
+def _run(pod: Pod, argv: list[str], stdin: str = "") -> str:
+    program = find_tool(argv[0], package="iptables")
+    try:
+        done = run_in(pod.netns, [str(program), *argv[1:]], stdin)
+    except subprocess.TimeoutExpired:
+        raise DatapathError(
+            f"pod {pod.name}: {argv[0]} hangs; another program may hold the iptables lock"
+        ) from None
+    except OSError as error:
+        raise MachineError(f"pod {pod.name}: cannot run {program}: {error.strerror}") from None
+    if done.returncode != 0:
+        reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise DatapathError(f"pod {pod.name}: {argv[0]} refused: {_with_line(reason, stdin)}")
+    return done.stdout
+
+
+def _with_line(reason: str, stdin: str) -> str:
+    """Add the text of the line that the program names: its own message shows only a number."""
+    number = re.search(r"line:? (\d+)", reason)
+    lines = stdin.splitlines()
+    if number is None or not 1 <= int(number[1]) <= len(lines):
+        return reason
+    return f"{reason} ({lines[int(number[1]) - 1]})"
