@@ -162,7 +162,7 @@ class Enrollment:
         missing = (lost,) if lost else tuple(self._modes[pod.mode].missing(pod))
         if pod.mode is not Mode.EBPF or not self._datapath.is_loaded():
             return PodStatus(pod, missing, {}, Defect(0), lost is None)
-        counters = self._datapath.counters(pod.netns_cookie)
+        counters = self._datapath.maps.counters(pod.netns_cookie)
         return PodStatus(pod, missing, counters, self._datapath.defects(), lost is None)
 
     def uninstall(self) -> list[str]:

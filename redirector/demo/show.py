@@ -6,7 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 from redirector.datapath.layout import Counter, Side
-from redirector.datapath.pins import OpenFlow
+from redirector.datapath.maps import OpenFlow
 from redirector.demo import route
 from redirector.demo.app import Seen
 from redirector.demo.client import Answer, Request
@@ -168,7 +168,7 @@ def _split(world: World, console: Console) -> int:
     console.waiting(f"sending {_SPLIT_REQUESTS} requests")
     with world.traffic(kept=_KEPT, fresh=_FRESH, pause=_PAUSE_S) as traffic:
         tally = traffic.wait_for(_SPLIT_REQUESTS)
-        flows = world.datapath.flows()
+        flows = world.datapath.maps.flows()
     console.bars(tally.split())
     check_split(console, tally, route.weights(world.manifests / route.FILE))
     everything = traffic.all()

@@ -34,7 +34,7 @@ class EbpfMode:
         """Attach the pod to the loaded programs; load them first if this is the node's first."""
         self._datapath.ensure()
         entry = pod_entry(pod, self.accelerates(pod))
-        fresh = not self._datapath.has_pod(pod.netns_cookie)
+        fresh = not self._datapath.maps.has_pod(pod.netns_cookie)
         try:
             self._publish(pod, entry)
             self._attach(pod)
@@ -51,14 +51,14 @@ class EbpfMode:
 
     def _publish(self, pod: Pod, entry: PodEntry) -> None:
         steering, netns = pod.steering, pod.netns_cookie
-        self._datapath.put_cidrs(
+        self._datapath.maps.put_cidrs(
             netns,
             {
                 CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
                 CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
             },
         )
-        self._datapath.put_ports(
+        self._datapath.maps.put_ports(
             netns,
             {
                 PortSet.OUTBOUND_INCLUDE: steering.include_outbound_ports,
@@ -67,8 +67,8 @@ class EbpfMode:
                 PortSet.INBOUND_EXCLUDE: steering.exclude_inbound_ports,
             },
         )
-        self._datapath.put_addresses(netns, pod.addresses)
-        self._datapath.put_pod(netns, entry)
+        self._datapath.maps.put_addresses(netns, pod.addresses)
+        self._datapath.maps.put_pod(netns, entry)
 
     def _attach(self, pod: Pod) -> None:
         pins = pin_name(pod.name)
@@ -76,7 +76,7 @@ class EbpfMode:
             self._datapath.attach(pins, hook, kind, pod.cgroup)
         with listening_sockets(pod.netns, pod.cgroup, pod.steering.inbound_port) as sockets:
             for family, socket in sockets.items():
-                self._datapath.put_listener(pod.netns_cookie, family, socket)
+                self._datapath.maps.put_listener(pod.netns_cookie, family, socket)
         self._datapath.attach(pins, *INBOUND_HOOK, pod.netns)
         for hook, kind in CONNECT_HOOKS:
             self._datapath.attach(pins, hook, kind, pod.cgroup)
@@ -90,7 +90,7 @@ class EbpfMode:
             self._datapath.detach(pins, hook)
         self._drain(pod)
         self._datapath.forget(pins)
-        self._datapath.delete_pod(pod.netns_cookie)
+        self._datapath.maps.delete_pod(pod.netns_cookie)
 
     def _drain(self, pod: Pod) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -102,7 +102,7 @@ class EbpfMode:
             found.flow.client_netns == pod.netns_cookie
             and found.flow.flags & FlowFlag.STEERED
             and not found.flow.flags & FlowFlag.ANSWERED
-            for found in self._datapath.flows()
+            for found in self._datapath.maps.flows()
         )
 
     def missing(self, pod: Pod) -> list[str]:
@@ -116,7 +116,7 @@ class EbpfMode:
                 pin_name(pod.name), hook, pod.netns if hook == INBOUND_HOOK[0] else pod.cgroup
             )
         ]
-        if not self._datapath.has_pod(pod.netns_cookie):
+        if not self._datapath.maps.has_pod(pod.netns_cookie):
             lost.append("its entry in the pods map")
         return lost
 

@@ -69,7 +69,7 @@ class Mesh:
             self.enrollment.change_mode(pod.name, mode)
 
     def counters(self, pod: LabPod) -> dict[Counter, int]:
-        return self.datapath.counters(netns_cookie(pod.netns))
+        return self.datapath.maps.counters(netns_cookie(pod.netns))
 
     def redirected(self) -> dict[tuple[str, str, int], tuple[int, int]]:
         """Open connections of both pods: who opened it, to where -> redirected bytes by side."""
@@ -80,7 +80,7 @@ class Mesh:
                 str(found.key.server.ip()),
                 found.key.server_port,
             ): (found.flow.bytes[0], found.flow.bytes[1])
-            for found in self.datapath.flows()
+            for found in self.datapath.maps.flows()
             if found.flow.client_netns in names
         }
 

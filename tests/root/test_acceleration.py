@@ -74,7 +74,7 @@ def pod(node: Node, enrollment: Enrollment) -> LabPod:
 
 
 def counted(datapath: Datapath, pod: LabPod) -> dict[Counter, int]:
-    return datapath.counters(netns_cookie(pod.netns))
+    return datapath.maps.counters(netns_cookie(pod.netns))
 
 
 def receive(end: socket.socket, size: int) -> bytes:
@@ -366,7 +366,9 @@ def test_nothing_is_left_in_the_maps(pod: LabPod, datapath: Datapath) -> None:
     with pytest.raises(ConnectionRefusedError):
         refused.connect(SERVICE)
     refused.close()
-    assert [f for f in datapath.flows() if f.flow.client_netns == netns_cookie(pod.netns)] == []
+    assert [
+        f for f in datapath.maps.flows() if f.flow.client_netns == netns_cookie(pod.netns)
+    ] == []
 
 
 def test_without_a_sidecar_connections_are_refused(pod: LabPod) -> None:

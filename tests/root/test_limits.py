@@ -80,7 +80,7 @@ def test_no_room_for_the_original_destination_refuses(small: tuple[Datapath, Lab
         kept = [outcome for outcome in outcomes if not isinstance(outcome, int)]
         assert len(kept) == 8
         assert refused == [111] * 4
-        counters = datapath.counters(netns_cookie(pod.netns))
+        counters = datapath.maps.counters(netns_cookie(pod.netns))
         assert counters[Counter.REFUSED_NO_FLOW] == 4
         for _ in kept:
             stack.enter_context(listener.accept()[0])
@@ -103,7 +103,7 @@ def test_no_room_in_the_sockhash_means_plain_tcp(small: tuple[Datapath, LabPod])
             assert server.recv(10) == b"ask%d" % n
             server.sendall(b"answer%d" % n)
             assert client.recv(10) == b"answer%d" % n
-        counters = datapath.counters(netns_cookie(pod.netns))
+        counters = datapath.maps.counters(netns_cookie(pod.netns))
         assert counters[Counter.ACCELERATED] == 4
         assert counters[Counter.PASSED_FULL] == 8
 
@@ -117,6 +117,6 @@ def test_lists_that_do_not_fit_leave_the_pod_as_it_was(node: Node) -> None:
         with pytest.raises(DatapathError, match=r"map ports: .*full"):
             EbpfMode(datapath).install(described(lab))
         assert datapath.pods() == []
-        assert not datapath.has_pod(netns_cookie(lab.netns))
+        assert not datapath.maps.has_pod(netns_cookie(lab.netns))
     finally:
         datapath.unload()

@@ -57,7 +57,7 @@ def use_link_local(pod: LabPod) -> tuple[str, int]:
 
 
 def flows(pod: LabPod, datapath: Datapath) -> int:
-    return sum(f.flow.client_netns == netns_cookie(pod.netns) for f in datapath.flows())
+    return sum(f.flow.client_netns == netns_cookie(pod.netns) for f in datapath.maps.flows())
 
 
 @pytest.mark.parametrize("port", [APP, INBOUND])
@@ -182,7 +182,7 @@ def test_tiny_messages_to_a_stalled_reader_are_bounded(pod: LabPod, datapath: Da
                 client.sendall(b"x")
                 # A reader that talks meanwhile gets no other bound.
                 server.sendall(b"y")
-            counters = datapath.counters(netns_cookie(pod.netns))
+            counters = datapath.maps.counters(netns_cookie(pod.netns))
             assert counters[Counter.REDIRECTED_MESSAGES] <= 2 * 4096
             assert counters[Counter.PASSED_UNREAD] >= 1
             for end, byte in ((server, b"x"), (client, b"y")):
@@ -202,5 +202,5 @@ def test_tiny_requests_and_replies_stay_redirected(pod: LabPod, datapath: Datapa
                 assert server.recv(1) == b"x"
                 server.sendall(b"y")
                 assert client.recv(1) == b"y"
-            counters = datapath.counters(netns_cookie(pod.netns))
+            counters = datapath.maps.counters(netns_cookie(pod.netns))
     assert counters[Counter.REDIRECTED_MESSAGES] == 12_000

@@ -1,0 +1,183 @@
+"""Typed access to the pinned maps: what the programs are told of a pod, and what they tell."""
+
+import contextlib
+import ctypes
+import errno
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from redirector.datapath import libbpf
+from redirector.datapath.layout import (
+    About,
+    Address,
+    CidrKey,
+    CidrSet,
+    CidrValue,
+    Counter,
+    Counters,
+    Flow,
+    FlowKey,
+    ListenerKey,
+    PodEntry,
+    PortKey,
+    PortSet,
+)
+from redirector.errors import DatapathError
+from redirector.model import IPAddress, IPNetwork
+
+
+@dataclass(frozen=True)
+class OpenFlow:
+    """One open connection as the kernel keeps it."""
+
+    key: FlowKey
+    flow: Flow
+
+
+class Maps:
+    """The maps pinned in one directory of a bpffs.
+
+    Every method may raise DatapathError, which names the map and what the kernel refused.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @contextlib.contextmanager
+    def _map(self, name: str) -> Iterator[int]:
+        try:
+            with libbpf.opened(self._directory / name) as fd:
+                yield fd
+        except OSError as error:
+            full = "; the map is full" if error.errno == errno.E2BIG else ""
+            raise DatapathError(f"map {name}: {error.strerror or error}{full}") from error
+
+    def about(self) -> About:
+        """What is said of the datapath as a whole."""
+        with self._map("about") as fd:
+            raw = libbpf.map_lookup(fd, bytes(4), ctypes.sizeof(About))
+        if raw is None:
+            raise DatapathError(f"{self._directory}/about: is empty; use: redirector uninstall")
+        return About.from_buffer_copy(raw)
+
+    def put_pod(self, netns: int, entry: PodEntry) -> None:
+        """Publish a pod's steering; from here on the programs act on its namespace."""
+        cpus = libbpf.possible_cpus()
+        with self._map("counters") as fd:
+            if libbpf.map_lookup(fd, _key(netns), ctypes.sizeof(Counters) * cpus) is None:
+                libbpf.map_update(fd, _key(netns), bytes(ctypes.sizeof(Counters) * cpus))
+        with self._map("pods") as fd:
+            libbpf.map_update(fd, _key(netns), bytes(entry))
+
+    def delete_pod(self, netns: int) -> None:
+        """Forget the pod's steering, lists, addresses, counters and open flows."""
+        for name in ("pods", "counters"):
+            with self._map(name) as fd:
+                libbpf.map_delete(fd, _key(netns))
+        with self._map("listeners") as fd:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                libbpf.map_delete(fd, bytes(ListenerKey(netns=netns, family=family)))
+        self.put_addresses(netns, ())
+        self.put_cidrs(netns, {})
+        self.put_ports(netns, {})
+        with self._map("flows") as fd:
+            for found in self.flows():
+                if netns in (found.flow.client_netns, found.key.netns):
+                    libbpf.map_delete(fd, bytes(found.key))
+
+    def put_addresses(self, netns: int, addresses: tuple[IPAddress, ...]) -> None:
+        """Make these the pod's own addresses, and no others."""
+        wanted = {bytes(Address.of(ip)) for ip in addresses}
+        with self._map("pods_by_address") as fd:
+            for key in libbpf.map_keys(fd, ctypes.sizeof(Address)):
+                if key not in wanted and libbpf.map_lookup(fd, key, 8) == _key(netns):
+                    libbpf.map_delete(fd, key)
+            for key in wanted:
+                libbpf.map_update(fd, key, _key(netns))
+
+    def put_cidrs(self, netns: int, lists: dict[CidrSet, tuple[IPNetwork, ...]]) -> None:
+        """Make these the pod's CIDR lists, and no others."""
+        wanted = {
+            bytes(_cidr_key(netns, which, network)): (
+                CidrValue.IN_LOOPBACK if network.is_loopback else CidrValue.LISTED
+            )
+            for which, networks in lists.items()
+            for network in networks
+        }
+        with self._map("cidrs") as fd:
+            for key in libbpf.map_keys(fd, ctypes.sizeof(CidrKey)):
+                if key not in wanted and key[4:12] == _key(netns):
+                    libbpf.map_delete(fd, key)
+            for key, value in wanted.items():
+                libbpf.map_update(fd, key, bytes([value]))
+
+    def put_ports(self, netns: int, lists: dict[PortSet, frozenset[int]]) -> None:
+        """Make these the pod's port lists, and no others."""
+        wanted = {
+            bytes(PortKey(netns=netns, port=port, set=which))
+            for which, ports in lists.items()
+            for port in ports
+        }
+        with self._map("ports") as fd:
+            for key in libbpf.map_keys(fd, ctypes.sizeof(PortKey)):
+                if key not in wanted and key[:8] == _key(netns):
+                    libbpf.map_delete(fd, key)
+            for key in wanted:
+                libbpf.map_update(fd, key, b"\1")
+
+    def put_listener(self, netns: int, family: int, listener: int) -> None:
+        """Make a listening socket's descriptor the pod's inbound listener of its family."""
+        with self._map("listeners") as fd:
+            key = bytes(ListenerKey(netns=netns, family=family))
+            libbpf.map_update(fd, key, listener.to_bytes(4, "little"))
+
+    def has_pod(self, netns: int) -> bool:
+        """Whether the programs act on this namespace."""
+        with self._map("pods") as fd:
+            return libbpf.map_lookup(fd, _key(netns), ctypes.sizeof(PodEntry)) is not None
+
+    def counters(self, netns: int) -> dict[Counter, int]:
+        """A pod's counters, all CPUs together, the open flows' redirected bytes included."""
+        size = ctypes.sizeof(Counters)
+        totals = dict.fromkeys(Counter, 0)
+        with self._map("counters") as fd:
+            raw = libbpf.map_lookup(fd, _key(netns), size * libbpf.possible_cpus())
+        if raw is None:
+            return totals
+        for start in range(0, len(raw), size):
+            values = Counters.from_buffer_copy(raw, start).value
+            for counter in Counter:
+                totals[counter] += values[counter]
+        for found in self.flows():
+            if found.flow.client_netns == netns:
+                totals[Counter.REDIRECTED_BYTES] += sum(found.flow.bytes)
+                totals[Counter.REDIRECTED_MESSAGES] += sum(found.flow.messages)
+        return totals
+
+    def flows(self) -> list[OpenFlow]:
+        """The open connections that pods' processes opened and that are steered or accelerated."""
+        found: list[OpenFlow] = []
+        with self._map("flows") as fd:
+            for key in libbpf.map_keys(fd, ctypes.sizeof(FlowKey)):
+                value = libbpf.map_lookup(fd, key, ctypes.sizeof(Flow))
+                if value is not None:
+                    flow = Flow.from_buffer_copy(value)
+                    found.append(OpenFlow(FlowKey.from_buffer_copy(key), flow))
+        return found
+
+
+def _key(netns: int) -> bytes:
+    return netns.to_bytes(8, "little")
+
+
+def _cidr_key(netns: int, which: CidrSet, network: IPNetwork) -> CidrKey:
+    family_bits = 128 - network.max_prefixlen
+    return CidrKey(
+        prefixlen=96 + family_bits + network.prefixlen,
+        netns_low=netns & 0xFFFFFFFF,
+        netns_high=netns >> 32,
+        set=which,
+        ip=Address.of(network.network_address),
+    )
