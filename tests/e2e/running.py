@@ -6,17 +6,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from waiting import PATIENCE_S, eventually
 
 from redirector.bootstrap import bootstrap
 from redirector.lab import LabPod
 from redirector.machine import envoy_binary
 
-#: Far beyond what anything here takes; only a failure waits so long.
-PATIENCE_S = 30.0
 #: The sidecar's user, from the product's defaults.
 SIDECAR_ID = 1337
 
@@ -24,17 +23,6 @@ _GET = """
 import sys, urllib.request
 sys.stdout.write(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode())
 """
-
-T = TypeVar("T")
-
-
-def eventually(what: str, probe: Callable[[], T | None]) -> T:
-    """The first true answer of `probe`; an assertion that names `what` if there is none."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not (found := probe()):
-        assert time.monotonic() < deadline, f"gave up waiting for {what}"
-        time.sleep(0.02)
-    return found
 
 
 class XdsServer:

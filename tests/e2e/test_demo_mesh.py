@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import Sidecar, XdsServer, eventually
+from running import Sidecar, XdsServer
 from sockets import pod_socket
+from waiting import eventually
 
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node

@@ -14,33 +14,23 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from running import eventually
+from mesh import WAYS, Mesh
 from sidecars import HTTP_PORT, start_sidecar
-from sockets import pod_socket
+from waiting import PATIENCE_S, eventually
 
 from redirector.datapath.layout import Counter
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
-from redirector.lab import LabPod, Node
+from redirector.lab import Node
 from redirector.model import Accelerate, Mode
-from redirector.network import netns_cookie
 
 pytestmark = pytest.mark.root
 
 MB = 10**6
 BULK_PORT = 9000
 CALLERS = 4
-#: Only a failure waits so long.
-PATIENCE_S = 60
 #: The address that a sidecar calls its application from.
 PASSTHROUGH = "127.0.0.6"
-
-Way = tuple[Mode, Accelerate]
-WAYS: dict[str, Way] = {
-    "ebpf-accelerated": (Mode.EBPF, Accelerate.ON),
-    "ebpf-steered": (Mode.EBPF, Accelerate.OFF),
-    "iptables": (Mode.IPTABLES, Accelerate.AUTO),
-}
 
 
 @dataclass(frozen=True)
@@ -49,55 +39,6 @@ class Stream:
 
     size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """Two pods with sidecars, and what enrols them."""
-
-    client: LabPod
-    server: LabPod
-    enrollment: Enrollment
-    datapath: Datapath
-
-    def enroll(self, way: Way) -> None:
-        for pod in (self.client, self.server):
-            self.enrollment.enroll(pod.name, pod.netns, pod.cgroup, *way)
-
-    def change_mode(self, mode: Mode) -> None:
-        for pod in (self.client, self.server):
-            self.enrollment.change_mode(pod.name, mode)
-
-    def counters(self, pod: LabPod) -> dict[Counter, int]:
-        return self.datapath.maps.counters(netns_cookie(pod.netns))
-
-    def redirected(self) -> dict[tuple[str, str, int], tuple[int, int]]:
-        """Open connections of both pods: who opened it, to where -> redirected bytes by side."""
-        names = {netns_cookie(pod.netns): pod.name for pod in (self.client, self.server)}
-        return {
-            (
-                names[found.flow.client_netns].rpartition("-")[2],
-                str(found.key.server.ip()),
-                found.key.server_port,
-            ): (found.flow.bytes[0], found.flow.bytes[1])
-            for found in self.datapath.maps.flows()
-            if found.flow.client_netns in names
-        }
-
-    @contextmanager
-    def listening(self, port: int) -> Iterator[socket.socket]:
-        """A listening socket of the server's application."""
-        with pod_socket(self.server) as listener:
-            listener.bind(("0.0.0.0", port))
-            listener.listen(128)
-            yield listener
-
-    def connect(self, port: int) -> socket.socket:
-        """A connection of the client's application to the server's."""
-        made = pod_socket(self.client)
-        made.settimeout(PATIENCE_S)
-        made.connect((self.server.ip, port))
-        return made
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from running import Sidecar, XdsServer, eventually
+from running import Sidecar, XdsServer
+from waiting import eventually
 
 from redirector.lab import Node
 

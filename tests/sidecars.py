@@ -4,10 +4,12 @@ A static configuration: what the traffic tests prove is the way of the bytes, no
 Field names: envoy.config.bootstrap.v3.Bootstrap.
 """
 
+import http.client
 import json
 from pathlib import Path
 
-from running import eventually
+from sockets import pod_socket
+from waiting import eventually
 
 from redirector.datapath.listeners import listening_sockets
 from redirector.lab import LabPod
@@ -15,25 +17,46 @@ from redirector.machine import envoy_binary
 
 Json = str | int | bool | list["Json"] | dict[str, "Json"]
 
-OUTBOUND, INBOUND = 15001, 15006
+OUTBOUND, INBOUND, ADMIN = 15001, 15006, 15000
 #: Connections to this port are spoken as HTTP; all others are passed on as bytes.
 HTTP_PORT = 80
 _TYPE = "type.googleapis.com/envoy.extensions."
 
 
-def start_sidecar(pod: LabPod, directory: Path) -> None:
+class Passthrough:
+    """A running sidecar. Made by `start_sidecar`."""
+
+    def __init__(self, pod: LabPod, log: Path) -> None:
+        self._pod = pod
+        self._log = log
+        argv: list[str | Path] = [envoy_binary(), "--config-yaml", json.dumps(_bootstrap(pod.name))]
+        argv += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
+        with log.open("ab") as output:
+            self.process = pod.popen(argv, sidecar=True, stdout=output, stderr=output)
+
+    def listens(self) -> bool:
+        """Whether both listeners are there; an assertion if Envoy has ended instead."""
+        assert self.process.poll() is None, f"Envoy ended:\n{self._log.read_text()}"
+        return all(_listens(self._pod, port) for port in (OUTBOUND, INBOUND))
+
+    def stats(self) -> dict[str, int]:
+        """What Envoy itself has counted of connections that it passed on as bytes."""
+        connection = http.client.HTTPConnection("127.0.0.1", ADMIN)
+        connection.sock = pod_socket(self._pod)
+        connection.sock.connect(("127.0.0.1", ADMIN))
+        try:
+            connection.request("GET", "/stats?format=json&filter=^tcp%5C.")
+            found = json.load(connection.getresponse())["stats"]
+        finally:
+            connection.close()
+        return {each["name"]: each["value"] for each in found if "name" in each}
+
+
+def start_sidecar(pod: LabPod, directory: Path) -> Passthrough:
     """An Envoy in the pod as the sidecar's user; listens when this returns."""
-    argv: list[str | Path] = [envoy_binary(), "--config-yaml", json.dumps(_bootstrap(pod.name))]
-    argv += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
-    log = directory / f"{pod.name}.log"
-    with log.open("wb") as output:
-        process = pod.popen(argv, sidecar=True, stdout=output, stderr=output)
-
-    def listens() -> bool:
-        assert process.poll() is None, f"Envoy ended:\n{log.read_text()}"
-        return all(_listens(pod, port) for port in (OUTBOUND, INBOUND))
-
-    eventually("the sidecar's listeners", listens)
+    sidecar = Passthrough(pod, directory / f"{pod.name}.log")
+    eventually("the sidecar's listeners", sidecar.listens)
+    return sidecar
 
 
 def _listens(pod: LabPod, port: int) -> bool:
@@ -43,6 +66,7 @@ def _listens(pod: LabPod, port: int) -> bool:
 
 def _bootstrap(name: str) -> Json:
     return {
+        "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": ADMIN}}},
         "static_resources": {
             "listeners": [
                 _listener("outbound", OUTBOUND, f"{name}-outbound"),
@@ -53,7 +77,7 @@ def _bootstrap(name: str) -> Json:
                 # As this address the sidecar hands a connection to its application.
                 _original_destination("inbound", bind="127.0.0.6"),
             ],
-        }
+        },
     }
 
 
