@@ -59,6 +59,7 @@ class Enrollment:
         mode: Mode,
         accelerate: Accelerate = Accelerate.AUTO,
         steering: Steering | None = None,
+        uid: str = "",
     ) -> Pod:
         """Steer a pod's new connections to its sidecar. All or nothing."""
         if not _NAME.fullmatch(name) or len(name) > 200:
@@ -75,6 +76,7 @@ class Enrollment:
             steering=steering or Steering(),
             addresses=network.addresses(netns),
             netns_cookie=network.netns_cookie(netns),
+            uid=uid,
         )
         with self._records.locked():
             self._require_new(pod)
@@ -115,20 +117,43 @@ class Enrollment:
 
         To the mode it has: repair what is missing. Either way its addresses are read anew.
         """
+        return self.update(name, mode=mode)
+
+    def update(
+        self,
+        name: str,
+        *,
+        mode: Mode | None = None,
+        accelerate: Accelerate | None = None,
+        steering: Steering | None = None,
+        netns: Path | None = None,
+    ) -> Pod:
+        """Give an enrolled pod other options; None keeps what it has, and repairs what is missing.
+
+        `netns` is another path of the same namespace. The pod stays steered all the time, by the
+        old options or the new.
+        """
         with self._records.locked():
             old = self.get(name)
-            lost = _lost(old)
+            new = replace(
+                old,
+                netns=(netns or old.netns).absolute(),
+                mode=mode or old.mode,
+                accelerate=accelerate or old.accelerate,
+                steering=steering or old.steering,
+            )
+            lost = _lost(new)
             if lost:
                 raise InputError(
                     f"pod {name}: {lost}; take the pod off with 'redirector unenroll {name}' and "
                     "enroll it again"
                 )
-            new = replace(old, mode=mode, addresses=network.addresses(old.netns))
-            self._modes[mode].install(new)
+            new = replace(new, addresses=network.addresses(new.netns))
+            self._modes[new.mode].install(new)
             self._records.put(new)
             for other in self._modes.values():
-                if other.mode is not mode:
-                    other.remove(old)
+                if other.mode is not new.mode:
+                    other.remove(new)
         return new
 
     def unenroll(self, name: str) -> None:
@@ -153,13 +178,22 @@ class Enrollment:
             raise NotEnrolled(f"pod {name}: is not enrolled; enrolled are: {known}")
         return pod
 
+    def pods(self) -> list[Pod]:
+        """The records of all enrolled pods, by name."""
+        return self._records.all()
+
+    def missing(self, pod: Pod) -> tuple[str, ...]:
+        """Name what a pod of the records lacks, of itself or of ours; () when it is whole."""
+        lost = _lost(pod)
+        return (lost,) if lost else tuple(self._modes[pod.mode].missing(pod))
+
     def status(self) -> list[PodStatus]:
         """Every enrolled pod, by name."""
-        return [self._status(pod) for pod in self._records.all()]
+        return [self._status(pod) for pod in self.pods()]
 
     def _status(self, pod: Pod) -> PodStatus:
         lost = _lost(pod)
-        missing = (lost,) if lost else tuple(self._modes[pod.mode].missing(pod))
+        missing = self.missing(pod)
         if pod.mode is not Mode.EBPF or not self._datapath.is_loaded():
             return PodStatus(pod, missing, {}, Defect(0), lost is None)
         counters = self._datapath.maps.counters(pod.netns_cookie)

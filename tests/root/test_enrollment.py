@@ -261,6 +261,26 @@ def test_a_program_that_wants_its_hook_alone_stays_alone(
     os.close(cgroup)
 
 
+def test_another_path_of_the_namespace_keeps_a_pod_repairable(
+    node: Node, enrollment: Enrollment
+) -> None:
+    """The process that the namespace was found by ends; others of the pod live on."""
+    pod, peer = node.pod("pod"), node.pod("peer")
+    first, second = (pod.popen(["sleep", "1000"]) for _ in range(2))
+    paths = [Path(f"/proc/{child.pid}/ns/net") for child in (first, second)]
+    enrolled = enrollment.enroll("pod", paths[0], pod.cgroup, Mode.EBPF, uid="u-1")
+    assert enrollment.missing(enrolled) == ()
+    first.kill()
+    first.wait()
+    assert "No such file" in str(enrollment.missing(enrolled))
+    with pytest.raises(InputError, match="is another namespace than was enrolled"):
+        enrollment.update("pod", netns=peer.netns)
+    updated = enrollment.update("pod", netns=paths[1], mode=Mode.IPTABLES)
+    assert enrollment.pods() == [updated]
+    assert (updated.netns, updated.uid, updated.mode) == (paths[1], "u-1", Mode.IPTABLES)
+    assert enrollment.missing(updated) == ()
+
+
 def test_pods_do_not_share_a_cgroup(node: Node, enrollment: Enrollment) -> None:
     """The programs of both would run for one connection; the second would lose its destination."""
     pod, peer = node.pod("pod"), node.pod("peer")
