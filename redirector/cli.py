@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from redirector import check, compare, explain, steering
-from redirector.bootstrap import bootstrap
-from redirector.demo import command as demo
+from redirector import explain, steering
 from redirector.enrollment import Enrollment, PodStatus, default_enrollment
 from redirector.errors import RedirectorError
 from redirector.model import Accelerate, Mode
@@ -57,10 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the options are told by --help."""
+    """Says what is wrong in one line; the options are told by --help.
+
+    A command whose rooms are dear to import declares its options only when it is the one given.
+    """
+
+    declare: Callable[[argparse.ArgumentParser], None] | None = None
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"redirector: {message}; see: {self.prog} --help\n")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As the base, once the options are declared."""
+        if self.declare is not None:
+            self.declare(self)
+            self.declare = None
+        return super().parse_known_args(args, namespace)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Command, help_text: str) -> argparse.ArgumentParser:
+    def add(name: str, command: Command, help_text: str) -> _Parser:
         sub = commands.add_parser(name, help=help_text, description=help_text)
         sub.set_defaults(command=command)
         return sub
@@ -114,12 +126,15 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_arguments(explaining)
     add("uninstall", _uninstall, "remove everything from this machine's kernel")
     shown = add("demo", _demo, "steer real pods through real Envoys and show it")
-    demo.add_arguments(shown)
-    compare.add_arguments(add("compare", _compare, "compare both modes: latency and CPU price"))
+    shown.declare = _declare_demo
+    compared = add("compare", _compare, "compare both modes: latency and CPU price")
+    compared.declare = _declare_compare
     return parser
 
 
 def _check(_arguments: argparse.Namespace, context: Context) -> int:
+    from redirector import check
+
     return check.run(context.out)
 
 
@@ -166,10 +181,20 @@ def _status_text(status: PodStatus) -> str:
 
 
 def _compare(arguments: argparse.Namespace, context: Context) -> int:
+    from redirector import compare
+
     return compare.run(arguments, context.out)
 
 
+def _declare_compare(parser: argparse.ArgumentParser) -> None:
+    from redirector import compare
+
+    compare.add_arguments(parser)
+
+
 def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
+    from redirector.bootstrap import bootstrap
+
     namespace, _, name = arguments.pod.rpartition("/")
     ip = arguments.ip or str(context.enrollment().get(arguments.pod).addresses[0])
     made = bootstrap(
@@ -230,7 +255,15 @@ def _uninstall(_arguments: argparse.Namespace, context: Context) -> int:
 
 
 def _demo(arguments: argparse.Namespace, context: Context) -> int:
-    return demo.run(arguments, context.out)
+    from redirector.demo import command
+
+    return command.run(arguments, context.out)
+
+
+def _declare_demo(parser: argparse.ArgumentParser) -> None:
+    from redirector.demo import command
+
+    command.add_arguments(parser)
 
 
 if __name__ == "__main__":

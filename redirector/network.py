@@ -12,13 +12,11 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Collection, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TypeVar
 
-from pyroute2 import IPRoute
-
-from redirector import tcp_diag
+from redirector import interfaces, tcp_diag
 from redirector.errors import InputError, MachineError
 from redirector.model import IPAddress, Pod
 from redirector.steering import PASSTHROUGH_SOURCES
@@ -76,27 +74,15 @@ def is_pods(pod: Pod) -> bool:
     return netns_cookie(pod.netns) == pod.netns_cookie
 
 
-def put_on_loopback(netns: Path, ip: IPAddress) -> None:
+def put_on_loopback(netns: Path, ip: IPv6Address) -> None:
     """Give the namespace's lo an address of its own; one that is there already is no error."""
-
-    def put() -> None:
-        with IPRoute() as ipr:
-            ipr.addr("replace", index=1, address=str(ip), prefixlen=ip.max_prefixlen)
-
-    within(netns, put)
+    within(netns, lambda: interfaces.put_on_loopback(ip))
 
 
-def take_off_loopback(netns: Path, ip: IPAddress) -> None:
+def take_off_loopback(netns: Path, ip: IPv6Address) -> None:
     """The inverse of `put_on_loopback`, once no open connection has the address."""
-    if any(address == ip for address, _ in open_connections(netns, {0})):
-        return
-
-    def take_off() -> None:
-        with IPRoute() as ipr:
-            if ipr.get_addr(index=1, address=str(ip)):
-                ipr.addr("del", index=1, address=str(ip), prefixlen=ip.max_prefixlen)
-
-    within(netns, take_off)
+    if all(address != ip for address, _ in open_connections(netns, {0})):
+        within(netns, lambda: interfaces.take_off_loopback(ip))
 
 
 def run_in(
@@ -177,14 +163,11 @@ def own_netns_cookie() -> int:
 
 
 def _addresses() -> tuple[IPAddress, ...]:
-    found: dict[IPAddress, None] = {}
-    with IPRoute() as ipr:
-        for message in sorted(ipr.get_addr(), key=lambda message: int(message["family"])):
-            # IFA_LOCAL is the interface's own; on a point-to-point link IFA_ADDRESS is the peer's.
-            text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-            if text is None:
-                continue
-            address = ip_address(text)
-            if not (address.is_loopback or address.is_link_local or address in PASSTHROUGH_SOURCES):
-                found[address] = None
-    return tuple(found)
+    found = (address for _, address in interfaces.addresses())
+    return tuple(
+        dict.fromkeys(
+            address
+            for address in found
+            if not (address.is_loopback or address.is_link_local or address in PASSTHROUGH_SOURCES)
+        )
+    )
