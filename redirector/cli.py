@@ -4,16 +4,17 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from redirector import explain, steering
-from redirector.enrollment import Enrollment, PodStatus, default_enrollment
+from redirector.enrollment import Enrollment, default_enrollment
 from redirector.errors import RedirectorError
 from redirector.model import Accelerate, Mode
 from redirector.records import to_json
+from redirector.status import SHORT_CIRCUIT, PodStatus, defect_names
 
 STATE_VARIABLE = "REDIRECTOR_STATE"
 PINS_VARIABLE = "REDIRECTOR_PINS"
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("check", _check, "say what this kernel and machine can do")
     status = add("status", _status, "list the enrolled pods and their counters")
     status.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    add("metrics", _metrics, "print the node's metrics once, as Prometheus reads them")
     boot = add("bootstrap", _bootstrap, "print a sidecar's Envoy bootstrap (JSON)")
     boot.add_argument("pod", metavar="POD", help="its name, or NAMESPACE/NAME")
     boot.add_argument("--namespace", help="of the pod (default: default)")
@@ -151,8 +153,12 @@ def _status(arguments: argparse.Namespace, context: Context) -> int:
 def _status_json(status: PodStatus) -> dict[str, object]:
     return to_json(status.pod) | {
         "missing": list(status.missing),
-        "kernel_defects": [str(defect.name).lower() for defect in status.defects],
+        "kernel_defects": defect_names(status.defects),
         "counters": {counter.name.lower(): n for counter, n in status.counters.items()},
+        "connections": [
+            {"verdict": tally.outcome.value, "reason": tally.reason, "count": tally.count}
+            for tally in status.tallies
+        ],
     }
 
 
@@ -163,7 +169,7 @@ def _status_text(status: PodStatus) -> str:
     if pod.mode is Mode.EBPF:
         lines[0] += f"  accelerate {pod.accelerate}"
         if status.defects and pod.accelerate is Accelerate.AUTO:
-            names = ", ".join(str(defect.name).lower() for defect in status.defects)
+            names = ", ".join(defect_names(status.defects))
             lines[0] += f" (off: this kernel is wrong about {names} of redirected bytes)"
     if status.missing:
         lines.append(
@@ -172,12 +178,22 @@ def _status_text(status: PodStatus) -> str:
             if status.repairable
             else f"  LOST: {', '.join(status.missing)}; take it off: redirector unenroll {pod.name}"
         )
-    lines += [
-        f"  {counter.name.lower().replace('_', '-'):24}{n:>14}"
-        for counter, n in status.counters.items()
-        if n
-    ]
+    lines += [f"  {name:40}{n:>14}" for name, n in _shown(status) if n]
     return "\n".join(lines) + "\n"
+
+
+def _shown(status: PodStatus) -> Iterator[tuple[str, int]]:
+    for tally in status.tallies:
+        yield f"{tally.outcome} {tally.reason}", tally.count
+    for counter in SHORT_CIRCUIT:
+        yield counter.name.lower().replace("_", " "), status.counters.get(counter, 0)
+
+
+def _metrics(_arguments: argparse.Namespace, context: Context) -> int:
+    from redirector import metrics
+
+    context.out.write(metrics.render(context.enrollment().node_status()).decode())
+    return 0
 
 
 def _compare(arguments: argparse.Namespace, context: Context) -> int:

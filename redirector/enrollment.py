@@ -6,7 +6,7 @@ kernel is touched and deleted after it is clean, so `unenroll` and `uninstall` f
 
 import contextlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from redirector import machine, network
@@ -18,25 +18,12 @@ from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables.driver import IptablesMode
 from redirector.records import Records
+from redirector.status import MapFill, NodeStatus, PodStatus
 from redirector.steering import PASSTHROUGH_V6
 
 #: Where the records live; below the directory that the xDS server's socket is in.
 STATE = Path("/run/redirector/pods")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-
-
-@dataclass(frozen=True)
-class PodStatus:
-    """A pod as recorded, what the kernel lacks of it, and its counters (eBPF mode)."""
-
-    pod: Pod
-    missing: tuple[str, ...]
-    counters: dict[Counter, int]
-    #: What the kernel does wrong with redirected bytes; `accelerate auto` is off then.
-    defects: Defect
-    #: Whether the namespace and cgroup are those that were enrolled: what is missing can be put
-    #: back.
-    repairable: bool
 
 
 class Enrollment:
@@ -189,15 +176,26 @@ class Enrollment:
 
     def status(self) -> list[PodStatus]:
         """Every enrolled pod, by name."""
-        return [self._status(pod) for pod in self.pods()]
+        return list(self.node_status(with_maps=False).pods)
 
-    def _status(self, pod: Pod) -> PodStatus:
-        lost = _lost(pod)
-        missing = self.missing(pod)
-        if pod.mode is not Mode.EBPF or not self._datapath.is_loaded():
-            return PodStatus(pod, missing, {}, Defect(0), lost is None)
-        counters = self._datapath.maps.counters(pod.netns_cookie)
-        return PodStatus(pod, missing, counters, self._datapath.defects(), lost is None)
+    def node_status(self, *, with_maps: bool = True) -> NodeStatus:
+        """Every enrolled pod, and the datapath's maps. Its cost grows with pods and open flows."""
+        loaded = self._datapath.is_loaded()
+        defects = self._datapath.defects() if loaded else Defect(0)
+        moved = self._datapath.maps.moved() if loaded else {}
+        pods = []
+        for pod in self.pods():
+            lost = _lost(pod)
+            driver = self._modes[pod.mode]
+            missing = self.missing(pod)
+            counters: dict[Counter, int] = {}
+            if pod.mode is Mode.EBPF and loaded:
+                counters = self._datapath.maps.counters(pod.netns_cookie, moved)
+            found = () if lost and pod.mode is Mode.IPTABLES else driver.tallies(pod)
+            pods.append(PodStatus(pod, missing, counters, defects, lost is None, found))
+        fills = self._datapath.maps.fills() if loaded and with_maps else {}
+        maps = tuple(MapFill(name, *fill) for name, fill in fills.items())
+        return NodeStatus(tuple(pods), maps, defects)
 
     def uninstall(self) -> list[str]:
         """Remove everything this product put into the kernel, and the records. Idempotent.

@@ -190,6 +190,60 @@ def map_keys(fd: int, size: int) -> Iterator[bytes]:
     return iter(keys)
 
 
+#: Entries a call; a hash map wants room for all of a bucket.
+_BATCH = 4096
+
+
+def map_entries(fd: int, key_size: int, value_size: int) -> Iterator[tuple[bytes, bytes]]:
+    """All keys and values, those of a batch one behind the other (bpf_map_lookup_batch).
+
+    An entry that comes or goes meanwhile may be missed or seen twice.
+    """
+    token_in: ctypes.Array[ctypes.c_char] | None = None
+    while True:
+        token = ctypes.create_string_buffer(max(key_size, 8))
+        keys = ctypes.create_string_buffer(_BATCH * key_size)
+        values = ctypes.create_string_buffer(_BATCH * value_size)
+        count = ctypes.c_uint32(_BATCH)
+        done = False
+        try:
+            _check(
+                _lib().bpf_map_lookup_batch(
+                    fd, token_in, token, keys, values, ctypes.byref(count), None
+                ),
+                "map lookup",
+            )
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            done = True
+        if count.value:
+            yield keys.raw[: count.value * key_size], values.raw[: count.value * value_size]
+        if done:
+            return
+        token_in = token
+
+
+class MapInfo(ctypes.Structure):
+    """The beginning of struct bpf_map_info, linux/bpf.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+    )
+
+
+def map_info(fd: int) -> MapInfo:
+    """What a map is (bpf_obj_get_info_by_fd)."""
+    info = MapInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    _check(_lib().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)), "map info")
+    return info
+
+
 @cache
 def possible_cpus() -> int:
     """libbpf_num_possible_cpus: how many values a per-CPU map holds for each key."""

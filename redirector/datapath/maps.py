@@ -36,6 +36,14 @@ class OpenFlow:
     flow: Flow
 
 
+#: Their values are sockets, which the kernel does not show in batches.
+_SOCKHASHES = frozenset({"listeners", "sockets"})
+#: The maps that pods and connections fill.
+_FILLING = frozenset({"cidrs", "flows", "pods", "pods_by_address", "ports"}) | _SOCKHASHES
+#: netns cookie -> bytes and messages redirected.
+Moved = dict[int, tuple[int, int]]
+
+
 class Maps:
     """The maps pinned in one directory of a bpffs.
 
@@ -138,8 +146,11 @@ class Maps:
         with self._map("pods") as fd:
             return libbpf.map_lookup(fd, _key(netns), ctypes.sizeof(PodEntry)) is not None
 
-    def counters(self, netns: int) -> dict[Counter, int]:
-        """A pod's counters, all CPUs together, the open flows' redirected bytes included."""
+    def counters(self, netns: int, moved: Moved | None = None) -> dict[Counter, int]:
+        """A pod's counters, all CPUs together, the open flows' redirected bytes included.
+
+        `moved` is what `moved()` has answered, for who asks for many pods.
+        """
         size = ctypes.sizeof(Counters)
         totals = dict.fromkeys(Counter, 0)
         with self._map("counters") as fd:
@@ -150,22 +161,48 @@ class Maps:
             values = Counters.from_buffer_copy(raw, start).value
             for counter in Counter:
                 totals[counter] += values[counter]
-        for found in self.flows():
-            if found.flow.client_netns == netns:
-                totals[Counter.REDIRECTED_BYTES] += sum(found.flow.bytes)
-                totals[Counter.REDIRECTED_MESSAGES] += sum(found.flow.messages)
+        redirected, messages = (self.moved() if moved is None else moved).get(netns, (0, 0))
+        totals[Counter.REDIRECTED_BYTES] += redirected
+        totals[Counter.REDIRECTED_MESSAGES] += messages
         return totals
+
+    def moved(self) -> Moved:
+        """What the open flows have redirected, in one pass over them all."""
+        found: Moved = {}
+        for opened in self.flows():
+            size, messages = sum(opened.flow.bytes), sum(opened.flow.messages)
+            if messages:
+                netns = opened.flow.client_netns
+                before = found.get(netns, (0, 0))
+                found[netns] = (before[0] + size, before[1] + messages)
+        return found
 
     def flows(self) -> list[OpenFlow]:
         """The open connections that pods' processes opened and that are steered or accelerated."""
         found: list[OpenFlow] = []
+        key_size, size = ctypes.sizeof(FlowKey), ctypes.sizeof(Flow)
         with self._map("flows") as fd:
-            for key in libbpf.map_keys(fd, ctypes.sizeof(FlowKey)):
-                value = libbpf.map_lookup(fd, key, ctypes.sizeof(Flow))
-                if value is not None:
-                    flow = Flow.from_buffer_copy(value)
-                    found.append(OpenFlow(FlowKey.from_buffer_copy(key), flow))
+            for keys, values in libbpf.map_entries(fd, key_size, size):
+                found += (
+                    OpenFlow(
+                        FlowKey.from_buffer_copy(keys, number * key_size),
+                        Flow.from_buffer_copy(values, number * size),
+                    )
+                    for number in range(len(values) // size)
+                )
         return found
+
+    def fills(self) -> dict[str, tuple[int, int]]:
+        """By name of a map: how many entries it holds, and how many it has room for."""
+        return {name: self._fill(name) for name in sorted(_FILLING)}
+
+    def _fill(self, name: str) -> tuple[int, int]:
+        with self._map(name) as fd:
+            info = libbpf.map_info(fd)
+            if name in _SOCKHASHES:
+                return sum(1 for _ in libbpf.map_keys(fd, info.key_size)), info.max_entries
+            batches = libbpf.map_entries(fd, info.key_size, info.value_size)
+            return sum(len(keys) for keys, _ in batches) // info.key_size, info.max_entries
 
 
 def _key(netns: int) -> bytes:

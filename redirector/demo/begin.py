@@ -17,9 +17,9 @@ from redirector.demo.world import (
     WEBS,
     World,
 )
-from redirector.enrollment import PodStatus
 from redirector.lab.node import SIDECAR_ID
 from redirector.model import Mode
+from redirector.status import PodStatus
 
 _READY_STATS = {
     "listener_manager.total_listeners_active": "listeners",

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from redirector.model import Mode, Pod
+from redirector.status import Tally
 
 
 class ModeDriver(Protocol):
@@ -24,3 +25,6 @@ class ModeDriver(Protocol):
 
     def missing(self, pod: Pod) -> list[str]:
         """Name what should be in the kernel for this pod and is not; [] when it is whole."""
+
+    def tallies(self, pod: Pod) -> tuple[Tally, ...]:
+        """What this mode has counted of the pod's connections since it was installed."""

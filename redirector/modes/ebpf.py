@@ -17,6 +17,7 @@ from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.pins import ALL_HOOKS, CGROUP_HOOKS, CONNECT_HOOKS, INBOUND_HOOK, Datapath
 from redirector.errors import DatapathError, InputError
 from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
+from redirector.status import Tally, tallies
 
 #: How long a sidecar may take to ask for the original destination of what it has accepted.
 DRAIN_SECONDS = 1.0
@@ -119,6 +120,12 @@ class EbpfMode:
         if not self._datapath.maps.has_pod(pod.netns_cookie):
             lost.append("its entry in the pods map")
         return lost
+
+    def tallies(self, pod: Pod) -> tuple[Tally, ...]:
+        """From the pod's counters; none when it has no entry."""
+        if not self._datapath.is_loaded():
+            return ()
+        return tallies(self._datapath.maps.counters(pod.netns_cookie, {}))
 
 
 def pin_name(pod: str) -> str:

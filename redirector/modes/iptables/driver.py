@@ -6,11 +6,12 @@ from pathlib import Path
 
 from redirector.errors import InputError, MachineError, RedirectorError
 from redirector.model import Mode, Pod
-from redirector.modes.iptables.programs import commit, read
+from redirector.modes.iptables.programs import commit, read, read_packets
 from redirector.modes.iptables.rules import CHAINS, IPV4, IPV6, Family
 from redirector.modes.iptables.transaction import State, desired_state, kept_state
 from redirector.network import is_pods, open_connections, require_netns
-from redirector.steering import LOCALHOST
+from redirector.status import Outcome, Tally
+from redirector.steering import INBOUND_RULES, LOCALHOST, OUTBOUND_RULES, Rule, Verdict
 
 _IF_INET6 = Path("/proc/net/if_inet6")
 
@@ -78,6 +79,23 @@ class IptablesMode:
                 desired_state(pod.steering, family).signatures(), read(pod, family).signatures()
             )
         ]
+
+    def tallies(self, pod: Pod) -> tuple[Tally, ...]:
+        met: Counter[str] = Counter()
+        for family in _families():
+            met.update(read_packets(pod, family))
+        totals: Counter[tuple[Outcome, str]] = Counter()
+        for rule in (*OUTBOUND_RULES, *INBOUND_RULES):
+            totals[_outcome(rule)] += met[rule.name]
+        return tuple(Tally(*outcome, count) for outcome, count in totals.items())
+
+
+def _outcome(rule: Rule) -> tuple[Outcome, str]:
+    """By the names of eBPF mode's counters."""
+    if rule.verdict is Verdict.DIRECT:
+        return Outcome.DIRECT, rule.name
+    own = rule.verdict is Verdict.INBOUND and rule in OUTBOUND_RULES
+    return Outcome.STEERED, "self" if own else rule.verdict
 
 
 def _difference(wanted: dict[str, list[str]], found: dict[str, list[str]]) -> Iterator[str]:

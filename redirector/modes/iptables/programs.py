@@ -7,7 +7,7 @@ from redirector.errors import DatapathError, MachineError
 from redirector.machine import find_tool
 from redirector.model import Pod
 from redirector.modes.iptables.rules import Family
-from redirector.modes.iptables.transaction import State, parse, transaction
+from redirector.modes.iptables.transaction import State, parse, rule_packets, transaction
 from redirector.network import run_in
 
 #: How long to wait for another program that changes rules (/run/xtables.lock).
@@ -16,6 +16,10 @@ _LOCK_SECONDS = 10
 
 def read(pod: Pod, family: Family) -> State:
     return parse(_run(pod, [family.save, "-t", "nat"]))
+
+
+def read_packets(pod: Pod, family: Family) -> dict[str, int]:
+    return rule_packets(_run(pod, [family.save, "-c", "-t", "nat"]))
 
 
 def commit(pod: Pod, family: Family, now: State, then: State) -> None:

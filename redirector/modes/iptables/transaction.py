@@ -2,11 +2,13 @@
 
 import hashlib
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 
 from redirector.model import Pod, Steering
 from redirector.modes.iptables.rules import (
     CHAINS,
+    INBOUND_CHAIN,
     IPV4,
     IPV6,
     JUMPS,
@@ -17,6 +19,7 @@ from redirector.modes.iptables.rules import (
     redirect,
     ruleset,
 )
+from redirector.steering import INBOUND_RULES, OUTBOUND_RULES
 
 _HASH_LENGTH = 12
 
@@ -76,6 +79,29 @@ def parse(saved: str) -> State:
         elif line.startswith("-A ") and (words[1] in OWN_CHAINS or _target(words) in OWN_CHAINS):
             lines.append(line)
     return State(tuple(chains), tuple(lines))
+
+
+def rule_packets(saved: str) -> dict[str, int]:
+    """How many packets met each of our rules, by its name, in what iptables-save -c prints.
+
+    Connections meet a nat rule once, by their first packet. What went through a chain of ours and
+    met none of its rules counts for the rule that ends its table.
+    """
+    met: Counter[str] = Counter()
+    for line in saved.splitlines():
+        if not line.startswith("[") or "--comment" not in line:
+            continue
+        packets, words = int(line[1:].partition(":")[0]), shlex.split(line)[1:]
+        if words[1] in CHAINS:
+            met[words[words.index("--comment") + 1]] += packets
+            met[_last_rule(words[1])] -= packets
+        elif _target(words) in CHAINS:
+            met[_last_rule(_target(words))] += packets
+    return dict(met)
+
+
+def _last_rule(chain: str) -> str:
+    return (INBOUND_RULES if chain == INBOUND_CHAIN else OUTBOUND_RULES)[-1].name
 
 
 def _target(words: list[str]) -> str:

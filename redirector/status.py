@@ -1,0 +1,94 @@
+"""What is known of a node and its pods, as values. Pure."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from redirector.datapath.layout import Counter, Defect
+from redirector.model import Accelerate, Mode, Pod
+
+
+class Outcome(StrEnum):
+    """What became of a connection, or of a direction of one; the first word of its counter."""
+
+    STEERED = "steered"
+    DIRECT = "direct"
+    REFUSED = "refused"
+    #: Left to TCP where it might have been short-circuited: a socket, or one direction.
+    PASSED = "passed"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many connections had this outcome for this reason."""
+
+    outcome: Outcome
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class MapFill:
+    """How full one of the datapath's maps is."""
+
+    name: str
+    entries: int
+    max_entries: int
+
+
+@dataclass(frozen=True)
+class PodStatus:
+    """A pod as recorded, what the kernel lacks of it, and what it has counted."""
+
+    pod: Pod
+    missing: tuple[str, ...]
+    #: eBPF mode only.
+    counters: dict[Counter, int]
+    #: What the kernel does wrong with redirected bytes; `accelerate auto` is off then.
+    defects: Defect
+    #: Whether the namespace and cgroup are those that were enrolled: what is missing can be put
+    #: back.
+    repairable: bool
+    #: In either mode, by the same names.
+    tallies: tuple[Tally, ...] = ()
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether the pod's steered connections are short-circuited."""
+        if self.pod.mode is not Mode.EBPF:
+            return False
+        if self.pod.accelerate is Accelerate.AUTO:
+            return not self.defects
+        return self.pod.accelerate is Accelerate.ON
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """All of a node at one moment."""
+
+    pods: tuple[PodStatus, ...]
+    maps: tuple[MapFill, ...] = ()
+    #: What is wrong with redirected bytes on this kernel; none when nothing is loaded.
+    defects: Defect = field(default_factory=lambda: Defect(0))
+
+
+#: What acceleration did.
+SHORT_CIRCUIT = (Counter.ACCELERATED, Counter.REDIRECTED_BYTES, Counter.REDIRECTED_MESSAGES)
+
+
+def tallies(counters: Mapping[Counter, int]) -> tuple[Tally, ...]:
+    """The counters that count connections or directions, by outcome and reason."""
+    return tuple(_tallies(counters))
+
+
+def _tallies(counters: Mapping[Counter, int]) -> Iterator[Tally]:
+    outcomes = {outcome.value: outcome for outcome in Outcome}
+    for counter, count in counters.items():
+        first, _, rest = counter.name.lower().partition("_")
+        if first in outcomes:
+            yield Tally(outcomes[first], rest.replace("_", "-"), count)
+
+
+def defect_names(defects: Defect) -> list[str]:
+    """What the kernel does wrong, by name."""
+    return [str(defect.name).lower() for defect in defects]

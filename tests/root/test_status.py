@@ -1,0 +1,83 @@
+"""What status and metrics tell of connections that were really made, in either mode."""
+
+from ipaddress import ip_address
+from pathlib import Path
+
+import probes
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from redirector.datapath.pins import Datapath
+from redirector.enrollment import Enrollment
+from redirector.lab import LabPod, Node
+from redirector.metrics import render
+from redirector.model import Mode
+from redirector.records import Records
+from redirector.status import Outcome, PodStatus
+from redirector.steering import Verdict
+
+pytestmark = pytest.mark.root
+
+SERVICE = probes.Call(ip_address("10.96.1.1"), 80)
+SERVICE6 = probes.Call(ip_address("fd96::1"), 80)
+EXCLUDED = 9999
+
+
+@pytest.fixture
+def steered(node: Node) -> LabPod:
+    pod = node.pod("pod")
+    probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
+    return pod
+
+
+def told(enrollment: Enrollment) -> PodStatus:
+    (pod,) = enrollment.node_status().pods
+    return pod
+
+
+def counted(pod: PodStatus) -> dict[tuple[Outcome, str], int]:
+    return {(tally.outcome, tally.reason): tally.count for tally in pod.tallies if tally.count}
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_connections_are_counted_by_what_became_of_them(
+    node: Node, enrollment: Enrollment, steered: LabPod, mode: Mode
+) -> None:
+    outside = node.pod("outside")
+    enrollment.enroll("pod", steered.netns, steered.cgroup, mode)
+    own = probes.Call(ip_address(steered.ip), 8080)
+    assert len(steered.call(probes.dial, [SERVICE] * 3 + [SERVICE6] * 2)) == 5
+    steered.call(probes.dial, [own], sidecar=True)
+    outside.call(probes.dial, [own] * 4)
+    steered.call(probes.dial, [SERVICE] * 6, sidecar=True)
+    found = counted(told(enrollment))
+    steered_ones = {reason: n for (what, reason), n in found.items() if what is Outcome.STEERED}
+    assert steered_ones == {"outbound": 5, "self": 1, "inbound": 4}
+    assert sum(n for (what, _), n in found.items() if what is Outcome.DIRECT) == 6
+
+
+def test_every_pod_and_map_is_in_the_metrics(
+    node: Node, enrollment: Enrollment, steered: LabPod
+) -> None:
+    enrollment.enroll("shop/a", steered.netns, steered.cgroup, Mode.EBPF)
+    other = node.pod("other")
+    enrollment.enroll("shop/b", other.netns, other.cgroup, Mode.IPTABLES)
+    steered.call(probes.dial, [SERVICE] * 3)
+    text = render(enrollment.node_status()).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    connections = {
+        (s.labels["pod"], s.labels["verdict"], s.labels["reason"]): s.value
+        for s in families["redirector_connections"].samples
+    }
+    assert connections["a", "steered", "outbound"] == 3
+    assert connections["b", "steered", "outbound"] == 0
+    entries = {s.labels["map"]: s.value for s in families["redirector_map_entries"].samples}
+    room = {s.labels["map"]: s.value for s in families["redirector_map_max_entries"].samples}
+    assert entries["pods"] == 1
+    assert entries["pods_by_address"] == len(enrollment.get("shop/a").addresses)
+    assert all(0 <= entries[name] < room[name] for name in room)
+
+
+def test_nothing_loaded_is_nothing_to_tell(node: Node, tmp_path: Path) -> None:  # noqa: ARG001
+    enrollment = Enrollment(Records(tmp_path / "pods"), Datapath(tmp_path / "pins"))
+    assert b"redirector_build_info" in render(enrollment.node_status())
