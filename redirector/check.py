@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +20,7 @@ from redirector import machine
 from redirector.errors import MachineError
 from redirector.model import Mode, Pod
 from redirector.modes.iptables.rules import IPV4, IPV6, Family
+from redirector.modes.iptables.sets import MOST_RULES, creation, networks_set
 from redirector.modes.iptables.transaction import restore_text
 from redirector.network import own_netns_cookie
 
@@ -80,7 +82,7 @@ def this_machine() -> Environment:
 
 @dataclass(frozen=True)
 class Check:
-    """One question to the machine. What only the comparison needs is not `required`."""
+    """One question to the machine. What only some uses need is not `required`."""
 
     name: str
     probe: Callable[[Environment], str]
@@ -203,6 +205,26 @@ def _iptables(family: Family) -> Callable[[Environment], str]:
     return probe
 
 
+def _ipset(env: Environment) -> str:
+    """What the iptables mode needs for long lists only."""
+    hint = f"without it, lists of more than {MOST_RULES} rules need --mode ebpf"
+    try:
+        ipset = str(machine.find_tool("ipset", package="ipset"))
+        unshare = str(machine.find_tool("unshare", package="util-linux"))
+        iptables = str(machine.find_tool("iptables", package="iptables"))
+        version = env.execute([ipset, "--version"], "").partition(",")[0].strip()
+        if env.euid != 0:
+            raise MachineError(f"{version}: only root can try whether it works; run it with sudo")
+        asks = networks_set(4, [ip_network("10.0.0.0/8")])
+        script = f'"$1" restore && "$2" -A OUTPUT {asks.match}'
+        env.execute(
+            [unshare, "--net", "sh", "-c", script, "sh", ipset, iptables], creation([asks], {})
+        )
+    except MachineError as error:
+        raise MachineError(f"{error}; {hint}") from None
+    return version
+
+
 def _envoy(env: Environment) -> str:
     binary = machine.envoy_binary(env.variables)
     found = re.search(r"/(\d+\.\d+\.\d+[^/]*)/", env.execute([str(binary), "--version"], ""))
@@ -228,6 +250,7 @@ CHECKS: tuple[Check, ...] = (
     Check("bcc", _bcc),
     Check("iptables", _iptables(IPV4)),
     Check("ip6tables", _iptables(IPV6)),
+    Check("ipset", _ipset, required=False),
     Check("Envoy", _envoy),
     Check("luajit", _luajit, required=False),
 )

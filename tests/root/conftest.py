@@ -1,6 +1,10 @@
 """The modes that root tests run in."""
 
+import shutil
+from pathlib import Path
+
 import pytest
+from xtables import FLAVOURS, PROGRAMS
 
 from redirector.datapath.pins import Datapath
 from redirector.model import Mode
@@ -13,3 +17,14 @@ from redirector.modes.iptables.driver import IptablesMode
 def driver(request: pytest.FixtureRequest, datapath: Datapath) -> ModeDriver:
     """Each mode that must follow the decision rules."""
     return EbpfMode(datapath) if request.param is Mode.EBPF else IptablesMode()
+
+
+@pytest.fixture(params=FLAVOURS)
+def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder at the head of PATH where iptables is of one flavour."""
+    program = shutil.which(FLAVOURS[request.param], path="/usr/sbin:/sbin")
+    assert program, f"{FLAVOURS[request.param]} is not installed: apt-get install iptables"
+    for name in PROGRAMS:
+        (tmp_path / name).symlink_to(program)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path

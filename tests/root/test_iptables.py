@@ -1,6 +1,5 @@
 """The iptables mode on the real kernel, with both flavours of iptables."""
 
-import shutil
 import threading
 import time
 from collections import Counter
@@ -14,33 +13,21 @@ from socket import socket
 
 import probes
 import pytest
+from xtables import as_pod, saved
 
 from redirector.errors import DatapathError, InputError, MachineError
 from redirector.lab import LabPod, Node
 from redirector.model import IPAddress, Mode, Pod, Steering
 from redirector.modes.iptables.driver import IptablesMode
 from redirector.modes.iptables.rules import KEEP_CHAIN
-from redirector.network import addresses, netns_cookie, open_connections, within
+from redirector.network import open_connections, within
 from redirector.steering import Verdict
 
 pytestmark = pytest.mark.root
 
-FLAVOURS = {"nft": "xtables-nft-multi", "legacy": "xtables-legacy-multi"}
-PROGRAMS = [f"ip{six}tables{verb}" for six in ("", "6") for verb in ("", "-restore", "-save")]
 DRIVER = IptablesMode()
 STEERED_OUT = (Verdict.DIRECT, Verdict.OUTBOUND)
 STEERED_IN = (Verdict.DIRECT, Verdict.INBOUND)
-
-
-@pytest.fixture(params=FLAVOURS)
-def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder at the head of PATH where iptables is of one flavour."""
-    program = shutil.which(FLAVOURS[request.param], path="/usr/sbin:/sbin")
-    assert program, f"{FLAVOURS[request.param]} is not installed: apt-get install iptables"
-    for name in PROGRAMS:
-        (tmp_path / name).symlink_to(program)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    return tmp_path
 
 
 @pytest.fixture
@@ -52,24 +39,6 @@ def peers(node: Node) -> tuple[LabPod, LabPod]:
     for pod in (first, second):
         probes.start(pod, [(Verdict.DIRECT, 80)])
     return first, second
-
-
-def as_pod(lab: LabPod, steering: Steering | None = None) -> Pod:
-    return Pod(
-        lab.name,
-        lab.netns,
-        lab.cgroup,
-        Mode.IPTABLES,
-        steering=steering or Steering(),
-        addresses=addresses(lab.netns),
-        netns_cookie=netns_cookie(lab.netns),
-    )
-
-
-def saved(lab: LabPod) -> str:
-    """All NAT rules of both families; without the packet counters and dates."""
-    text = "".join(lab.run([f"ip{six}tables-save"], check=True).stdout for six in ("", "6"))
-    return "\n".join(line.split(" [")[0] for line in text.splitlines() if line[:1] != "#")
 
 
 def connect(lab: LabPod, destination: str, port: int = 80) -> tuple[socket, probes.Arrival]:
@@ -123,7 +92,7 @@ def test_install_with_other_options_replaces_the_rules(node: Node) -> None:
     lab = node.pod("a")
     other = as_pod(lab, Steering(exclude_outbound_ports=frozenset(range(1, 40))))
     DRIVER.install(as_pod(lab))
-    assert "IPv4 jump from chain OUTPUT" in DRIVER.missing(other)
+    assert "IPv4 jump from chain OUTPUT of table nat" in DRIVER.missing(other)
     DRIVER.install(other)
     assert DRIVER.missing(other) == []
     DRIVER.remove(other)
@@ -308,7 +277,7 @@ def test_missing_names_what_somebody_took_away(node: Node) -> None:
     assert DRIVER.missing(pod) == [
         "IPv4 rule outbound.proxy-self in chain REDIRECTOR_OUTPUT",
         "IPv6 chain REDIRECTOR_INBOUND as it was installed: somebody added or moved rules",
-        "IPv6 jump from chain PREROUTING",
+        "IPv6 jump from chain PREROUTING of table nat",
     ]
     DRIVER.install(pod)
     assert DRIVER.missing(pod) == []

@@ -17,6 +17,7 @@ ENSURE = "from redirector.machine import *; print(bpffs_mount(), ensure_bpffs(),
 def test_this_machine_has_all_that_is_needed() -> None:
     out = io.StringIO()
     assert run(out) == 0, out.getvalue()
+    assert "\nwarn " not in out.getvalue()
 
 
 def test_bpffs_is_mounted_where_it_is_not() -> None:

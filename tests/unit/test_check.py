@@ -72,7 +72,7 @@ def test_kernels_that_will_do(good: Environment, release: str) -> None:
 
 def test_no_root(good: Environment) -> None:
     found = not_ok(replace(good, euid=1000))
-    assert found.keys() == {"root", "iptables", "ip6tables"}
+    assert found.keys() == {"root", "iptables", "ip6tables", "ipset"}
     assert found["root"] == "this is uid 1000; run it with sudo"
 
 
@@ -108,7 +108,8 @@ def test_programs_that_do_not_work(good: Environment) -> None:
         raise MachineError("No chain/target/match by that name" if stdin else "No module named bcc")
 
     found = not_ok(replace(good, execute=broken))
-    assert found.keys() == {"bcc", "iptables", "ip6tables", "Envoy"}
+    assert found.keys() == {"bcc", "iptables", "ip6tables", "ipset", "Envoy"}
+    assert found["ipset"].endswith("lists of more than 32 rules need --mode ebpf")
     assert "(legacy) does not take our rules: No chain/target/match" in found["iptables"]
     assert "(No module named bcc); apt-get install python3-bpfcc" in found["bcc"]
 

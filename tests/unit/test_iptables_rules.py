@@ -1,10 +1,12 @@
 """The iptables mode's rules as text: what a dry run prints and the kernel is fed."""
 
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 
 from redirector.model import Mode, Pod
+from redirector.modes.iptables.sets import MOST_RULES, networks_set
 from redirector.modes.iptables.transaction import rules
 from redirector.steering import parse
 
@@ -30,6 +32,12 @@ CASES = {
     },
     # xt_multiport takes 15 ports.
     "many-ports": {"exclude-outbound-ports": ",".join(map(str, range(1, 32)))},
+    # More than MOST_RULES of IPv4: a set; of IPv6 less: rules. No set holds a whole family.
+    "long-list": {
+        "include-outbound-cidrs": ",".join(
+            ["0.0.0.0/0", "fd00::/8", *(f"10.{number}.0.0/16" for number in range(33))]
+        )
+    },
 }
 
 
@@ -63,3 +71,24 @@ def test_the_mark_tells_rules_apart_that_have_the_same_names() -> None:
 
     assert marks({}) == marks({})
     assert not marks({}) & marks({"outbound-port": "1501"})
+
+
+def test_a_set_may_be_printed_as_c_writes_addresses() -> None:
+    asks = networks_set(6, [ip_network("::102:304"), ip_network("fd00::/8")])
+    assert asks.holds(["::1.2.3.4", "fd00::/8"])
+    assert not asks.holds(["::1.2.3.5", "fd00::/8"])
+    assert not asks.holds(["fd00::/8"])
+
+
+def test_a_long_list_of_ports_is_one_rule() -> None:
+    def excluding(count: int) -> str:
+        ports = ",".join(map(str, range(1, count + 1)))
+        return text({"exclude-outbound-ports": ports})
+
+    most = MOST_RULES * 15
+    assert excluding(most).count("--dports") == 2 * (MOST_RULES + 1)
+    assert "ipset" not in excluding(most)
+    longer = excluding(most + 1)
+    assert longer.count("create ") == 1, "one set serves both families"
+    assert longer.count("--match-set") == 2
+    assert longer.count("\nadd ") == most + 1

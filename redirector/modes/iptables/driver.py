@@ -1,14 +1,23 @@
 """Compares the rules with what the kernel has and commits the difference."""
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from redirector.errors import InputError, MachineError, RedirectorError
+from redirector.errors import DatapathError, InputError, MachineError, RedirectorError
 from redirector.model import Mode, Pod
-from redirector.modes.iptables.programs import commit, read, read_packets
-from redirector.modes.iptables.rules import CHAINS, IPV4, IPV6, Family
-from redirector.modes.iptables.transaction import State, desired_state, kept_state
+from redirector.modes.iptables import sets
+from redirector.modes.iptables.programs import (
+    commit,
+    destroy_sets,
+    make_sets,
+    read,
+    read_packets,
+    read_sets,
+)
+from redirector.modes.iptables.rules import CHAINS, IPV4, IPV6, Family, Table
+from redirector.modes.iptables.transaction import State, all_sets, desired_state, kept_state
 from redirector.network import is_pods, open_connections, require_netns
 from redirector.status import Outcome, Tally
 from redirector.steering import INBOUND_RULES, LOCALHOST, OUTBOUND_RULES, Rule, Verdict
@@ -23,18 +32,29 @@ class IptablesMode:
 
     def install(self, pod: Pod) -> None:
         require_netns(pod.netns)
-        before = {family: read(pod, family) for family in _families()}
+        desired = {family: desired_state(pod.steering, family) for family in _families()}
+        before = {family: read(pod, family) for family in desired}
+        old, new = _asked(before.values()), all_sets(desired.values())
         changed: list[Family] = []
         try:
+            creation = sets.creation(new, read_sets(pod)) if new else ""
+            if creation:
+                make_sets(pod, creation)
             for family, state in before.items():
-                desired = desired_state(pod.steering, family)
-                if state.signatures() != desired.signatures():
-                    commit(pod, family, state, desired)
+                if not state.same_rules(desired[family]):
+                    # Even a failure may leave one table of two changed.
                     changed.append(family)
+                    commit(pod, family, state, desired[family])
         except RedirectorError:
             for family in changed:
-                commit(pod, family, read(pod, family), before[family])
+                state = read(pod, family)
+                if not state.same_rules(before[family]):
+                    commit(pod, family, state, before[family])
+            # What made us fail is what the user must hear of.
+            with contextlib.suppress(RedirectorError):
+                destroy_sets(pod, read_sets(pod).keys() - old)
             raise
+        destroy_sets(pod, old - {each.name for each in new})
 
     def remove(self, pod: Pod) -> None:
         try:
@@ -46,9 +66,13 @@ class IptablesMode:
         # One family that fails must not keep the other steered.
         errors: list[RedirectorError] = []
         kept: list[Family] = []
+        asked: set[str] = set()
         for family in _families():
             try:
-                if _steer_nothing(pod, family):
+                state = read(pod, family)
+                asked |= _asked([state])
+                if state != State():
+                    _steer_nothing(pod, family, state)
                     kept.append(family)
             except RedirectorError as error:
                 errors.append(error)
@@ -66,19 +90,29 @@ class IptablesMode:
                     errors.append(error)
         if errors:
             raise errors[0]
+        _drop_sets(pod, asked)
 
     def missing(self, pod: Pod) -> list[str]:
         try:
             require_netns(pod.netns)
         except InputError as error:
             return [str(error)]
-        return [
+        desired = {family: desired_state(pod.steering, family) for family in _families()}
+        lost = [
             f"IPv{family.version} {what}"
-            for family in _families()
-            for what in _difference(
-                desired_state(pod.steering, family).signatures(), read(pod, family).signatures()
-            )
+            for family, state in desired.items()
+            for what in _difference(state, read(pod, family))
         ]
+        wanted = all_sets(desired.values())
+        if wanted:
+            found = read_sets(pod)
+            lost += [
+                f"set {each.name}"
+                + (" as it was installed: somebody changed it" if each.name in found else "")
+                for each in wanted
+                if each.name not in found or not each.holds(found[each.name])
+            ]
+        return lost
 
     def tallies(self, pod: Pod) -> tuple[Tally, ...]:
         met: Counter[str] = Counter()
@@ -98,28 +132,48 @@ def _outcome(rule: Rule) -> tuple[Outcome, str]:
     return Outcome.STEERED, "self" if own else rule.verdict
 
 
-def _difference(wanted: dict[str, list[str]], found: dict[str, list[str]]) -> Iterator[str]:
-    for chain, expected in wanted.items():
-        present = found.get(chain, [])
-        absent = Counter(expected) - Counter(present)
-        if chain not in CHAINS:
-            yield from (f"jump from chain {chain}" for _ in absent)
-        elif chain not in found:
-            yield f"chain {chain}"
-        else:
-            yield from (f"rule {name} in chain {chain}" for name in absent.elements())
-        if present != expected and not absent:
-            yield f"chain {chain} as it was installed: somebody added or moved rules"
+def _asked(states: Iterable[State]) -> frozenset[str]:
+    return frozenset[str]().union(*(sets.used_by(state.lines()) for state in states))
 
 
-def _steer_nothing(pod: Pod, family: Family) -> bool:
-    """Leave of our rules only what keeps open connections; return whether there were any."""
-    state, kept = read(pod, family), kept_state(pod.steering)
-    if state == State():
-        return False
-    if state.signatures() != kept.signatures():
+def _drop_sets(pod: Pod, asked: Collection[str]) -> None:
+    """Destroy all sets of ours, also those that an install left when it was killed."""
+    try:
+        found = read_sets(pod)
+    except (MachineError, DatapathError):
+        # Without ipset no set was made.
+        if asked or all_sets(desired_state(pod.steering, family) for family in _families()):
+            raise
+        return
+    destroy_sets(pod, found)
+
+
+def _difference(wanted: State, found: State) -> Iterator[str]:
+    for table in Table:
+        present = found.part(table).signatures()
+        for chain, expected in wanted.part(table).signatures().items():
+            yield from _chain_difference(chain, expected, present.get(chain), table)
+
+
+def _chain_difference(
+    chain: str, expected: list[str], present: list[str] | None, table: Table
+) -> Iterator[str]:
+    absent = Counter(expected) - Counter(present or [])
+    if chain not in CHAINS:
+        yield from (f"jump from chain {chain} of table {table}" for _ in absent)
+    elif present is None:
+        yield f"chain {chain}"
+    else:
+        yield from (f"rule {name} in chain {chain}" for name in absent.elements())
+    if (present or []) != expected and not absent:
+        yield f"chain {chain} as it was installed: somebody added or moved rules"
+
+
+def _steer_nothing(pod: Pod, family: Family, state: State) -> None:
+    """Leave of our rules only what keeps open connections."""
+    kept = kept_state(pod.steering)
+    if not state.same_rules(kept):
         commit(pod, family, state, kept)
-    return True
 
 
 def _redirected_versions(pod: Pod) -> set[int]:

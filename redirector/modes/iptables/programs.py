@@ -1,21 +1,28 @@
-"""The iptables programs, run in a pod's namespace."""
+"""The programs iptables and ipset, run in a pod's namespace."""
 
 import re
 import subprocess
+import time
+from collections.abc import Iterable
 
 from redirector.errors import DatapathError, MachineError
 from redirector.machine import find_tool
 from redirector.model import Pod
+from redirector.modes.iptables import sets
 from redirector.modes.iptables.rules import Family
 from redirector.modes.iptables.transaction import State, parse, rule_packets, transaction
 from redirector.network import run_in
 
 #: How long to wait for another program that changes rules (/run/xtables.lock).
 _LOCK_SECONDS = 10
+#: How long the kernel may take to let go of the sets of rules that are gone
+#: (nf_tables_trans_destroy_work).
+_RELEASE_SECONDS = 5.0
 
 
 def read(pod: Pod, family: Family) -> State:
-    return parse(_run(pod, [family.save, "-t", "nat"]))
+    # Without -t, so that looking does not make a table.
+    return parse(_run(pod, [family.save]))
 
 
 def read_packets(pod: Pod, family: Family) -> dict[str, int]:
@@ -26,8 +33,31 @@ def commit(pod: Pod, family: Family, now: State, then: State) -> None:
     _run(pod, [family.restore, "--noflush", f"--wait={_LOCK_SECONDS}"], transaction(now, then))
 
 
-def _run(pod: Pod, argv: list[str], stdin: str = "") -> str:
-    program = find_tool(argv[0], package="iptables")
+def read_sets(pod: Pod) -> dict[str, frozenset[str]]:
+    """Return the members of our sets, by name."""
+    return sets.parse(_run(pod, ["ipset", "save"], package="ipset"))
+
+
+def make_sets(pod: Pod, creation: str) -> None:
+    _run(pod, ["ipset", "restore"], creation, package="ipset")
+
+
+def destroy_sets(pod: Pod, names: Iterable[str]) -> None:
+    """Destroy sets that no rule asks any more."""
+    for name in names:
+        deadline = time.monotonic() + _RELEASE_SECONDS
+        while True:
+            try:
+                _run(pod, ["ipset", "destroy", name], package="ipset")
+                break
+            except DatapathError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+
+def _run(pod: Pod, argv: list[str], stdin: str = "", package: str = "iptables") -> str:
+    program = find_tool(argv[0], package)
     try:
         done = run_in(pod.netns, [str(program), *argv[1:]], stdin)
     except subprocess.TimeoutExpired:

@@ -3,9 +3,11 @@
 import hashlib
 import shlex
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from redirector.model import Pod, Steering
+from redirector.modes.iptables import sets
 from redirector.modes.iptables.rules import (
     CHAINS,
     INBOUND_CHAIN,
@@ -15,18 +17,20 @@ from redirector.modes.iptables.rules import (
     KEEP_CHAIN,
     OWN_CHAINS,
     Family,
-    NatRule,
+    Rule,
+    Table,
     redirect,
     ruleset,
 )
+from redirector.modes.iptables.sets import IpSet
 from redirector.steering import INBOUND_RULES, OUTBOUND_RULES
 
 _HASH_LENGTH = 12
 
 
 @dataclass(frozen=True)
-class State:
-    """Our part of a namespace's nat table: our chains, their rules, and the jumps to them.
+class Part:
+    """Our part of one table: our chains, their rules, and the jumps to them.
 
     `lines` are `-A` lines as iptables-save prints them or as we would write them.
     """
@@ -47,15 +51,44 @@ class State:
         return found
 
 
+@dataclass(frozen=True)
+class State:
+    """Our part of a namespace's tables, for one family; `sets` are those that its rules ask."""
+
+    parts: dict[Table, Part] = field(default_factory=dict)
+    sets: tuple[IpSet, ...] = ()
+
+    def part(self, table: Table) -> Part:
+        return self.parts.get(table, Part())
+
+    def lines(self) -> list[str]:
+        return [line for part in self.parts.values() for line in part.lines]
+
+    def same_rules(self, other: "State") -> bool:
+        return all(
+            self.part(table).signatures() == other.part(table).signatures() for table in Table
+        )
+
+
 def desired_state(steering: Steering, family: Family) -> State:
-    lines = [rule.line() for rule in ruleset(steering, family)]
+    rules = ruleset(steering, family)
+    lines = [(CHAINS[rule.chain], rule.line()) for rule in rules]
     # The jumps carry a hash of all rules, so that other rules under the same names are noticed.
-    mark = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:_HASH_LENGTH]
+    mark = hashlib.sha256("\n".join(line for _, line in lines).encode()).hexdigest()[:_HASH_LENGTH]
     lines += [
-        f"-A {jump.base} {jump.match} -m comment --comment redirector:{mark} -j {jump.chain}"
+        (
+            CHAINS[jump.chain],
+            f"-A {jump.base} {jump.match} -m comment --comment redirector:{mark} -j {jump.chain}",
+        )
         for jump in JUMPS
     ]
-    return State(CHAINS, tuple(lines))
+    asked = dict.fromkeys(rule.asks for rule in rules if rule.asks is not None)
+    return State(_parts(CHAINS.items(), lines), tuple(asked))
+
+
+def all_sets(states: Iterable[State]) -> tuple[IpSet, ...]:
+    """Return the sets of these states, each once: a list of ports serves both families."""
+    return tuple(dict.fromkeys(each for state in states for each in state.sets))
 
 
 def kept_state(steering: Steering) -> State:
@@ -65,20 +98,46 @@ def kept_state(steering: Steering) -> State:
     without one, packets of redirected connections are no longer translated and are answered by a
     reset.
     """
-    rule = NatRule(KEEP_CHAIN, "open-connections", "-p tcp", redirect(steering.outbound_port))
-    return State((KEEP_CHAIN,), (rule.line(),))
+    rule = Rule(KEEP_CHAIN, "open-connections", "-p tcp", redirect(steering.outbound_port))
+    return State({Table.NAT: Part((KEEP_CHAIN,), (rule.line(),))})
 
 
 def parse(saved: str) -> State:
     """Read our part out of what iptables-save prints."""
-    chains, lines = [], []
+    chains: list[tuple[str, Table]] = []
+    lines: list[tuple[Table, str]] = []
+    table: Table | None = None
     for line in saved.splitlines():
         words = line.split()
-        if line.startswith(":") and words[0][1:] in OWN_CHAINS:
-            chains.append(words[0][1:])
-        elif line.startswith("-A ") and (words[1] in OWN_CHAINS or _target(words) in OWN_CHAINS):
-            lines.append(line)
-    return State(tuple(chains), tuple(lines))
+        if line.startswith("*"):
+            table = next((each for each in Table if each == line[1:]), None)
+        elif table is None:
+            continue
+        elif line.startswith(":") and _is_own(words[0][1:], table):
+            chains.append((words[0][1:], table))
+        elif line.startswith("-A ") and (
+            _is_own(words[1], table) or _is_own(_target(words), table)
+        ):
+            lines.append((table, line))
+    return State(_parts(chains, lines))
+
+
+def _parts(
+    chains: Iterable[tuple[str, Table]], lines: Iterable[tuple[Table, str]]
+) -> dict[Table, Part]:
+    chains, lines = list(chains), list(lines)
+    parts = {
+        table: Part(
+            tuple(chain for chain, home in chains if home is table),
+            tuple(line for home, line in lines if home is table),
+        )
+        for table in Table
+    }
+    return {table: part for table, part in parts.items() if part != Part()}
+
+
+def _is_own(chain: str, table: Table) -> bool:
+    return OWN_CHAINS.get(chain) is table
 
 
 def rule_packets(saved: str) -> dict[str, int]:
@@ -113,11 +172,19 @@ def transaction(now: State, then: State) -> str:
 
     Base chains stay: with them would go the NAT hook, and with it the open connections' NAT.
     """
-    jumps = [line for line in now.lines if line.split()[1] not in OWN_CHAINS]
+    return "".join(
+        _table_transaction(table, now.part(table), then.part(table))
+        for table in Table
+        if now.part(table) != then.part(table)
+    )
+
+
+def _table_transaction(table: Table, now: Part, then: Part) -> str:
+    jumps = [line for line in now.lines if not _is_own(line.split()[1], table)]
     gone = [chain for chain in now.chains if chain not in then.chains]
     return "\n".join(
         [
-            "*nat",
+            f"*{table}",
             *(f"-D{line[2:]}" for line in jumps),
             # Declaring a chain empties it when it is there.
             *(f":{chain} - [0:0]" for chain in then.chains),
@@ -134,7 +201,9 @@ def restore_text(pod: Pod, family: Family) -> str:
 
 
 def rules(pod: Pod) -> str:
-    """Return the restore texts of both families, for a dry run."""
-    return "".join(
+    """Return the restore texts of sets and of both families, for a dry run."""
+    states = [desired_state(pod.steering, family) for family in (IPV4, IPV6)]
+    creation = sets.creation(all_sets(states), {})
+    return (f"# ipset restore\n{creation}" if creation else "") + "".join(
         f"# {family.restore} --noflush\n{restore_text(pod, family)}" for family in (IPV4, IPV6)
     )
