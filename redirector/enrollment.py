@@ -79,7 +79,7 @@ class Enrollment:
         return pod
 
     def _require_new(self, pod: Pod) -> None:
-        for other in self._records.all():
+        for other in self._records.near(pod):
             if other.name == pod.name:
                 raise AlreadyEnrolled(
                     f"pod {pod.name}: enrolled already in {other.mode} mode; change it with "

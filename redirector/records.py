@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -19,6 +21,8 @@ class Records:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        # Links to the records, named by what no two pods may share.
+        self._entries = directory / "index"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -65,16 +69,63 @@ class Records:
     def put(self, pod: Pod) -> None:
         """Write a record; a reader sees the old one or the new one, never half of it."""
         path = self._path(pod.name)
+        # First, because an index entry without a record is harmless, and the opposite is not.
+        self._complete_index()
+        for key in _keys(pod):
+            self._index(key, path)
         staging = path.with_suffix(".new")
         staging.write_text(json.dumps(to_json(pod), indent=2) + "\n")
         staging.rename(path)
 
     def delete(self, name: str) -> None:
         """Forget a record; one that is not there is no error."""
-        self._path(name).unlink(missing_ok=True)
+        path = self._path(name)
+        with contextlib.suppress(DatapathError):
+            for key in _keys(self.read(path)):
+                entry = self._entries / key
+                if entry.is_symlink() and entry.readlink().name == path.name:
+                    entry.unlink()
+        path.unlink(missing_ok=True)
+
+    def near(self, pod: Pod) -> Iterator[Pod]:
+        """The records with this name, this network namespace, or a cgroup above or below.
+
+        Looks at no other, so that the price does not grow with the pods of the node.
+        """
+        self._complete_index()
+        below = (Path(place) for place, _, _ in os.walk(pod.cgroup))
+        cgroups = dict.fromkeys((pod.cgroup, *pod.cgroup.parents, *below))
+        entries = [_netns_key(pod.netns_cookie), *map(_cgroup_key, cgroups)]
+        for path in (self._path(pod.name), *(self._entries / entry for entry in entries)):
+            if path.exists():
+                yield self.read(path.resolve())
+
+    def _complete_index(self) -> None:
+        """Index what an earlier version recorded, which had none."""
+        if self._entries.is_dir():
+            return
+        staging = self._entries.with_suffix(".new")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(mode=0o700, parents=True)
+        for path in self.paths():
+            with contextlib.suppress(DatapathError):
+                for key in _keys(self.read(path)):
+                    (staging / key).symlink_to(f"../{path.name}")
+        staging.rename(self._entries)
+
+    def _index(self, key: str, path: Path) -> None:
+        entry, target = self._entries / key, f"../{path.name}"
+        if entry.is_symlink() and str(entry.readlink()) == target:
+            return
+        staging = self._entries / f"{key}.new"
+        staging.unlink(missing_ok=True)
+        staging.symlink_to(target)
+        staging.rename(entry)
 
     def clear(self) -> None:
         """Remove the directory with all that this class put into it."""
+        for entries in self.directory.glob(f"{self._entries.name}*"):
+            shutil.rmtree(entries)
         for pattern in ("*.json", "*.new", ".lock"):
             for path in self.directory.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -84,6 +135,19 @@ class Records:
     def _path(self, name: str) -> Path:
         # A name may hold a slash ("namespace/pod"), a file's name may not.
         return self.directory / f"{name.replace('%', '%25').replace('/', '%2f')}.json"
+
+
+def _keys(pod: Pod) -> tuple[str, str]:
+    return _netns_key(pod.netns_cookie), _cgroup_key(pod.cgroup)
+
+
+def _netns_key(cookie: int) -> str:
+    return f"netns-{cookie}"
+
+
+def _cgroup_key(path: Path) -> str:
+    # A path may be longer than a file's name.
+    return f"cgroup-{hashlib.sha256(os.fsencode(path)).hexdigest()}"
 
 
 def to_json(pod: Pod) -> dict[str, Any]:

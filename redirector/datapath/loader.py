@@ -77,7 +77,7 @@ def load(root: Path, sizes: Mapping[str, int]) -> None:
             if program.attach is _A.SK_MSG_VERDICT:
                 libbpf.prog_attach(function.fd, _map_fd(module, "sockets"), program.attach)
         about = About(defects=find_defects(*(_map_fd(module, name) for name in PROBED)))
-        about.sha256[:] = build_id(unit)
+        about.sha256[:] = build_id(sizes)
         libbpf.map_update(_map_fd(module, "about"), bytes(4), bytes(about))
         staging.rename(root)
     except BaseException:

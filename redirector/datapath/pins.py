@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from redirector.datapath import libbpf
 from redirector.datapath.layout import Defect
 from redirector.datapath.libbpf import AttachType
 from redirector.datapath.maps import Maps
-from redirector.datapath.source import SIZES, build_id, translation_unit
+from redirector.datapath.source import SIZES, build_id
 from redirector.errors import DatapathError, MachineError
 from redirector.machine import kernel_headers
 
@@ -80,9 +81,13 @@ class Datapath:
         finally:
             os.close(fd)
 
+    @cached_property
+    def _build(self) -> bytes:
+        return build_id(self._sizes)
+
     def is_current(self) -> bool:
         """Whether what is pinned was compiled from the shipped source with the same constants."""
-        return bytes(self.maps.about().sha256) == build_id(translation_unit(self._sizes))
+        return bytes(self.maps.about().sha256) == self._build
 
     def defects(self) -> Defect:
         """What the running kernel does wrong with redirected bytes."""

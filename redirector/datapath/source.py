@@ -5,6 +5,7 @@ that keeps the compiler's messages true.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,21 +54,29 @@ def translation_unit(sizes: Mapping[str, int]) -> str:
     constants["RMEM_OFFSET"] = member_offset("sock", "sk_backlog", "rmem_alloc") or 0
     parts = [f"#include <{name}>" for name in INCLUDES]
     parts += [f"#define {name} {value}" for name, value in constants.items()]
-    for name in FILES:
-        path = DIRECTORY / name
-        try:
-            text = path.read_text()
-        except OSError as error:
-            raise MachineError(
-                f"{path}: {error.strerror}; the programs' source belongs to the installation: "
-                "install the project again"
-            ) from error
-        parts.append(f'#line 1 "{name}"\n{text}')
+    parts += [f'#line 1 "{name}"\n{_text(name)}' for name in FILES]
     parts.append('#line 1 "layout.py"')
     parts += static_assertions()
     return "\n".join(parts) + "\n"
 
 
-def build_id(unit: str) -> bytes:
-    """SHA-256 (32 bytes) of a translation unit: tells a running datapath from the shipped one."""
-    return hashlib.sha256(unit.encode()).digest()
+def build_id(sizes: Mapping[str, int]) -> bytes:
+    """SHA-256 (32 bytes) of the source and sizes: tells a running datapath from the shipped one.
+
+    What comes from the running kernel is left out: pins do not outlive it.
+    """
+    whole = hashlib.sha256(json.dumps(dict(sizes), sort_keys=True).encode())
+    for name in FILES:
+        whole.update(b"\0" + _text(name).encode())
+    return whole.digest()
+
+
+def _text(name: str) -> str:
+    path = DIRECTORY / name
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise MachineError(
+            f"{path}: {error.strerror}; the programs' source belongs to the installation: "
+            "install the project again"
+        ) from error

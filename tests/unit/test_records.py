@@ -1,0 +1,86 @@
+"""Records of enrolled pods: found again by what no two pods may share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from redirector.model import Mode, Pod
+from redirector.records import Records
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    return Records(tmp_path / "pods")
+
+
+def pod(records: Records, name: str, cookie: int, cgroup: str) -> Pod:
+    """A pod whose cgroup, a mere directory here, exists."""
+    path = records.directory.parent / "cgroups" / cgroup
+    path.mkdir(parents=True, exist_ok=True)
+    return Pod(name, Path("/run/netns/a"), path, Mode.EBPF, netns_cookie=cookie)
+
+
+def near(records: Records, asked: Pod) -> set[str]:
+    return {found.name for found in records.near(asked)}
+
+
+def test_only_pods_that_share_something_are_near(records: Records) -> None:
+    for name, cookie, cgroup in (("a", 1, "x/a"), ("b", 2, "x/b"), ("ns/c", 3, "y")):
+        records.put(pod(records, name, cookie, cgroup))
+    assert near(records, pod(records, "new", 9, "x/new")) == set()
+    assert near(records, pod(records, "ns/c", 9, "z")) == {"ns/c"}
+    assert near(records, pod(records, "new", 2, "z")) == {"b"}
+    assert near(records, pod(records, "new", 9, "x/a/app")) == {"a"}
+    assert near(records, pod(records, "new", 9, "x")) == {"a", "b"}
+    records.delete("b")
+    assert near(records, pod(records, "new", 2, "x")) == {"a"}
+
+
+def test_a_pod_that_takes_anothers_place_keeps_its_own_entries(records: Records) -> None:
+    """The record of the former one is deleted later, as its agent finds out later."""
+    old, new = pod(records, "old", 1, "x"), pod(records, "new", 2, "x")
+    records.put(old)
+    records.put(new)
+    records.delete("old")
+    assert near(records, replace(new, name="other", netns_cookie=9)) == {"new"}
+
+
+def test_records_without_an_index_are_indexed(records: Records) -> None:
+    records.put(pod(records, "a", 1, "x"))
+    for entry in (records.directory / "index").iterdir():
+        entry.unlink()
+    (records.directory / "index").rmdir()
+    assert near(records, pod(records, "new", 1, "y")) == {"a"}
+
+
+def test_how_many_others_there_are_does_not_matter(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads() -> int:
+        count = 0
+        read = Records.read
+
+        def counted(path: Path) -> Pod:
+            nonlocal count
+            count += 1
+            return read(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Records, "read", staticmethod(counted))
+            assert near(records, pod(records, "new", 999, "all/new")) == set()
+            records.put(pod(records, "another", 998, "all/another"))
+        return count
+
+    records.put(pod(records, "first", 1, "all/first"))
+    few = reads()
+    for n in range(2, 60):
+        records.put(pod(records, f"p{n}", n, f"all/p{n}"))
+    assert reads() == few
+
+
+def test_clearing_leaves_nothing(records: Records) -> None:
+    with records.locked():
+        records.put(pod(records, "a", 1, "x"))
+        records.clear()
+    assert not records.directory.exists()
