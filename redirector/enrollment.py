@@ -136,11 +136,14 @@ class Enrollment:
                     "enroll it again"
                 )
             new = replace(new, addresses=network.addresses(new.netns))
-            self._modes[new.mode].install(new)
-            self._records.put(new)
+            had = self._records.had(name)
+            self._records.put(old, changing=(*had, new))
+            self._modes[new.mode].install(new, had)
+            self._records.put(new, changing=had)
             for other in self._modes.values():
                 if other.mode is not new.mode:
-                    other.remove(new)
+                    other.remove(new, had)
+            self._records.put(new)
         return new
 
     def unenroll(self, name: str) -> None:
@@ -150,8 +153,9 @@ class Enrollment:
 
     def _remove(self, pod: Pod) -> None:
         # Of every mode: a change of mode may have been interrupted.
+        had = self._records.had(pod.name)
         for driver in self._modes.values():
-            driver.remove(pod)
+            driver.remove(pod, had)
         with contextlib.suppress(InputError):  # the namespace is gone
             if network.is_pods(pod):
                 network.take_off_loopback(pod.netns, PASSTHROUGH_V6)
@@ -235,20 +239,20 @@ def _lost(pod: Pod) -> str | None:
 
 
 def require_cgroup(path: Path) -> Path:
-    """The path of a cgroup2 directory below the mount's root. InputError says what it is not."""
-    mount = machine.cgroup2_mount()
-    hint = f"give a pod's directory below {mount}"
+    """The path of a cgroup2 directory that is not the root. InputError says what it is not."""
     # Dots and links must not hide that it is the root.
     path = path.resolve()
+    if (path / "cgroup.events").exists():  # not in the root, nor in version 1
+        return path
     if not path.exists():
-        raise InputError(f"cgroup {path}: does not exist; {hint}")
-    if not (path / "cgroup.procs").exists():
-        raise InputError(f"cgroup {path}: is not a cgroup2 directory; {hint}")
-    if not path.is_relative_to(mount):
-        raise InputError(f"cgroup {path}: is not in the cgroup2 mount; {hint}")
-    if path == mount:
-        raise InputError(f"cgroup {path}: is the root of all processes; {hint}")
-    return path
+        problem = "does not exist"
+    elif (path / "cgroup.controllers").exists():
+        problem = "is the root of all processes"
+    else:
+        problem = "is not a cgroup2 directory"
+    raise InputError(
+        f"cgroup {path}: {problem}; give a pod's directory below {machine.cgroup2_mount()}"
+    )
 
 
 def default_enrollment(state: Path | None, pins: Path | None) -> Enrollment:

@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 from redirector.errors import DatapathError
 from redirector.model import Accelerate, Mode, Pod, Steering
+
+_CHANGING = "changing"
 
 
 class Records:
@@ -59,22 +61,37 @@ class Records:
     def read(path: Path) -> Pod:
         """The record in a file. DatapathError when it is none."""
         try:
-            return from_json(json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            data.pop(_CHANGING, None)
+            return from_json(data)
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise DatapathError(
                 f"{path}: is not a record of this version ({error}); remove everything with: "
                 "redirector uninstall"
             ) from error
 
-    def put(self, pod: Pod) -> None:
-        """Write a record; a reader sees the old one or the new one, never half of it."""
+    def had(self, name: str) -> tuple[Pod, ...]:
+        """Every form that a pod may have in the kernel: recorded, or begun and interrupted."""
+        path = self._path(name)
+        pod = self.get(name)
+        if pod is None:
+            return ()
+        begun = json.loads(path.read_text()).get(_CHANGING, ())
+        return tuple(dict.fromkeys((pod, *map(from_json, begun))))
+
+    def put(self, pod: Pod, changing: Iterable[Pod] = ()) -> None:
+        """Write a record; a reader sees the old one or the new one, never half of it.
+
+        `changing` are forms that the pod is about to get, or may have got before.
+        """
         path = self._path(pod.name)
         # First, because an index entry without a record is harmless, and the opposite is not.
         self._complete_index()
         for key in _keys(pod):
             self._index(key, path)
         staging = path.with_suffix(".new")
-        staging.write_text(json.dumps(to_json(pod), indent=2) + "\n")
+        forms = {_CHANGING: [to_json(form) for form in changing]}
+        staging.write_text(json.dumps(to_json(pod) | forms, indent=2) + "\n")
         staging.rename(path)
 
     def delete(self, name: str) -> None:

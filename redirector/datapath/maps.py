@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,9 @@ _FILLING = frozenset({"cidrs", "flows", "pods", "pods_by_address", "ports"}) | _
 #: netns cookie -> bytes and messages redirected.
 Moved = dict[int, tuple[int, int]]
 
+Cidrs = Mapping[CidrSet, Collection[IPNetwork]]
+Ports = Mapping[PortSet, Collection[int]]
+
 
 class Maps:
     """The maps pinned in one directory of a bpffs.
@@ -80,60 +83,61 @@ class Maps:
             libbpf.map_update(fd, _key(netns), bytes(entry))
 
     def delete_pod(self, netns: int) -> None:
-        """Forget the pod's steering, lists, addresses, counters and open flows."""
+        """Forget the pod's steering, listeners, counters and open flows; its lists have `put_`."""
         for name in ("pods", "counters"):
             with self._map(name) as fd:
                 libbpf.map_delete(fd, _key(netns))
         with self._map("listeners") as fd:
             for family in (socket.AF_INET, socket.AF_INET6):
                 libbpf.map_delete(fd, bytes(ListenerKey(netns=netns, family=family)))
-        self.put_addresses(netns, ())
-        self.put_cidrs(netns, {})
-        self.put_ports(netns, {})
+        found = self.flows_of(netns)
         with self._map("flows") as fd:
-            for found in self.flows():
-                if netns in (found.flow.client_netns, found.key.netns):
-                    libbpf.map_delete(fd, bytes(found.key))
+            for opened in found:
+                libbpf.map_delete(fd, bytes(opened.key))
 
-    def put_addresses(self, netns: int, addresses: tuple[IPAddress, ...]) -> None:
-        """Make these the pod's own addresses, and no others."""
+    # What a pod had is told by who calls: to look for it would cost with every pod of the node.
+
+    def put_addresses(
+        self, netns: int, addresses: Collection[IPAddress], had: Collection[IPAddress] = ()
+    ) -> None:
+        """Make these the pod's own addresses, and those it had no longer."""
         wanted = {bytes(Address.of(ip)) for ip in addresses}
         with self._map("pods_by_address") as fd:
-            for key in libbpf.map_keys(fd, ctypes.sizeof(Address)):
-                if key not in wanted and libbpf.map_lookup(fd, key, 8) == _key(netns):
+            for key in {bytes(Address.of(ip)) for ip in had} - wanted:
+                # Another pod may have taken it over.
+                if libbpf.map_lookup(fd, key, 8) == _key(netns):
                     libbpf.map_delete(fd, key)
             for key in wanted:
                 libbpf.map_update(fd, key, _key(netns))
 
-    def put_cidrs(self, netns: int, lists: dict[CidrSet, tuple[IPNetwork, ...]]) -> None:
-        """Make these the pod's CIDR lists, and no others."""
+    def put_cidrs(self, netns: int, lists: Cidrs, had: Iterable[Cidrs] = ()) -> None:
+        """Make these the pod's CIDR lists, and those it had no longer."""
         wanted = {
-            bytes(_cidr_key(netns, which, network)): (
+            _cidr_key(netns, which, network): (
                 CidrValue.IN_LOOPBACK if network.is_loopback else CidrValue.LISTED
             )
             for which, networks in lists.items()
             for network in networks
         }
-        with self._map("cidrs") as fd:
-            for key in libbpf.map_keys(fd, ctypes.sizeof(CidrKey)):
-                if key not in wanted and key[4:12] == _key(netns):
-                    libbpf.map_delete(fd, key)
-            for key, value in wanted.items():
-                libbpf.map_update(fd, key, bytes([value]))
-
-    def put_ports(self, netns: int, lists: dict[PortSet, frozenset[int]]) -> None:
-        """Make these the pod's port lists, and no others."""
-        wanted = {
-            bytes(PortKey(netns=netns, port=port, set=which))
-            for which, ports in lists.items()
-            for port in ports
+        stale = {
+            _cidr_key(netns, which, network)
+            for before in had
+            for which, networks in before.items()
+            for network in networks
         }
-        with self._map("ports") as fd:
-            for key in libbpf.map_keys(fd, ctypes.sizeof(PortKey)):
-                if key not in wanted and key[:8] == _key(netns):
-                    libbpf.map_delete(fd, key)
-            for key in wanted:
-                libbpf.map_update(fd, key, b"\1")
+        self._replace("cidrs", {key: bytes([value]) for key, value in wanted.items()}, stale)
+
+    def put_ports(self, netns: int, lists: Ports, had: Iterable[Ports] = ()) -> None:
+        """Make these the pod's port lists, and those it had no longer."""
+        stale = {key for before in had for key in _port_keys(netns, before)}
+        self._replace("ports", dict.fromkeys(_port_keys(netns, lists), b"\1"), stale)
+
+    def _replace(self, name: str, wanted: Mapping[bytes, bytes], stale: set[bytes]) -> None:
+        with self._map(name) as fd:
+            for key in stale.difference(wanted):
+                libbpf.map_delete(fd, key)
+            for key, value in wanted.items():
+                libbpf.map_update(fd, key, value)
 
     def put_listener(self, netns: int, family: int, listener: int) -> None:
         """Make a listening socket's descriptor the pod's inbound listener of its family."""
@@ -179,18 +183,27 @@ class Maps:
 
     def flows(self) -> list[OpenFlow]:
         """The open connections that pods' processes opened and that are steered or accelerated."""
+        return [
+            _open_flow(keys, values, number)
+            for keys, values in self._flow_batches()
+            for number in range(len(values) // ctypes.sizeof(Flow))
+        ]
+
+    def flows_of(self, netns: int) -> list[OpenFlow]:
+        """Those that one pod's processes opened, or that stay within its namespace."""
         found: list[OpenFlow] = []
-        key_size, size = ctypes.sizeof(FlowKey), ctypes.sizeof(Flow)
-        with self._map("flows") as fd:
-            for keys, values in libbpf.map_entries(fd, key_size, size):
-                found += (
-                    OpenFlow(
-                        FlowKey.from_buffer_copy(keys, number * key_size),
-                        Flow.from_buffer_copy(values, number * size),
-                    )
-                    for number in range(len(values) // size)
-                )
+        pattern = _key(netns)
+        for keys, values in self._flow_batches():
+            numbers = {
+                *_places(keys, pattern, ctypes.sizeof(FlowKey), FlowKey.netns.offset),
+                *_places(values, pattern, ctypes.sizeof(Flow), Flow.client_netns.offset),
+            }
+            found += (_open_flow(keys, values, number) for number in sorted(numbers))
         return found
+
+    def _flow_batches(self) -> Iterator[tuple[bytes, bytes]]:
+        with self._map("flows") as fd:
+            yield from libbpf.map_entries(fd, ctypes.sizeof(FlowKey), ctypes.sizeof(Flow))
 
     def fills(self) -> dict[str, tuple[int, int]]:
         """By name of a map: how many entries it holds, and how many it has room for."""
@@ -209,12 +222,36 @@ def _key(netns: int) -> bytes:
     return netns.to_bytes(8, "little")
 
 
-def _cidr_key(netns: int, which: CidrSet, network: IPNetwork) -> CidrKey:
+def _cidr_key(netns: int, which: CidrSet, network: IPNetwork) -> bytes:
     family_bits = 128 - network.max_prefixlen
-    return CidrKey(
-        prefixlen=96 + family_bits + network.prefixlen,
-        netns_low=netns & 0xFFFFFFFF,
-        netns_high=netns >> 32,
-        set=which,
-        ip=Address.of(network.network_address),
+    return bytes(
+        CidrKey(
+            prefixlen=96 + family_bits + network.prefixlen,
+            netns_low=netns & 0xFFFFFFFF,
+            netns_high=netns >> 32,
+            set=which,
+            ip=Address.of(network.network_address),
+        )
     )
+
+
+def _port_keys(netns: int, lists: Ports) -> Iterator[bytes]:
+    for which, ports in lists.items():
+        for port in ports:
+            yield bytes(PortKey(netns=netns, port=port, set=which))
+
+
+def _open_flow(keys: bytes, values: bytes, number: int) -> OpenFlow:
+    return OpenFlow(
+        FlowKey.from_buffer_copy(keys, number * ctypes.sizeof(FlowKey)),
+        Flow.from_buffer_copy(values, number * ctypes.sizeof(Flow)),
+    )
+
+
+def _places(data: bytes, pattern: bytes, stride: int, offset: int) -> Iterator[int]:
+    """Numbers of the structs of `stride` bytes that hold `pattern` at `offset`."""
+    at = data.find(pattern)
+    while at >= 0:
+        if at % stride == offset:
+            yield at // stride
+        at = data.find(pattern, at + 1)

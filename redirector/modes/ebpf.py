@@ -16,7 +16,7 @@ from redirector.datapath.layout import (
 from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.pins import ALL_HOOKS, CGROUP_HOOKS, CONNECT_HOOKS, INBOUND_HOOK, Datapath
 from redirector.errors import DatapathError, InputError
-from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
+from redirector.model import EVERYWHERE, Accelerate, IPAddress, IPNetwork, Mode, Pod, Steering
 from redirector.status import Tally, tallies
 
 #: How long a sidecar may take to ask for the original destination of what it has accepted.
@@ -31,17 +31,17 @@ class EbpfMode:
     def __init__(self, datapath: Datapath) -> None:
         self._datapath = datapath
 
-    def install(self, pod: Pod) -> None:
+    def install(self, pod: Pod, had: Sequence[Pod] = ()) -> None:
         """Attach the pod to the loaded programs; load them first if this is the node's first."""
         self._datapath.ensure()
         entry = pod_entry(pod, self.accelerates(pod))
         fresh = not self._datapath.maps.has_pod(pod.netns_cookie)
         try:
-            self._publish(pod, entry)
+            self._publish(pod, entry, had)
             self._attach(pod)
         except BaseException:
             if fresh:
-                self.remove(pod)
+                self.remove(pod, had)
             raise
 
     def accelerates(self, pod: Pod) -> bool:
@@ -50,26 +50,19 @@ class EbpfMode:
             return not self._datapath.defects()
         return pod.accelerate is Accelerate.ON
 
-    def _publish(self, pod: Pod, entry: PodEntry) -> None:
-        steering, netns = pod.steering, pod.netns_cookie
-        self._datapath.maps.put_cidrs(
-            netns,
-            {
-                CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
-                CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
-            },
-        )
-        self._datapath.maps.put_ports(
-            netns,
-            {
-                PortSet.OUTBOUND_INCLUDE: steering.include_outbound_ports,
-                PortSet.OUTBOUND_EXCLUDE: steering.exclude_outbound_ports,
-                PortSet.INBOUND_INCLUDE: steering.include_inbound_ports or frozenset(),
-                PortSet.INBOUND_EXCLUDE: steering.exclude_inbound_ports,
-            },
-        )
-        self._datapath.maps.put_addresses(netns, pod.addresses)
-        self._datapath.maps.put_pod(netns, entry)
+    def _publish(self, pod: Pod, entry: PodEntry, had: Sequence[Pod]) -> None:
+        maps, netns = self._datapath.maps, pod.netns_cookie
+        maps.put_cidrs(netns, _cidrs(pod.steering), [_cidrs(each.steering) for each in had])
+        maps.put_ports(netns, _ports(pod.steering), [_ports(each.steering) for each in had])
+        maps.put_addresses(netns, pod.addresses, _addresses(had))
+        maps.put_pod(netns, entry)
+
+    def _withdraw(self, pod: Pod, had: Sequence[Pod]) -> None:
+        maps, netns = self._datapath.maps, pod.netns_cookie
+        maps.delete_pod(netns)
+        maps.put_addresses(netns, (), _addresses(had))
+        maps.put_cidrs(netns, {}, [_cidrs(each.steering) for each in had])
+        maps.put_ports(netns, {}, [_ports(each.steering) for each in had])
 
     def _attach(self, pod: Pod) -> None:
         pins = pin_name(pod.name)
@@ -82,7 +75,7 @@ class EbpfMode:
         for hook, kind in CONNECT_HOOKS:
             self._datapath.attach(pins, hook, kind, pod.cgroup)
 
-    def remove(self, pod: Pod) -> None:
+    def remove(self, pod: Pod, had: Sequence[Pod] = ()) -> None:
         """Detach. What was steered a moment ago still gets its original destination."""
         if not self._datapath.is_loaded():
             return
@@ -91,7 +84,7 @@ class EbpfMode:
             self._datapath.detach(pins, hook)
         self._drain(pod)
         self._datapath.forget(pins)
-        self._datapath.maps.delete_pod(pod.netns_cookie)
+        self._withdraw(pod, (pod, *had))
 
     def _drain(self, pod: Pod) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -100,10 +93,8 @@ class EbpfMode:
 
     def _unanswered(self, pod: Pod) -> bool:
         return any(
-            found.flow.client_netns == pod.netns_cookie
-            and found.flow.flags & FlowFlag.STEERED
-            and not found.flow.flags & FlowFlag.ANSWERED
-            for found in self._datapath.maps.flows()
+            found.flow.flags & FlowFlag.STEERED and not found.flow.flags & FlowFlag.ANSWERED
+            for found in self._datapath.maps.flows_of(pod.netns_cookie)
         )
 
     def missing(self, pod: Pod) -> list[str]:
@@ -178,6 +169,26 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
     _fill(entry.proxy_uid, steering.proxy_uids)
     _fill(entry.proxy_gid, steering.proxy_gids)
     return entry
+
+
+def _cidrs(steering: Steering) -> dict[CidrSet, tuple[IPNetwork, ...]]:
+    return {
+        CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
+        CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
+    }
+
+
+def _ports(steering: Steering) -> dict[PortSet, frozenset[int]]:
+    return {
+        PortSet.OUTBOUND_INCLUDE: steering.include_outbound_ports,
+        PortSet.OUTBOUND_EXCLUDE: steering.exclude_outbound_ports,
+        PortSet.INBOUND_INCLUDE: steering.include_inbound_ports or frozenset(),
+        PortSet.INBOUND_EXCLUDE: steering.exclude_inbound_ports,
+    }
+
+
+def _addresses(pods: Sequence[Pod]) -> set[IPAddress]:
+    return {ip for pod in pods for ip in pod.addresses}
 
 
 def _fill(array: "object", values: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from redirector.errors import DatapathError, InputError, MachineError, RedirectorError
@@ -30,7 +30,7 @@ class IptablesMode:
 
     mode = Mode.IPTABLES
 
-    def install(self, pod: Pod) -> None:
+    def install(self, pod: Pod, had: Sequence[Pod] = ()) -> None:  # noqa: ARG002
         require_netns(pod.netns)
         desired = {family: desired_state(pod.steering, family) for family in _families()}
         before = {family: read(pod, family) for family in desired}
@@ -56,7 +56,7 @@ class IptablesMode:
             raise
         destroy_sets(pod, old - {each.name for each in new})
 
-    def remove(self, pod: Pod) -> None:
+    def remove(self, pod: Pod, had: Sequence[Pod] = ()) -> None:  # noqa: ARG002
         try:
             # Another namespace may have taken the path, and be another pod's.
             if not is_pods(pod):
