@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from redirector import explain, steering
+from redirector import explain, options
 from redirector.enrollment import Enrollment, default_enrollment
 from redirector.errors import RedirectorError
 from redirector.model import Accelerate, Mode
@@ -117,8 +117,9 @@ def _parser() -> argparse.ArgumentParser:
         default=Accelerate.AUTO.value,
         help="short-circuit the bytes of steered connections (eBPF mode; default: %(default)s)",
     )
-    for option in steering.OPTIONS:
-        enroll.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help)
+    for option in options.OPTIONS:
+        flag = f"{options.FLAG}{option.flag}"
+        enroll.add_argument(flag, metavar=option.metavar, help=option.help)
     change = add("mode", _mode, "move an enrolled pod to another mode, under traffic")
     change.add_argument("name", metavar="NAME")
     change.add_argument("mode", choices=modes)
@@ -228,9 +229,9 @@ def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
 def _enroll(arguments: argparse.Namespace, context: Context) -> int:
     given = vars(arguments)
     values = {
-        option.name: given[option.field]
-        for option in steering.OPTIONS
-        if given[option.field] is not None
+        option.name: given[option.flag.replace("-", "_")]
+        for option in options.OPTIONS
+        if given[option.flag.replace("-", "_")] is not None
     }
     pod = context.enrollment().enroll(
         arguments.name,
@@ -238,7 +239,7 @@ def _enroll(arguments: argparse.Namespace, context: Context) -> int:
         arguments.cgroup,
         Mode(arguments.mode),
         Accelerate(arguments.accelerate),
-        steering.parse(values),
+        options.parse(values, prefix=options.FLAG),
     )
     context.out.write(f"pod {pod.name} enrolled in {pod.mode} mode\n")
     return 0

@@ -25,16 +25,21 @@ class Accelerate(StrEnum):
 
 
 EVERYWHERE: tuple[IPNetwork, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
+LOCALHOST_V4 = IPv4Network("127.0.0.1/32")
 
 
 @dataclass(frozen=True)
 class Steering:
-    """Which of a pod's connections go to its sidecar; names and defaults follow Istio's."""
+    """Which of a pod's connections go to its sidecar; names and defaults follow Istio's.
+
+    Where None is allowed it stands for all of them, as `*` does in the options.
+    """
 
     proxy_uids: tuple[int, ...] = (1337,)
     proxy_gids: tuple[int, ...] = (1337,)
     outbound_port: int = 15001
     inbound_port: int = 15006
+    dns_port: int = 15053
     include_outbound_cidrs: tuple[IPNetwork, ...] = EVERYWHERE
     exclude_outbound_cidrs: tuple[IPNetwork, ...] = ()
     include_outbound_ports: frozenset[int] = frozenset()
@@ -42,6 +47,18 @@ class Steering:
     #: None captures every inbound port but the excluded ones; a set captures just those.
     include_inbound_ports: frozenset[int] | None = None
     exclude_inbound_ports: frozenset[int] = frozenset({15020, 15021, 15090})
+    #: By name; nothing that comes or goes through these is captured.
+    exclude_interfaces: frozenset[str] = frozenset()
+    #: By name; virtual machines behind these are treated as processes of the pod.
+    kubevirt_interfaces: frozenset[str] = frozenset()
+    #: By effective group id, for outbound and DNS.
+    include_owner_groups: frozenset[int] | None = None
+    exclude_owner_groups: frozenset[int] = frozenset()
+    dns_capture: bool = False
+    #: Whose port 53 is captured; with none of them nothing is, None: anybody's.
+    dns_servers: tuple[IPAddress, ...] | None = ()
+    #: What counts as the host itself beside ::1, inside 127.0.0.0/8.
+    host_loopback_range: IPv4Network = LOCALHOST_V4
 
 
 @dataclass(frozen=True)

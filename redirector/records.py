@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +185,13 @@ def from_json(data: dict[str, Any]) -> Pod:
     """The pod that `to_json` wrote. KeyError, TypeError or ValueError when it is none."""
     steering = dict(data["steering"])
     for name, value in steering.items():
-        if name.endswith("_cidrs"):
+        if name == "host_loopback_range":
+            steering[name] = IPv4Network(value)
+        elif name == "dns_servers":
+            steering[name] = None if value is None else tuple(ip_address(text) for text in value)
+        elif name.endswith("_cidrs"):
             steering[name] = tuple(ip_network(text) for text in value)
-        elif name.endswith("_ports"):
+        elif name.endswith(("_ports", "_groups", "_interfaces")):
             steering[name] = None if value is None else frozenset(value)
         elif name.endswith(("_uids", "_gids")):
             steering[name] = tuple(value)

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from redirector.datapath.layout import Counter, Defect
 from redirector.model import Accelerate, Mode, Pod
+from redirector.steering import RULES, Verdict
 
 
 class Outcome(StrEnum):
@@ -76,9 +77,14 @@ class NodeStatus:
 SHORT_CIRCUIT = (Counter.ACCELERATED, Counter.REDIRECTED_BYTES, Counter.REDIRECTED_MESSAGES)
 
 
-def tallies(counters: Mapping[Counter, int]) -> tuple[Tally, ...]:
-    """The counters that count connections or directions, by outcome and reason."""
-    return tuple(_tallies(counters))
+def tallies(counters: Mapping[Counter, int], rules: Mapping[str, int]) -> tuple[Tally, ...]:
+    """The counters that count connections or directions, by outcome and reason.
+
+    `rules` are how often each rule decided: the direct ones are told by name.
+    """
+    direct = (rule.name for rule in RULES if rule.verdict is Verdict.DIRECT)
+    by_rule = (Tally(Outcome.DIRECT, name, rules.get(name, 0)) for name in direct)
+    return (*_tallies(counters), *by_rule)
 
 
 def _tallies(counters: Mapping[Counter, int]) -> Iterator[Tally]:

@@ -26,6 +26,18 @@ ALWAYS void count(__u64 netns, __u32 which)
 	count_by(netns, which, 1);
 }
 
+// A decision; also STEERED_*, when it was to steer, else COUNTERS.
+ALWAYS void count_rule(__u64 netns, __u32 rule, __u32 steered)
+{
+	struct counters *c = counters.lookup(&netns);
+
+	if (!c || rule >= RULES)
+		return;
+	c->rule[rule] += 1;
+	if (steered < COUNTERS)
+		c->value[steered] += 1;
+}
+
 ALWAYS struct address mapped(__be32 ip4)
 {
 	struct address a = {{0, 0, bpf_htonl(0xffff), ip4}};
@@ -77,11 +89,19 @@ ALWAYS void scope(struct flow_key *key, __u64 netns)
 	key->netns = inside ? netns : 0;
 }
 
-ALWAYS bool port_listed(__u64 netns, __u16 port, __u16 set)
+// The host itself: ::1 and, by default, 127.0.0.1.
+ALWAYS bool is_host(const struct pod *pod, const struct address *a)
 {
-	struct port_key key = {.netns = netns, .port = port, .set = set};
+	if (is_v4(a))
+		return (a->word[3] & pod->host_loopback_mask) == pod->host_loopback;
+	return is_local(a, 1);
+}
 
-	return ports.lookup(&key) != NULL;
+ALWAYS bool is_member(__u64 netns, __u32 value, __u32 set)
+{
+	struct member_key key = {.netns = netns, .value = value, .set = set};
+
+	return members.lookup(&key) != NULL;
 }
 
 ALWAYS bool is_proxy_uid(const struct pod *pod, __u32 uid)

@@ -2,8 +2,6 @@
 // connect(): keep the original destination, aim at the sidecar (BPF_CGROUP_INET{4,6}_CONNECT).
 // The order of the rules is that of redirector/steering.py.
 
-enum aim { AIM_DIRECT, AIM_NEAR, AIM_OUTBOUND, AIM_INBOUND };
-
 // 0 when no range of the set holds the address, else enum cidr_value of the longest that does.
 ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
 {
@@ -19,122 +17,169 @@ ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
 	return value ? *value : 0;
 }
 
-// The proxy's own connections. AIM_NEAR: direct, but the other end may be on this node.
-ALWAYS enum aim aim_proxy(const struct pod *pod, __u32 uid, struct endpoint *dst, bool own,
-			  bool neighbour)
+// What a connection is, as far as the rules ask.
+struct attempt {
+	struct endpoint dst;
+	struct address source; // that it was bound to
+	__u64 netns;
+	__u32 uid; // effective, as is gid
+	__u32 gid;
+	bool own;	// to one of the pod's own addresses
+	bool neighbour; // to an enrolled pod's address, its own included
+};
+
+ALWAYS bool is_self_call(const struct pod *pod, const struct attempt *a)
 {
-	if (is_local(&dst->ip, 1))
-		return AIM_NEAR;
-	// It called its own pod. Only the first of several proxies answers for the pod.
-	if ((own || is_v4_loopback(&dst->ip)) && uid == pod->proxy_uid[0])
-		return dst->port == TUNNEL_PORT ? AIM_DIRECT : AIM_INBOUND;
-	return neighbour ? AIM_NEAR : AIM_DIRECT;
+	// Only the first of several proxies answers for the pod.
+	return pod->proxy_uids && a->uid == pod->proxy_uid[0] && !is_host(pod, &a->dst.ip) &&
+	       (a->own || is_loopback(&a->dst.ip));
 }
 
-ALWAYS enum aim aim_application(const struct pod *pod, __u64 netns, struct endpoint *dst, bool own)
+ALWAYS bool is_captured_group(const struct pod *pod, const struct attempt *a, enum rule *rule)
 {
-	if (own || is_local(&dst->ip, 1))
-		return AIM_DIRECT;
+	*rule = RULE_OUTBOUND_EXCLUDED_GROUP;
+	if (pod->flags & POD_GROUP_EXCLUDED && is_member(a->netns, a->gid, GROUP_EXCLUDE))
+		return false;
+	*rule = RULE_OUTBOUND_GROUP_NOT_INCLUDED;
+	return !(pod->flags & POD_GROUP_LIST) || is_member(a->netns, a->gid, GROUP_INCLUDE);
+}
+
+ALWAYS enum rule application_rule(const struct pod *pod, struct attempt *a)
+{
+	struct endpoint *dst = &a->dst;
+	bool cidrs = pod->flags & POD_HAS_CIDRS;
+
+	if (a->own || is_host(pod, &dst->ip) || is_local(&dst->ip, 6))
+		return RULE_OUTBOUND_APP_LOCAL;
 	// Loopback is captured only where a range inside loopback was named.
 	if (is_v4_loopback(&dst->ip) &&
-	    !(pod->flags & POD_HAS_CIDRS &&
-	      cidr_listed(netns, &dst->ip, CIDR_INCLUDE) == CIDR_IN_LOOPBACK))
-		return AIM_DIRECT;
-	if (pod->flags & POD_HAS_CIDRS && cidr_listed(netns, &dst->ip, CIDR_EXCLUDE))
-		return AIM_DIRECT;
-	if (pod->flags & POD_HAS_PORTS && port_listed(netns, dst->port, OUTBOUND_INCLUDE))
-		return AIM_OUTBOUND;
+	    !(cidrs && cidr_listed(a->netns, &dst->ip, CIDR_INCLUDE) == CIDR_IN_LOOPBACK))
+		return RULE_OUTBOUND_APP_LOCAL;
+	if (cidrs && cidr_listed(a->netns, &dst->ip, CIDR_EXCLUDE))
+		return RULE_OUTBOUND_EXCLUDED_CIDR;
+	if (pod->flags & POD_HAS_PORTS && is_member(a->netns, dst->port, OUTBOUND_PORT_INCLUDE))
+		return RULE_OUTBOUND_INCLUDED_PORT;
 	if (pod->flags & (is_v4(&dst->ip) ? POD_INCLUDE_ALL_V4 : POD_INCLUDE_ALL_V6))
-		return AIM_OUTBOUND;
-	if (pod->flags & POD_HAS_CIDRS && cidr_listed(netns, &dst->ip, CIDR_INCLUDE))
-		return AIM_OUTBOUND;
-	return AIM_DIRECT;
+		return RULE_OUTBOUND_INCLUDED_CIDR;
+	if (cidrs && cidr_listed(a->netns, &dst->ip, CIDR_INCLUDE))
+		return RULE_OUTBOUND_INCLUDED_CIDR;
+	return RULE_OUTBOUND_NOT_INCLUDED;
 }
 
-ALWAYS enum aim take_aim(const struct pod *pod, __u64 netns, struct endpoint *dst,
-			 const struct address *source)
+ALWAYS enum rule outbound_rule(const struct pod *pod, struct attempt *a)
 {
-	__u64 ids = bpf_get_current_uid_gid();
-	__u64 *owner;
-	bool own;
+	enum rule rule;
 
-	if (pod->flags & POD_HAS_PORTS && port_listed(netns, dst->port, OUTBOUND_EXCLUDE))
-		return AIM_DIRECT;
-	owner = pods_by_address.lookup(&dst->ip);
-	own = owner && *owner == netns;
+	if (pod->flags & POD_HAS_PORTS && is_member(a->netns, a->dst.port, OUTBOUND_PORT_EXCLUDE))
+		return RULE_OUTBOUND_EXCLUDED_PORT;
 	// The sidecar's own passthrough to the application.
-	if (is_local(source, 6) && (own || is_loopback(&dst->ip)))
-		return AIM_NEAR;
-	if (is_proxy_uid(pod, ids))
-		return aim_proxy(pod, ids, dst, own, owner);
-	if (is_proxy_gid(pod, ids >> 32))
-		return AIM_DIRECT;
-	return aim_application(pod, netns, dst, own);
+	if (is_local(&a->source, 6) && (a->own || is_loopback(&a->dst.ip)))
+		return RULE_OUTBOUND_PASSTHROUGH;
+	if (is_self_call(pod, a))
+		return a->dst.port == TUNNEL_PORT ? RULE_OUTBOUND_PROXY_TUNNEL
+						  : RULE_OUTBOUND_PROXY_SELF;
+	if (is_proxy_uid(pod, a->uid))
+		return RULE_OUTBOUND_PROXY_UID;
+	if (is_proxy_gid(pod, a->gid))
+		return RULE_OUTBOUND_PROXY_GID;
+	if (!is_captured_group(pod, a, &rule))
+		return rule;
+	return application_rule(pod, a);
+}
+
+// A direct connection whose other end may be on this node, and so may be short-circuited: the
+// sidecar's to the application or to another pod.
+ALWAYS bool is_near(enum rule rule, const struct attempt *a)
+{
+	return rule == RULE_OUTBOUND_PASSTHROUGH ||
+	       (rule == RULE_OUTBOUND_PROXY_UID && (a->neighbour || is_loopback(&a->dst.ip)));
+}
+
+// Sets *to where a connection must go instead; leaves it when it is direct.
+ALWAYS void aim(const struct pod *pod, enum rule rule, const struct attempt *a, struct endpoint *to)
+{
+	switch (rule) {
+	case RULE_OUTBOUND_PROXY_SELF:
+		to->port = pod->inbound_port;
+		break;
+	case RULE_OUTBOUND_INCLUDED_PORT:
+	case RULE_OUTBOUND_INCLUDED_CIDR:
+		to->port = pod->outbound_port;
+		break;
+	default:
+		return;
+	}
+	// The pod's own address, not loopback: the kernel then picks the source address that
+	// iptables REDIRECT would have left, and the sidecar sees the same client.
+	to->ip = is_v4(&a->dst.ip) ? pod->ip4 : pod->ip6;
 }
 
 // Answers 1 to let the connect go on, 0 to refuse it. Sets *to where it must go elsewhere.
-ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct endpoint *dst,
-			  const struct address *source, struct endpoint *to)
+ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct endpoint *to)
 {
-	__u64 netns = bpf_get_netns_cookie(ctx);
-	struct pod *pod = pods.lookup(&netns);
+	__u64 ids = bpf_get_current_uid_gid();
 	struct sock_state *state;
-	enum aim aim;
+	struct pod *pod;
+	enum rule rule;
+	__u64 *owner;
+	bool near;
 
+	a->netns = bpf_get_netns_cookie(ctx);
+	pod = pods.lookup(&a->netns);
 	if (!pod || ctx->protocol != IPPROTO_TCP)
 		return 1;
-	aim = take_aim(pod, netns, dst, source);
-	if (aim == AIM_DIRECT)
-		count(netns, DIRECT_OUTBOUND);
-	if (aim == AIM_DIRECT || (aim == AIM_NEAR && !(pod->flags & POD_ACCELERATE))) {
-		// An earlier connect() of this socket, which failed, may have been steered.
-		states.sk_storage_delete(ctx->sk);
-		return 1;
+	a->uid = ids;
+	a->gid = ids >> 32;
+	owner = pods_by_address.lookup(&a->dst.ip);
+	a->neighbour = owner;
+	a->own = owner && *owner == a->netns;
+	rule = outbound_rule(pod, a);
+	aim(pod, rule, a, to);
+	if (!to->port) {
+		count_rule(a->netns, rule, COUNTERS);
+		near = pod->flags & POD_ACCELERATE && is_near(rule, a);
+		if (!near) {
+			// An earlier connect() of this socket, which failed, may have been steered.
+			states.sk_storage_delete(ctx->sk);
+			return 1;
+		}
 	}
 
 	state = states.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!state) {
 		// Not accelerated is fine; steered without an original destination is not: it
 		// would slip past the policy.
-		if (aim == AIM_NEAR)
+		if (!to->port)
 			return 1;
-		count(netns, REFUSED_NO_STATE);
+		count(a->netns, REFUSED_NO_STATE);
 		return 0;
 	}
 	__builtin_memset(state, 0, sizeof(*state));
 	if (pod->flags & POD_ACCELERATE)
 		state->flags |= FLOW_ACCELERATE;
-	if (aim == AIM_NEAR)
+	if (!to->port)
 		return 1;
-
 	state->flags |= FLOW_STEERED;
-	state->original = *dst;
-	// The pod's own address, not loopback: the kernel then picks the source address that
-	// iptables REDIRECT would have left, and the sidecar sees the same client.
-	to->ip = is_v4(&dst->ip) ? pod->ip4 : pod->ip6;
-	if (is_any(&to->ip)) {
-		to->ip.word[2] = is_v4(&dst->ip) ? bpf_htonl(0xffff) : 0;
-		to->ip.word[3] = is_v4(&dst->ip) ? bpf_htonl(0x7f000001) : bpf_htonl(1);
-	}
-	to->port = aim == AIM_OUTBOUND ? pod->outbound_port : pod->inbound_port;
-	count(netns, aim == AIM_OUTBOUND ? STEERED_OUTBOUND : STEERED_SELF);
+	state->original = a->dst;
+	count_rule(a->netns, rule,
+		   rule == RULE_OUTBOUND_PROXY_SELF ? STEERED_SELF : STEERED_OUTBOUND);
 	return 1;
 }
 
 ALWAYS int connect4(struct bpf_sock_addr *ctx)
 {
-	struct endpoint dst = {.ip = mapped(ctx->user_ip4), .port = bpf_ntohs(ctx->user_port)};
+	struct attempt a = {
+	    .dst = {.ip = mapped(ctx->user_ip4), .port = bpf_ntohs(ctx->user_port)}};
 	struct bpf_sock *sk = ctx->sk;
-	struct address source = {};
 	struct endpoint to = {};
 	int verdict;
 
 	// connect() to 0.0.0.0 means localhost (ip_route_connect).
 	if (!ctx->user_ip4)
-		dst.ip.word[3] = bpf_htonl(0x7f000001);
+		a.dst.ip.word[3] = bpf_htonl(0x7f000001);
 	if (sk)
-		source = mapped(sk->src_ip4);
-	verdict = decide_connect(ctx, &dst, &source, &to);
+		a.source = mapped(sk->src_ip4);
+	verdict = decide_connect(ctx, &a, &to);
 	if (to.port) {
 		ctx->user_ip4 = to.ip.word[3];
 		ctx->user_port = bpf_htons(to.port);
@@ -144,20 +189,19 @@ ALWAYS int connect4(struct bpf_sock_addr *ctx)
 
 ALWAYS int connect6(struct bpf_sock_addr *ctx)
 {
-	struct endpoint dst = {.port = bpf_ntohs(ctx->user_port)};
+	struct attempt a = {.dst = {.port = bpf_ntohs(ctx->user_port)}};
 	struct bpf_sock *sk = ctx->sk;
-	struct address source = {};
 	struct endpoint to = {};
 	int verdict;
 
-	COPY_WORDS(dst.ip.word, ctx->user_ip6);
+	COPY_WORDS(a.dst.ip.word, ctx->user_ip6);
 	// connect() to :: means loopback (ipv6: tcp_v6_connect).
-	if (is_any(&dst.ip))
-		dst.ip.word[3] = bpf_htonl(1);
+	if (is_any(&a.dst.ip))
+		a.dst.ip.word[3] = bpf_htonl(1);
 	if (sk) {
-		COPY_WORDS(source.word, sk->src_ip6);
+		COPY_WORDS(a.source.word, sk->src_ip6);
 	}
-	verdict = decide_connect(ctx, &dst, &source, &to);
+	verdict = decide_connect(ctx, &a, &to);
 	if (to.port) {
 		COPY_WORDS(ctx->user_ip6, to.ip.word);
 		ctx->user_port = bpf_htons(to.port);

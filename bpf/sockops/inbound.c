@@ -2,13 +2,16 @@
 // A SYN for the pod (BPF_SK_LOOKUP): from outside it goes to the sidecar's inbound listener. No
 // address is rewritten, so the accepted socket's local address is the original destination.
 
-ALWAYS bool captured(const struct pod *pod, __u64 netns, __u16 port)
+ALWAYS enum rule inbound_rule(const struct pod *pod, __u64 netns, __u16 port)
 {
 	if (port == TUNNEL_PORT)
-		return false;
+		return RULE_INBOUND_TUNNEL_PORT;
 	if (pod->flags & POD_INBOUND_LIST)
-		return port_listed(netns, port, INBOUND_INCLUDE);
-	return !(pod->flags & POD_HAS_PORTS) || !port_listed(netns, port, INBOUND_EXCLUDE);
+		return is_member(netns, port, INBOUND_PORT_INCLUDE) ? RULE_INBOUND_INCLUDED_PORT
+								    : RULE_INBOUND_NOT_INCLUDED;
+	if (pod->flags & POD_HAS_PORTS && is_member(netns, port, INBOUND_PORT_EXCLUDE))
+		return RULE_INBOUND_EXCLUDED_PORT;
+	return RULE_INBOUND_INCLUDED_PORT;
 }
 
 ALWAYS bool assign(struct bpf_sk_lookup *ctx, __u64 netns, __u32 family)
@@ -26,12 +29,16 @@ ALWAYS bool assign(struct bpf_sk_lookup *ctx, __u64 netns, __u32 family)
 
 ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 netns)
 {
-	if (!captured(pod, netns, ctx->local_port))
+	enum rule rule = inbound_rule(pod, netns, ctx->local_port);
+
+	if (rule != RULE_INBOUND_INCLUDED_PORT) {
+		count_rule(netns, rule, COUNTERS);
 		return SK_PASS;
+	}
 	// An IPv6 socket that is not IPV6_V6ONLY serves IPv4 too; the kernel refuses the others.
 	if ((ctx->family == AF_INET && assign(ctx, netns, AF_INET)) ||
 	    assign(ctx, netns, AF_INET6)) {
-		count(netns, STEERED_INBOUND);
+		count_rule(netns, rule, STEERED_INBOUND);
 		return SK_PASS;
 	}
 	// As with REDIRECT to a closed port: refused, never past the sidecar.

@@ -68,9 +68,40 @@ enum pod_flag {
 	POD_ACCELERATE = 1,
 	POD_INCLUDE_ALL_V4 = 2,
 	POD_INCLUDE_ALL_V6 = 4,
-	POD_HAS_CIDRS = 8,     // look into the cidrs trie
-	POD_HAS_PORTS = 16,    // look into the ports map
-	POD_INBOUND_LIST = 32, // only listed inbound ports are captured
+	POD_HAS_CIDRS = 8,	  // look into the cidrs trie
+	POD_HAS_PORTS = 16,	  // look into the members map for ports
+	POD_INBOUND_LIST = 32,	  // only listed inbound ports are captured
+	POD_GROUP_LIST = 64,	  // only listed groups are captured
+	POD_GROUP_EXCLUDED = 128, // look into the members map for excluded groups
+};
+
+// Which rule decided a connection: the tables of redirector/steering.py, in their order.
+enum rule {
+	RULE_OUTBOUND_EXCLUDED_INTERFACE,
+	RULE_OUTBOUND_EXCLUDED_PORT,
+	RULE_OUTBOUND_PASSTHROUGH,
+	RULE_OUTBOUND_PROXY_TUNNEL,
+	RULE_OUTBOUND_PROXY_SELF,
+	RULE_OUTBOUND_PROXY_UID,
+	RULE_OUTBOUND_PROXY_GID,
+	RULE_OUTBOUND_EXCLUDED_GROUP,
+	RULE_OUTBOUND_GROUP_NOT_INCLUDED,
+	RULE_OUTBOUND_DNS,
+	RULE_OUTBOUND_NOT_TCP,
+	RULE_OUTBOUND_APP_LOCAL,
+	RULE_OUTBOUND_EXCLUDED_CIDR,
+	RULE_OUTBOUND_INCLUDED_PORT,
+	RULE_OUTBOUND_INCLUDED_CIDR,
+	RULE_OUTBOUND_NOT_INCLUDED,
+	RULE_INBOUND_NOT_TCP,
+	RULE_INBOUND_EXCLUDED_INTERFACE,
+	RULE_INBOUND_KUBEVIRT_INCLUDED,
+	RULE_INBOUND_KUBEVIRT,
+	RULE_INBOUND_TUNNEL_PORT,
+	RULE_INBOUND_EXCLUDED_PORT,
+	RULE_INBOUND_INCLUDED_PORT,
+	RULE_INBOUND_NOT_INCLUDED,
+	RULES,
 };
 
 #define MAX_PROXY_IDS 4
@@ -84,8 +115,12 @@ struct pod {
 	__u32 proxy_uids; // how many are set
 	__u32 proxy_gids;
 	__u32 flags;
+	__be32 host_loopback; // IPv4 range that is always direct, ...
+	__be32 host_loopback_mask;
 	__u16 outbound_port;
 	__u16 inbound_port;
+	__u16 dns_port;
+	__u16 pad;
 };
 
 struct listener_key {
@@ -107,18 +142,20 @@ struct cidr_key {
 	struct address ip;
 };
 
-enum port_set {
-	OUTBOUND_INCLUDE = 0,
-	OUTBOUND_EXCLUDE = 1,
-	INBOUND_INCLUDE = 2,
-	INBOUND_EXCLUDE = 3
+// Sets of numbers: ports, groups.
+enum member_set {
+	OUTBOUND_PORT_INCLUDE = 0,
+	OUTBOUND_PORT_EXCLUDE = 1,
+	INBOUND_PORT_INCLUDE = 2,
+	INBOUND_PORT_EXCLUDE = 3,
+	GROUP_INCLUDE = 4,
+	GROUP_EXCLUDE = 5,
 };
 
-struct port_key {
+struct member_key {
 	__u64 netns;
-	__u16 port;
-	__u16 set;
-	__u32 pad;
+	__u32 value;
+	__u32 set;
 };
 
 // Named counters of a pod; the names are the metric's `reason` labels.
@@ -126,7 +163,6 @@ enum counter {
 	STEERED_OUTBOUND,
 	STEERED_INBOUND,
 	STEERED_SELF,	  // the proxy called its own pod
-	DIRECT_OUTBOUND,  // connections that the rules leave alone
 	ACCELERATED,	  // sockets put into the sockhash
 	REDIRECTED_BYTES, // of connections that have closed; open ones: the flows map
 	REDIRECTED_MESSAGES,
@@ -145,6 +181,7 @@ enum counter {
 
 struct counters {
 	__u64 value[COUNTERS];
+	__u64 rule[RULES]; // connections that each rule decided
 };
 
 // What the running kernel does wrong with redirected bytes; found by trying, at load.

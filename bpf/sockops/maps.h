@@ -7,8 +7,8 @@ BPF_TABLE("hash", __u64, struct pod, pods, MAX_PODS);
 BPF_TABLE("hash", struct address, __u64, pods_by_address, MAX_ADDRESSES);
 // CIDR lists of all pods; longest prefix match.
 BPF_F_TABLE("lpm_trie", struct cidr_key, __u8, cidrs, MAX_CIDRS, BPF_F_NO_PREALLOC);
-// Port lists of all pods.
-BPF_TABLE("hash", struct port_key, __u8, ports, MAX_PORTS);
+// Port and group lists of all pods.
+BPF_TABLE("hash", struct member_key, __u8, members, MAX_MEMBERS);
 // netns cookie -> counters.
 BPF_TABLE("percpu_hash", __u64, struct counters, counters, MAX_PODS);
 

@@ -5,11 +5,13 @@ Sizes are bytes, in the machine's byte order except where the C says __be32. The
 """
 
 import ctypes
+import re
 from collections.abc import Iterator
 from enum import IntEnum, IntFlag
 from ipaddress import IPv4Address, IPv6Address
 
 from redirector.model import IPAddress
+from redirector.steering import RULES
 
 MAX_PROXY_IDS = 4
 
@@ -146,6 +148,8 @@ class PodFlag(IntFlag):
     HAS_CIDRS = 8
     HAS_PORTS = 16
     INBOUND_LIST = 32
+    GROUP_LIST = 64
+    GROUP_EXCLUDED = 128
 
 
 class PodEntry(Struct):
@@ -160,8 +164,12 @@ class PodEntry(Struct):
         ("proxy_uids", ctypes.c_uint32),
         ("proxy_gids", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
+        ("host_loopback", ctypes.c_uint32),
+        ("host_loopback_mask", ctypes.c_uint32),
         ("outbound_port", ctypes.c_uint16),
         ("inbound_port", ctypes.c_uint16),
+        ("dns_port", ctypes.c_uint16),
+        ("pad", ctypes.c_uint16),
     )
 
 
@@ -203,24 +211,25 @@ class CidrKey(Struct):
     )
 
 
-class PortSet(IntEnum):
-    """enum port_set."""
+class MemberSet(IntEnum):
+    """enum member_set."""
 
-    OUTBOUND_INCLUDE = 0
-    OUTBOUND_EXCLUDE = 1
-    INBOUND_INCLUDE = 2
-    INBOUND_EXCLUDE = 3
+    OUTBOUND_PORT_INCLUDE = 0
+    OUTBOUND_PORT_EXCLUDE = 1
+    INBOUND_PORT_INCLUDE = 2
+    INBOUND_PORT_EXCLUDE = 3
+    GROUP_INCLUDE = 4
+    GROUP_EXCLUDE = 5
 
 
-class PortKey(Struct):
-    """struct port_key."""
+class MemberKey(Struct):
+    """struct member_key."""
 
-    c_name = "port_key"
+    c_name = "member_key"
     _fields_ = (
         ("netns", ctypes.c_uint64),
-        ("port", ctypes.c_uint16),
-        ("set", ctypes.c_uint16),
-        ("pad", ctypes.c_uint32),
+        ("value", ctypes.c_uint32),
+        ("set", ctypes.c_uint32),
     )
 
 
@@ -230,26 +239,28 @@ class Counter(IntEnum):
     STEERED_OUTBOUND = 0
     STEERED_INBOUND = 1
     STEERED_SELF = 2
-    DIRECT_OUTBOUND = 3
-    ACCELERATED = 4
-    REDIRECTED_BYTES = 5
-    REDIRECTED_MESSAGES = 6
-    PASSED_NO_PEER = 7
-    PASSED_UNREAD = 8
-    PASSED_LEFT = 9
-    PASSED_FAST_OPEN = 10
-    PASSED_FULL = 11
-    PASSED_UNSUPPORTED = 12
-    REFUSED_NO_STATE = 13
-    REFUSED_NO_FLOW = 14
-    REFUSED_NO_LISTENER = 15
+    ACCELERATED = 3
+    REDIRECTED_BYTES = 4
+    REDIRECTED_MESSAGES = 5
+    PASSED_NO_PEER = 6
+    PASSED_UNREAD = 7
+    PASSED_LEFT = 8
+    PASSED_FAST_OPEN = 9
+    PASSED_FULL = 10
+    PASSED_UNSUPPORTED = 11
+    REFUSED_NO_STATE = 12
+    REFUSED_NO_FLOW = 13
+    REFUSED_NO_LISTENER = 14
 
 
 class Counters(Struct):
     """struct counters, one for each possible CPU."""
 
     c_name = "counters"
-    _fields_ = (("value", ctypes.c_uint64 * len(Counter)),)
+    _fields_ = (
+        ("value", ctypes.c_uint64 * len(Counter)),
+        ("rule", ctypes.c_uint64 * len(RULES)),
+    )
 
 
 STRUCTS: tuple[type[Struct], ...] = (
@@ -262,7 +273,7 @@ STRUCTS: tuple[type[Struct], ...] = (
     PodEntry,
     ListenerKey,
     CidrKey,
-    PortKey,
+    MemberKey,
     Counters,
 )
 
@@ -273,7 +284,7 @@ ENUMS: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
     ("POD_", PodFlag),
     ("CIDR_", CidrSet),
     ("CIDR_", CidrValue),
-    ("", PortSet),
+    ("", MemberSet),
     ("", Counter),
 )
 
@@ -293,4 +304,8 @@ def static_assertions() -> Iterator[str]:
         for member in enum:
             constant = f"{prefix}{member.name}"
             yield f'_Static_assert({constant} == {member.value}, "value of {constant}");'
+    for index, rule in enumerate(RULES):
+        constant = f"RULE_{re.sub('[.-]', '_', rule.name).upper()}"
+        yield f'_Static_assert({constant} == {index}, "value of {constant}");'
+    yield f'_Static_assert(RULES == {len(RULES)}, "number of rules");'
     yield f'_Static_assert(COUNTERS == {len(Counter)}, "number of counters");'

@@ -26,7 +26,7 @@ MAPS = (
     "pods",
     "pods_by_address",
     "cidrs",
-    "ports",
+    "members",
     "counters",
     "flows",
     "states",

@@ -20,12 +20,13 @@ from redirector.datapath.layout import (
     Flow,
     FlowKey,
     ListenerKey,
+    MemberKey,
+    MemberSet,
     PodEntry,
-    PortKey,
-    PortSet,
 )
 from redirector.errors import DatapathError
 from redirector.model import IPAddress, IPNetwork
+from redirector.steering import RULES
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class OpenFlow:
 #: Their values are sockets, which the kernel does not show in batches.
 _SOCKHASHES = frozenset({"listeners", "sockets"})
 #: The maps that pods and connections fill.
-_FILLING = frozenset({"cidrs", "flows", "pods", "pods_by_address", "ports"}) | _SOCKHASHES
+_FILLING = frozenset({"cidrs", "flows", "members", "pods", "pods_by_address"}) | _SOCKHASHES
 #: netns cookie -> bytes and messages redirected.
 Moved = dict[int, tuple[int, int]]
 
 Cidrs = Mapping[CidrSet, Collection[IPNetwork]]
-Ports = Mapping[PortSet, Collection[int]]
+Members = Mapping[MemberSet, Collection[int]]
 
 
 class Maps:
@@ -127,10 +128,10 @@ class Maps:
         }
         self._replace("cidrs", {key: bytes([value]) for key, value in wanted.items()}, stale)
 
-    def put_ports(self, netns: int, lists: Ports, had: Iterable[Ports] = ()) -> None:
-        """Make these the pod's port lists, and those it had no longer."""
-        stale = {key for before in had for key in _port_keys(netns, before)}
-        self._replace("ports", dict.fromkeys(_port_keys(netns, lists), b"\1"), stale)
+    def put_members(self, netns: int, sets: Members, had: Iterable[Members] = ()) -> None:
+        """Make these the pod's sets of ports and groups, and those it had no longer."""
+        stale = {key for before in had for key in _member_keys(netns, before)}
+        self._replace("members", dict.fromkeys(_member_keys(netns, sets), b"\1"), stale)
 
     def _replace(self, name: str, wanted: Mapping[bytes, bytes], stale: set[bytes]) -> None:
         with self._map(name) as fd:
@@ -155,20 +156,26 @@ class Maps:
 
         `moved` is what `moved()` has answered, for who asks for many pods.
         """
-        size = ctypes.sizeof(Counters)
-        totals = dict.fromkeys(Counter, 0)
-        with self._map("counters") as fd:
-            raw = libbpf.map_lookup(fd, _key(netns), size * libbpf.possible_cpus())
-        if raw is None:
-            return totals
-        for start in range(0, len(raw), size):
-            values = Counters.from_buffer_copy(raw, start).value
-            for counter in Counter:
-                totals[counter] += values[counter]
+        found = self._counters(netns)
+        totals = {counter: sum(cpu.value[counter] for cpu in found) for counter in Counter}
         redirected, messages = (self.moved() if moved is None else moved).get(netns, (0, 0))
         totals[Counter.REDIRECTED_BYTES] += redirected
         totals[Counter.REDIRECTED_MESSAGES] += messages
         return totals
+
+    def rules(self, netns: int) -> dict[str, int]:
+        """How many of a pod's connections each rule of `steering.RULES` decided, by its name."""
+        found = self._counters(netns)
+        return {
+            rule.name: sum(cpu.rule[index] for cpu in found) for index, rule in enumerate(RULES)
+        }
+
+    def _counters(self, netns: int) -> list[Counters]:
+        """One for each CPU; [] when the pod has none."""
+        size = ctypes.sizeof(Counters)
+        with self._map("counters") as fd:
+            raw = libbpf.map_lookup(fd, _key(netns), size * libbpf.possible_cpus()) or b""
+        return [Counters.from_buffer_copy(raw, start) for start in range(0, len(raw), size)]
 
     def moved(self) -> Moved:
         """What the open flows have redirected, in one pass over them all."""
@@ -235,10 +242,10 @@ def _cidr_key(netns: int, which: CidrSet, network: IPNetwork) -> bytes:
     )
 
 
-def _port_keys(netns: int, lists: Ports) -> Iterator[bytes]:
-    for which, ports in lists.items():
-        for port in ports:
-            yield bytes(PortKey(netns=netns, port=port, set=which))
+def _member_keys(netns: int, sets: Members) -> Iterator[bytes]:
+    for which, values in sets.items():
+        for value in values:
+            yield bytes(MemberKey(netns=netns, value=value, set=which))
 
 
 def _open_flow(keys: bytes, values: bytes, number: int) -> OpenFlow:

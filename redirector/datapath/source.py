@@ -40,7 +40,7 @@ SIZES: Mapping[str, int] = {
     "MAX_PODS": 4096,
     "MAX_ADDRESSES": 16384,
     "MAX_CIDRS": 1 << 20,
-    "MAX_PORTS": 1 << 17,
+    "MAX_MEMBERS": 1 << 17,
     "MAX_FLOWS": 1 << 17,
     "MAX_SOCKETS": 1 << 18,
 }

@@ -1,5 +1,6 @@
 """eBPF mode: programs on the pod's cgroup and network namespace, loaded once for a node."""
 
+import sys
 import time
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address
@@ -9,9 +10,9 @@ from redirector.datapath.layout import (
     Address,
     CidrSet,
     FlowFlag,
+    MemberSet,
     PodEntry,
     PodFlag,
-    PortSet,
 )
 from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.pins import ALL_HOOKS, CGROUP_HOOKS, CONNECT_HOOKS, INBOUND_HOOK, Datapath
@@ -53,7 +54,7 @@ class EbpfMode:
     def _publish(self, pod: Pod, entry: PodEntry, had: Sequence[Pod]) -> None:
         maps, netns = self._datapath.maps, pod.netns_cookie
         maps.put_cidrs(netns, _cidrs(pod.steering), [_cidrs(each.steering) for each in had])
-        maps.put_ports(netns, _ports(pod.steering), [_ports(each.steering) for each in had])
+        maps.put_members(netns, _members(pod.steering), [_members(each.steering) for each in had])
         maps.put_addresses(netns, pod.addresses, _addresses(had))
         maps.put_pod(netns, entry)
 
@@ -62,7 +63,7 @@ class EbpfMode:
         maps.delete_pod(netns)
         maps.put_addresses(netns, (), _addresses(had))
         maps.put_cidrs(netns, {}, [_cidrs(each.steering) for each in had])
-        maps.put_ports(netns, {}, [_ports(each.steering) for each in had])
+        maps.put_members(netns, {}, [_members(each.steering) for each in had])
 
     def _attach(self, pod: Pod) -> None:
         pins = pin_name(pod.name)
@@ -116,7 +117,8 @@ class EbpfMode:
         """From the pod's counters; none when it has no entry."""
         if not self._datapath.is_loaded():
             return ()
-        return tallies(self._datapath.maps.counters(pod.netns_cookie, {}))
+        maps, netns = self._datapath.maps, pod.netns_cookie
+        return tallies(maps.counters(netns, {}), maps.rules(netns))
 
 
 def pin_name(pod: str) -> str:
@@ -127,7 +129,16 @@ def pin_name(pod: str) -> str:
 def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
     """The pod as the programs know it. InputError when it does not fit their layout."""
     steering = pod.steering
-    for name, ids in (("proxy-uid", steering.proxy_uids), ("proxy-gid", steering.proxy_gids)):
+    for option, used in (
+        ("dnsCapture", steering.dns_capture),
+        ("excludeInterfaces", steering.exclude_interfaces),
+        ("kubevirtInterfaces", steering.kubevirt_interfaces),
+    ):
+        if used:
+            raise InputError(
+                f"pod {pod.name}: {option}: eBPF mode does not know it; use --mode iptables"
+            )
+    for name, ids in (("proxyUID", steering.proxy_uids), ("proxyGID", steering.proxy_gids)):
         if len(ids) > MAX_PROXY_IDS:
             raise InputError(
                 f"pod {pod.name}: {name} {','.join(map(str, ids))}: at most {MAX_PROXY_IDS} "
@@ -150,6 +161,10 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
         flags |= PodFlag.HAS_PORTS
     if steering.include_inbound_ports is not None:
         flags |= PodFlag.INBOUND_LIST
+    if steering.include_owner_groups is not None:
+        flags |= PodFlag.GROUP_LIST
+    if steering.exclude_owner_groups:
+        flags |= PodFlag.GROUP_EXCLUDED
     ip4 = [ip for ip in pod.addresses if isinstance(ip, IPv4Address)]
     ip6 = [ip for ip in pod.addresses if isinstance(ip, IPv6Address)]
     if not ip4 and not ip6:
@@ -163,8 +178,11 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
         proxy_uids=len(steering.proxy_uids),
         proxy_gids=len(steering.proxy_gids),
         flags=flags,
+        host_loopback=_network_order(steering.host_loopback_range.network_address),
+        host_loopback_mask=_network_order(steering.host_loopback_range.netmask),
         outbound_port=steering.outbound_port,
         inbound_port=steering.inbound_port,
+        dns_port=steering.dns_port,
     )
     _fill(entry.proxy_uid, steering.proxy_uids)
     _fill(entry.proxy_gid, steering.proxy_gids)
@@ -178,17 +196,24 @@ def _cidrs(steering: Steering) -> dict[CidrSet, tuple[IPNetwork, ...]]:
     }
 
 
-def _ports(steering: Steering) -> dict[PortSet, frozenset[int]]:
+def _members(steering: Steering) -> dict[MemberSet, frozenset[int]]:
     return {
-        PortSet.OUTBOUND_INCLUDE: steering.include_outbound_ports,
-        PortSet.OUTBOUND_EXCLUDE: steering.exclude_outbound_ports,
-        PortSet.INBOUND_INCLUDE: steering.include_inbound_ports or frozenset(),
-        PortSet.INBOUND_EXCLUDE: steering.exclude_inbound_ports,
+        MemberSet.OUTBOUND_PORT_INCLUDE: steering.include_outbound_ports,
+        MemberSet.OUTBOUND_PORT_EXCLUDE: steering.exclude_outbound_ports,
+        MemberSet.INBOUND_PORT_INCLUDE: steering.include_inbound_ports or frozenset(),
+        MemberSet.INBOUND_PORT_EXCLUDE: steering.exclude_inbound_ports,
+        MemberSet.GROUP_INCLUDE: steering.include_owner_groups or frozenset(),
+        MemberSet.GROUP_EXCLUDE: steering.exclude_owner_groups,
     }
 
 
 def _addresses(pods: Sequence[Pod]) -> set[IPAddress]:
     return {ip for pod in pods for ip in pod.addresses}
+
+
+def _network_order(ip: IPv4Address) -> int:
+    """As a __be32 in this machine's memory."""
+    return int.from_bytes(ip.packed, sys.byteorder)
 
 
 def _fill(array: "object", values: Sequence[int]) -> None:

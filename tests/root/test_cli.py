@@ -295,18 +295,21 @@ WRONG_OPTIONS: dict[str, tuple[dict[str, str], list[str]]] = {
         ["--exclude-outbound-ports: '70000' is not a port", "from 1 to 65535"],
     ),
     "port-word": ({"include_inbound_ports": "http"}, ["--include-inbound-ports: 'http'"]),
-    "same-ports": ({"outbound_port": "15006"}, ["--inbound-port", "15006", "a port each"]),
+    "same-ports": (
+        {"outbound_port": "15006"},
+        ["--outbound-port and --inbound-port are both 15006", "a port each"],
+    ),
     "cidr": (
-        {"include_outbound_cidrs": "10.0.0.0/33"},
-        ["--include-outbound-cidrs: '10.0.0.0/33' is not an IP range", "such as 10.0.0.0/8"],
+        {"include_outbound_ip_ranges": "10.0.0.0/33"},
+        ["--include-outbound-ip-ranges: '10.0.0.0/33' is not an IP range", "such as 10.0.0.0/8"],
     ),
     "cidr-host-bits": (
-        {"exclude_outbound_cidrs": "10.1.0.0/8"},
-        ["--exclude-outbound-cidrs: '10.1.0.0/8'", "write 10.0.0.0/8"],
+        {"exclude_outbound_ip_ranges": "10.1.0.0/8"},
+        ["--exclude-outbound-ip-ranges: '10.1.0.0/8'", "write 10.0.0.0/8"],
     ),
     "too-many-uids": (
-        {"proxy_uids": "1,2,3,4,5"},
-        ["pod wrong: proxy-uid", "1,2,3,4,5: at most 4", "use --mode iptables"],
+        {"proxy_uid": "1,2,3,4,5"},
+        ["pod wrong: proxyUID", "1,2,3,4,5: at most 4", "use --mode iptables"],
     ),
     "unknown-option": ({"exclude_everything": "yes"}, ["--exclude-everything"]),
 }
@@ -384,9 +387,9 @@ def test_a_mode_that_cannot_hold_the_pod_leaves_it_in_the_other(
     loaded: Redirector, pod: LabPod
 ) -> None:
     """More users than the programs have room for."""
-    loaded.do("enroll", "pod", *options(pod, mode="iptables", proxy_uids="1,2,3,4,5"))
+    loaded.do("enroll", "pod", *options(pod, mode="iptables", proxy_uid="1,2,3,4,5"))
     before = traces.in_pod(pod)
-    refused(loaded.call("mode", "pod", "ebpf"), 2, "proxy-uid", "1,2,3,4,5")
+    refused(loaded.call("mode", "pod", "ebpf"), 2, "proxyUID", "1,2,3,4,5")
     assert traces.in_pod(pod) == before
     (status,) = json.loads(loaded.do("status", "-o", "json"))
     assert (status["mode"], status["missing"]) == ("iptables", [])

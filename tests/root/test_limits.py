@@ -111,10 +111,10 @@ def test_no_room_in_the_sockhash_means_plain_tcp(small: tuple[Datapath, LabPod])
 def test_lists_that_do_not_fit_leave_the_pod_as_it_was(node: Node) -> None:
     lab = node.pod("pod")
     datapath = Datapath(
-        ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}", {**SIZES, "MAX_PORTS": 2}
+        ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}", {**SIZES, "MAX_MEMBERS": 2}
     )
     try:
-        with pytest.raises(DatapathError, match=r"map ports: .*full"):
+        with pytest.raises(DatapathError, match=r"map members: .*full"):
             EbpfMode(datapath).install(described(lab))
         assert datapath.pods() == []
         assert not datapath.maps.has_pod(netns_cookie(lab.netns))

@@ -94,6 +94,6 @@ def test_lists_of_an_interrupted_change_do_not_stay(
     # Of all the forms it had, the last one's lists are there.
     now = entries(datapath)
     assert now["cidrs"] == before["cidrs"] + 1
-    assert now["ports"] == before["ports"] + 4
+    assert now["members"] == before["members"] + 4
     enrollment.unenroll("pod")
     assert entries(datapath) == before

@@ -53,7 +53,8 @@ def test_connections_are_counted_by_what_became_of_them(
     found = counted(told(enrollment))
     steered_ones = {reason: n for (what, reason), n in found.items() if what is Outcome.STEERED}
     assert steered_ones == {"outbound": 5, "self": 1, "inbound": 4}
-    assert sum(n for (what, _), n in found.items() if what is Outcome.DIRECT) == 6
+    direct_ones = {reason: n for (what, reason), n in found.items() if what is Outcome.DIRECT}
+    assert direct_ones == {"outbound.proxy-uid": 6}
 
 
 def test_every_pod_and_map_is_in_the_metrics(

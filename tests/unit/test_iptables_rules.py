@@ -8,33 +8,33 @@ import pytest
 from redirector.model import Mode, Pod
 from redirector.modes.iptables.sets import MOST_RULES, networks_set
 from redirector.modes.iptables.transaction import rules
-from redirector.steering import parse
+from redirector.options import parse
 
 GOLDEN = Path(__file__).parent.parent / "golden/iptables"
 CASES = {
     "defaults": {},
     "every-option": {
-        "include-outbound-cidrs": "10.0.0.0/8,127.1.0.0/16,fd00::/8",
-        "exclude-outbound-cidrs": "10.1.0.0/16,fd01::/16",
-        "include-outbound-ports": "8443",
-        "exclude-outbound-ports": "22,25",
-        "include-inbound-ports": "80,8080",
-        "proxy-uids": "101,102",
-        "proxy-gids": "201,202",
-        "outbound-port": "1501",
-        "inbound-port": "1506",
+        "includeOutboundIPRanges": "10.0.0.0/8,127.1.0.0/16,fd00::/8",
+        "excludeOutboundIPRanges": "10.1.0.0/16,fd01::/16",
+        "includeOutboundPorts": "8443",
+        "excludeOutboundPorts": "22,25",
+        "includeInboundPorts": "80,8080",
+        "proxyUID": "101,102",
+        "proxyGID": "201,202",
+        "outboundPort": "1501",
+        "inboundPort": "1506",
     },
     "nothing-steered": {
-        "include-outbound-cidrs": "",
-        "include-inbound-ports": "",
-        "proxy-uids": "",
-        "proxy-gids": "",
+        "includeOutboundIPRanges": "",
+        "includeInboundPorts": "",
+        "proxyUID": "",
+        "proxyGID": "",
     },
     # xt_multiport takes 15 ports.
-    "many-ports": {"exclude-outbound-ports": ",".join(map(str, range(1, 32)))},
+    "many-ports": {"excludeOutboundPorts": ",".join(map(str, range(1, 32)))},
     # More than MOST_RULES of IPv4: a set; of IPv6 less: rules. No set holds a whole family.
     "long-list": {
-        "include-outbound-cidrs": ",".join(
+        "includeOutboundIPRanges": ",".join(
             ["0.0.0.0/0", "fd00::/8", *(f"10.{number}.0.0/16" for number in range(33))]
         )
     },
@@ -70,7 +70,7 @@ def test_the_mark_tells_rules_apart_that_have_the_same_names() -> None:
         return {word for word in text(options).split() if word.startswith("redirector:")}
 
     assert marks({}) == marks({})
-    assert not marks({}) & marks({"outbound-port": "1501"})
+    assert not marks({}) & marks({"outboundPort": "1501"})
 
 
 def test_a_set_may_be_printed_as_c_writes_addresses() -> None:
@@ -83,7 +83,7 @@ def test_a_set_may_be_printed_as_c_writes_addresses() -> None:
 def test_a_long_list_of_ports_is_one_rule() -> None:
     def excluding(count: int) -> str:
         ports = ",".join(map(str, range(1, count + 1)))
-        return text({"exclude-outbound-ports": ports})
+        return text({"excludeOutboundPorts": ports})
 
     most = MOST_RULES * 15
     assert excluding(most).count("--dports") == 2 * (MOST_RULES + 1)

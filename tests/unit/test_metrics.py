@@ -11,13 +11,15 @@ from redirector.datapath.layout import Counter, Defect
 from redirector.metrics import render
 from redirector.model import Accelerate, Mode, Pod
 from redirector.status import MapFill, NodeStatus, Outcome, PodStatus, Tally, tallies
+from redirector.steering import RULES, Verdict
 
 POD = Pod(
     "shop/web", Path("/run/netns/web"), Path("/cgroup/web"), Mode.EBPF, Accelerate.ON,
     addresses=(ip_address("10.0.0.1"),),
 )  # fmt: skip
 COUNTERS = {counter: 100 + counter for counter in Counter}
-EBPF = PodStatus(POD, (), COUNTERS, Defect(0), True, tallies(COUNTERS))
+BY_RULE = {rule.name: 1000 + index for index, rule in enumerate(RULES)}
+EBPF = PodStatus(POD, (), COUNTERS, Defect(0), True, tallies(COUNTERS, BY_RULE))
 IPTABLES = PodStatus(
     replace(POD, name="plain", mode=Mode.IPTABLES),
     ("IPv4 chain X", "IPv6 chain X"),
@@ -64,9 +66,18 @@ def test_every_counter_of_connections_is_there_with_its_reason() -> None:
 
 
 def test_no_counter_is_left_out() -> None:
-    told = {f"{tally.outcome}_{tally.reason}".replace("-", "_") for tally in EBPF.tallies}
+    direct = {
+        tally.reason: tally.count for tally in EBPF.tallies if tally.outcome is Outcome.DIRECT
+    }
+    told = {
+        f"{tally.outcome}_{tally.reason}".replace("-", "_")
+        for tally in EBPF.tallies
+        if tally.outcome is not Outcome.DIRECT
+    }
     short_circuit = {"accelerated", "redirected_bytes", "redirected_messages"}
     assert {counter.name.lower() for counter in Counter} == told | short_circuit
+    rules = {rule.name for rule in RULES if rule.verdict is Verdict.DIRECT}
+    assert direct == {name: BY_RULE[name] for name in rules}
 
 
 def test_a_pod_in_iptables_mode_has_connections_and_no_short_circuit() -> None:

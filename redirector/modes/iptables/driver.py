@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from redirector.errors import DatapathError, InputError, MachineError, RedirectorError
@@ -20,8 +21,10 @@ from redirector.modes.iptables.rules import CHAINS, IPV4, IPV6, Family, Table
 from redirector.modes.iptables.transaction import State, all_sets, desired_state, kept_state
 from redirector.network import is_pods, open_connections, require_netns
 from redirector.status import Outcome, Tally
-from redirector.steering import INBOUND_RULES, LOCALHOST, OUTBOUND_RULES, Rule, Verdict
+from redirector.steering import INBOUND_RULES, OUTBOUND_RULES, Rule, Verdict
 
+#: Where REDIRECT brings the pod's own (nf_nat_redirect_ipv4, nf_nat_redirect_ipv6).
+_LOCALHOST = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 _IF_INET6 = Path("/proc/net/if_inet6")
 
 
@@ -186,7 +189,7 @@ def _redirected_versions(pod: Pod) -> set[int]:
     return {
         address.version
         for address, port in open_connections(pod.netns, ports)
-        if port == steering.inbound_port or address in LOCALHOST
+        if port == steering.inbound_port or address in _LOCALHOST
     }
 
 
