@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from enum import IntEnum, StrEnum
 from functools import cache
 from pathlib import Path
@@ -165,6 +165,34 @@ def map_delete(fd: int, key: bytes) -> bool:
             return False
         raise
     return True
+
+
+def map_update_many(fd: int, entries: Mapping[bytes, bytes]) -> None:
+    """bpf_map_update_batch, for keys and values of one size each.
+
+    OSError when the map is full: a part of them has been put then.
+    """
+    if entries:
+        count = ctypes.c_uint32(len(entries))
+        keys, values = b"".join(entries), b"".join(entries.values())
+        done = _lib().bpf_map_update_batch(fd, keys, values, ctypes.byref(count), None)
+        _check(done, "map update")
+
+
+def map_delete_many(fd: int, keys: Collection[bytes]) -> None:
+    """bpf_map_delete_batch, for keys of one size; those that are not there are no error."""
+    data = ctypes.create_string_buffer(b"".join(keys))
+    done = 0
+    while done < len(keys):
+        count = ctypes.c_uint32(len(keys) - done)
+        left = ctypes.byref(data, done * (len(data) // len(keys)))
+        try:
+            _check(_lib().bpf_map_delete_batch(fd, left, ctypes.byref(count), None), "map delete")
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        # It stops at one that is absent.
+        done += count.value + 1
 
 
 def map_lookup(fd: int, key: bytes, size: int) -> bytes | None:

@@ -15,9 +15,10 @@ from redirector.datapath.layout import (
     PodFlag,
 )
 from redirector.datapath.listeners import listening_sockets
+from redirector.datapath.maps import Lists
 from redirector.datapath.pins import ALL_HOOKS, CGROUP_HOOKS, CONNECT_HOOKS, INBOUND_HOOK, Datapath
 from redirector.errors import DatapathError, InputError
-from redirector.model import EVERYWHERE, Accelerate, IPAddress, IPNetwork, Mode, Pod, Steering
+from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
 from redirector.status import Tally, tallies
 
 #: How long a sidecar may take to ask for the original destination of what it has accepted.
@@ -35,35 +36,28 @@ class EbpfMode:
     def install(self, pod: Pod, had: Sequence[Pod] = ()) -> None:
         """Attach the pod to the loaded programs; load them first if this is the node's first."""
         self._datapath.ensure()
-        entry = pod_entry(pod, self.accelerates(pod))
-        fresh = not self._datapath.maps.has_pod(pod.netns_cookie)
+        maps, netns, lists = self._datapath.maps, pod.netns_cookie, _lists(pod)
+        entry, before = pod_entry(pod, self.accelerates(pod)), maps.pod(netns)
         try:
-            self._publish(pod, entry, had)
+            # Lists that only the old entry asks for go last: at no moment are there too few.
+            maps.add(netns, lists)
+            maps.put_pod(netns, entry)
             self._attach(pod)
         except BaseException:
-            if fresh:
+            if before is None:
                 self.remove(pod, had)
+            else:
+                maps.put_pod(netns, before)
+                if had:
+                    maps.drop(netns, (lists,), keep=map(_lists, had))
             raise
+        maps.drop(netns, map(_lists, had), keep=(lists,))
 
     def accelerates(self, pod: Pod) -> bool:
         """Whether the pod's connections are short-circuited; `auto` asks what the kernel can do."""
         if pod.accelerate is Accelerate.AUTO:
             return not self._datapath.defects()
         return pod.accelerate is Accelerate.ON
-
-    def _publish(self, pod: Pod, entry: PodEntry, had: Sequence[Pod]) -> None:
-        maps, netns = self._datapath.maps, pod.netns_cookie
-        maps.put_cidrs(netns, _cidrs(pod.steering), [_cidrs(each.steering) for each in had])
-        maps.put_members(netns, _members(pod.steering), [_members(each.steering) for each in had])
-        maps.put_addresses(netns, pod.addresses, _addresses(had))
-        maps.put_pod(netns, entry)
-
-    def _withdraw(self, pod: Pod, had: Sequence[Pod]) -> None:
-        maps, netns = self._datapath.maps, pod.netns_cookie
-        maps.delete_pod(netns)
-        maps.put_addresses(netns, (), _addresses(had))
-        maps.put_cidrs(netns, {}, [_cidrs(each.steering) for each in had])
-        maps.put_members(netns, {}, [_members(each.steering) for each in had])
 
     def _attach(self, pod: Pod) -> None:
         pins = pin_name(pod.name)
@@ -85,7 +79,8 @@ class EbpfMode:
             self._datapath.detach(pins, hook)
         self._drain(pod)
         self._datapath.forget(pins)
-        self._withdraw(pod, (pod, *had))
+        self._datapath.maps.delete_pod(pod.netns_cookie)
+        self._datapath.maps.drop(pod.netns_cookie, map(_lists, (pod, *had)))
 
     def _drain(self, pod: Pod) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -109,7 +104,7 @@ class EbpfMode:
                 pin_name(pod.name), hook, pod.netns if hook == INBOUND_HOOK[0] else pod.cgroup
             )
         ]
-        if not self._datapath.maps.has_pod(pod.netns_cookie):
+        if self._datapath.maps.pod(pod.netns_cookie) is None:
             lost.append("its entry in the pods map")
         return lost
 
@@ -189,26 +184,23 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
     return entry
 
 
-def _cidrs(steering: Steering) -> dict[CidrSet, tuple[IPNetwork, ...]]:
-    return {
-        CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
-        CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
-    }
-
-
-def _members(steering: Steering) -> dict[MemberSet, frozenset[int]]:
-    return {
-        MemberSet.OUTBOUND_PORT_INCLUDE: steering.include_outbound_ports,
-        MemberSet.OUTBOUND_PORT_EXCLUDE: steering.exclude_outbound_ports,
-        MemberSet.INBOUND_PORT_INCLUDE: steering.include_inbound_ports or frozenset(),
-        MemberSet.INBOUND_PORT_EXCLUDE: steering.exclude_inbound_ports,
-        MemberSet.GROUP_INCLUDE: steering.include_owner_groups or frozenset(),
-        MemberSet.GROUP_EXCLUDE: steering.exclude_owner_groups,
-    }
-
-
-def _addresses(pods: Sequence[Pod]) -> set[IPAddress]:
-    return {ip for pod in pods for ip in pod.addresses}
+def _lists(pod: Pod) -> Lists:
+    steering = pod.steering
+    return Lists(
+        addresses=pod.addresses,
+        cidrs={
+            CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
+            CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
+        },
+        members={
+            MemberSet.OUTBOUND_PORT_INCLUDE: steering.include_outbound_ports,
+            MemberSet.OUTBOUND_PORT_EXCLUDE: steering.exclude_outbound_ports,
+            MemberSet.INBOUND_PORT_INCLUDE: steering.include_inbound_ports or frozenset(),
+            MemberSet.INBOUND_PORT_EXCLUDE: steering.exclude_inbound_ports,
+            MemberSet.GROUP_INCLUDE: steering.include_owner_groups or frozenset(),
+            MemberSet.GROUP_EXCLUDE: steering.exclude_owner_groups,
+        },
+    )
 
 
 def _network_order(ip: IPv4Address) -> int:

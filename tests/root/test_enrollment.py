@@ -251,7 +251,7 @@ def test_a_program_that_wants_its_hook_alone_stays_alone(
             enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
         assert traces.in_pod(pod) == ["CGROUP_SOCK_OPS on the cgroup"]
         assert enrollment.status() == []
-        assert not datapath.maps.has_pod(netns_cookie(pod.netns))
+        assert datapath.maps.pod(netns_cookie(pod.netns)) is None
         # The other mode needs no such hook.
         enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.IPTABLES)
         with pytest.raises(DatapathError, match="sockops"):

@@ -1,47 +1,26 @@
 """The iptables mode with lists of 10,000 ranges, on the real kernel, with both flavours."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from itertools import islice
 from pathlib import Path
 
 import probes
 import pytest
+from lists import long_lists
 from xtables import as_pod, saved, sets
 
 from redirector import machine
 from redirector.enrollment import Enrollment
 from redirector.errors import DatapathError, MachineError
-from redirector.lab import LabPod, Node
-from redirector.model import IPNetwork, Mode, Steering
+from redirector.lab import Node
+from redirector.model import Mode, Steering
 from redirector.modes.iptables.driver import IptablesMode
 from redirector.steering import Connection, Direction, Verdict, decide
 
 pytestmark = pytest.mark.root
 
 DRIVER = IptablesMode()
-ENTRIES = 10_000
 PORT = 80
-
-
-def filler(v4: str, v6: str) -> tuple[IPNetwork, ...]:
-    """Ranges of several lengths that nobody of the test is in."""
-    small = [ip_network(v4).subnets(new_prefix=length) for length in (24, 26)]
-    large = [ip_network(v6).subnets(new_prefix=length) for length in (48, 64)]
-    return tuple(net for nets in (*small, *large) for net in islice(nets, ENTRIES // 2))
-
-
-def single(addresses: Iterable[str]) -> tuple[IPNetwork, ...]:
-    return tuple(ip_network(address) for address in addresses)
-
-
-def long_lists(included: LabPod, both: LabPod) -> Steering:
-    return Steering(
-        include_outbound_cidrs=filler("100.64.0.0/10", "fd64::/16")
-        + single((included.ip, included.ip6, both.ip, both.ip6)),
-        exclude_outbound_cidrs=filler("11.0.0.0/8", "fd65::/16") + single((both.ip, both.ip6)),
-    )
 
 
 @pytest.fixture

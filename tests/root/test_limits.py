@@ -117,6 +117,6 @@ def test_lists_that_do_not_fit_leave_the_pod_as_it_was(node: Node) -> None:
         with pytest.raises(DatapathError, match=r"map members: .*full"):
             EbpfMode(datapath).install(described(lab))
         assert datapath.pods() == []
-        assert not datapath.maps.has_pod(netns_cookie(lab.netns))
+        assert datapath.maps.pod(netns_cookie(lab.netns)) is None
     finally:
         datapath.unload()
