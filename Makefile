@@ -18,7 +18,8 @@ setup: ## Debian packages, .venv, Envoy, kernel headers for bcc
 demo: setup ## steer real pods through real Envoys and show it
 	@$(BIN)/redirector demo
 
-test: setup ## every test, on the real kernel and real Envoys
+test: setup ## every test, on the real kernel, with real Envoys and real programs
+	@bash tests/programs/setup $(STATE)/programs
 	@$(BIN)/pytest
 
 test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulator

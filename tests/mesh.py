@@ -36,6 +36,10 @@ class Mesh:
         for pod in (self.client, self.server):
             self.enrollment.enroll(pod.name, pod.netns, pod.cgroup, *way)
 
+    def unenroll(self) -> None:
+        for pod in (self.client, self.server):
+            self.enrollment.unenroll(pod.name)
+
     def change_mode(self, mode: Mode) -> None:
         for pod in (self.client, self.server):
             self.enrollment.change_mode(pod.name, mode)
