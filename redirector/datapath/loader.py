@@ -33,6 +33,9 @@ MAPS = (
     "sockets",
     "listeners",
     "about",
+    "followers",
+    "following",
+    "lost_events",
 )
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from redirector.datapath import libbpf
+from redirector.datapath.followers import Followers
 from redirector.datapath.layout import Defect
 from redirector.datapath.libbpf import AttachType
 from redirector.datapath.maps import Maps
@@ -113,6 +114,14 @@ class Datapath:
             f"the kernel or compiler refused the programs: {'; '.join(told[-3:])}; "
             "see: redirector check"
         )
+
+    def followers(self) -> Followers | None:
+        """Who follows the events of the programs that are loaded; None while none are."""
+        try:
+            identity = (self.root / "maps").stat().st_ino
+        except FileNotFoundError:
+            return None
+        return Followers(self.root / "maps", identity)
 
     def unload(self) -> None:
         """Forget every pin: links detach, programs and maps go with their last user.

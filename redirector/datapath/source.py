@@ -20,6 +20,7 @@ FILES = (
     "layout.h",
     "maps.h",
     "common.h",
+    "events.h",
     "verdict.h",
     "connect.c",
     "sockopt.c",
@@ -52,6 +53,7 @@ def translation_unit(sizes: Mapping[str, int]) -> str:
     # RMEM_OFFSET is 0 when the kernel has no BTF: a direction's budget is then never given back.
     constants["MAX_RECEIVE_BUFFER"] = int(TCP_RMEM.read_text().split()[2])
     constants["RMEM_OFFSET"] = member_offset("sock", "sk_backlog", "rmem_alloc") or 0
+    constants["FLAGS_OFFSET"] = member_offset("sock", "__sk_common", "skc_flags") or 0
     parts = [f"#include <{name}>" for name in INCLUDES]
     parts += [f"#define {name} {value}" for name, value in constants.items()]
     parts += [f'#line 1 "{name}"\n{_text(name)}' for name in FILES]
