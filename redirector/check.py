@@ -1,7 +1,7 @@
 """`redirector check`: what this machine can do, a line each, and what to do about the rest.
 
 A check returns what it found or raises MachineError with the way out. It changes nothing: rules
-are tried in a network namespace that ends with the program that tries them.
+and programs are tried in network namespaces that end with who tries them.
 """
 
 import os
@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import TextIO
 
 from redirector import machine
-from redirector.errors import MachineError
+from redirector.datapath.layout import Defect
+from redirector.datapath.loading import run_self_test
+from redirector.datapath.selftest import LINES
+from redirector.errors import MachineError, RedirectorError
 from redirector.model import Mode, Pod
 from redirector.modes.iptables.rules import IPV4, IPV6, Family
 from redirector.modes.iptables.sets import MOST_RULES, creation, networks_set
@@ -29,13 +32,18 @@ OLDEST_KERNEL = (5, 15)
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}
 _BCC = "import bcc; bcc.BPF; print(bcc.__version__)"
 _TIMEOUT = 20.0
+SELF_TEST = "self-test"
 
 
 class Status(StrEnum):
-    """How a check went; only MISSING makes the whole fail."""
+    """How a check went; only MISSING makes the whole fail.
+
+    FAILED is a line of the kernel's self-test: pods are steered without short-circuit then.
+    """
 
     OK = "ok"
     WARN = "warn"
+    FAILED = "FAILED"
     MISSING = "missing"
 
 
@@ -73,6 +81,7 @@ class Environment:
     sys: Path = Path("/sys")
     execute: Callable[[Sequence[str], str], str] = execute
     cookie: Callable[[], int] = own_netns_cookie
+    self_test: Callable[[], Defect] = run_self_test
 
 
 def this_machine() -> Environment:
@@ -82,26 +91,54 @@ def this_machine() -> Environment:
 
 @dataclass(frozen=True)
 class Check:
-    """One question to the machine. What only some uses need is not `required`."""
+    """One question to the machine. What only some uses need is not `required`.
+
+    `to_load`: without it no program can be loaded.
+    """
 
     name: str
     probe: Callable[[Environment], str]
     required: bool = True
+    to_load: bool = False
 
 
 def findings(environment: Environment) -> Iterator[Finding]:
     """Yield the answers, in order, each as soon as it is known."""
+    ready = True
     for check in CHECKS:
         try:
             yield Finding(check.name, Status.OK, check.probe(environment))
         except MachineError as error:
             status = Status.MISSING if check.required else Status.WARN
+            ready = ready and not check.to_load
             yield Finding(check.name, status, str(error))
+    yield from _self_test(environment, ready)
+
+
+def _self_test(environment: Environment, ready: bool) -> Iterator[Finding]:
+    """What the kernel does with redirected bytes, a line each; where programs can be loaded."""
+    if not ready:
+        return
+    try:
+        found = environment.self_test()
+    except RedirectorError as error:
+        yield Finding(SELF_TEST, Status.MISSING, str(error))
+        return
+    for line in LINES:
+        if not found & line.defect:
+            yield Finding(line.name, Status.OK, "as with TCP")
+        elif line.limit:
+            text = f"{line.meaning}; --accelerate off for pods with {line.limit}"
+            yield Finding(line.name, Status.WARN, text)
+        else:
+            text = f"{line.meaning}; --accelerate auto steers without short-circuit on this kernel"
+            yield Finding(line.name, Status.FAILED, text)
 
 
 def line(finding: Finding) -> str:
     """Return a finding as the user sees it."""
-    width = max(len(check.name) for check in CHECKS)
+    names = [check.name for check in CHECKS] + [line.name for line in LINES]
+    width = max(map(len, names))
     return f"{finding.status:<7}  {finding.name:<{width}}  {finding.text}"
 
 
@@ -112,7 +149,7 @@ def run(out: TextIO, environment: Environment | None = None) -> int:
         print(line(finding), file=out, flush=True)
         missing += finding.status is Status.MISSING
     if missing:
-        print(f"\n{missing} of {len(CHECKS)} missing; each line above says what to do", file=out)
+        print(f"\n{missing} missing; each line above says what to do", file=out)
     return MachineError.exit_code if missing else 0
 
 
@@ -239,15 +276,15 @@ def _luajit(_env: Environment) -> str:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("root", _root),
-    Check("capabilities", _capabilities),
-    Check("kernel", _kernel),
+    Check("root", _root, to_load=True),
+    Check("capabilities", _capabilities, to_load=True),
+    Check("kernel", _kernel, to_load=True),
     Check("BTF", _btf),
     Check("cgroup2", _cgroup2),
     Check("bpffs", _bpffs),
     Check("netns cookie", _cookie),
-    Check("kernel headers", _headers),
-    Check("bcc", _bcc),
+    Check("kernel headers", _headers, to_load=True),
+    Check("bcc", _bcc, to_load=True),
     Check("iptables", _iptables(IPV4)),
     Check("ip6tables", _iptables(IPV6)),
     Check("ipset", _ipset, required=False),

@@ -17,6 +17,8 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     #: Left to TCP where it might have been short-circuited: a socket, or one direction.
     PASSED = "passed"
+    #: An option that a short-circuited socket was not given; its program does without.
+    WITHHELD = "withheld"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@
 ALWAYS int pass(struct sock_state *state, __u64 netns, __u32 reason)
 {
 	state->verdict = PASS;
-	state->passed = reason;
 	count(netns, reason);
 	return SK_PASS;
 }
@@ -28,12 +27,17 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 	flow = flows.lookup(&state->flow);
 	mine = state->side & 1;
 	theirs = mine ^ 1;
-	if (flow && !state->peer)
-		state->peer = *(volatile __u64 *)&flow->socket[theirs];
 	// No flow: the client has closed, or the pod was unenrolled. Another id: it has closed just
 	// now, and the kernel gave the map's element to another flow, beneath our feet.
 	if (!flow || *(volatile __u64 *)&flow->id != state->id)
 		return pass(state, bpf_get_netns_cookie(msg), PASSED_NO_PEER);
+	if (!state->peer)
+		state->peer = *(volatile __u64 *)&flow->socket[theirs];
+	// The other end is not there yet. If this is told before it comes, it stays out.
+	if (!state->peer && claim(flow, mine, PASS))
+		return pass(state, flow->client_netns, PASSED_NO_PEER);
+	if (!state->peer)
+		state->peer = *(volatile __u64 *)&flow->socket[theirs];
 	if (!claim(flow, mine, REDIRECT))
 		return pass(state, flow->client_netns, PASSED_LEFT);
 #if RMEM_OFFSET
@@ -48,19 +52,26 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 	if (unread > MAX_UNREAD ||
 	    flow->messages[mine] - flow->drained[theirs] >= MAX_UNREAD_MESSAGES) {
 		flow->verdict[mine] = PASS;
-		flow->passed = PASSED_UNREAD;
 		state->leaving_ns = bpf_ktime_get_ns();
 		return pass(state, flow->client_netns, PASSED_UNREAD);
 	}
 	found = sockets.msg_redirect_hash(msg, &state->peer, BPF_F_INGRESS);
 	if (found != SK_PASS) {
 		flow->verdict[mine] = PASS;
-		flow->passed = PASSED_NO_PEER;
 		return pass(state, flow->client_netns, PASSED_NO_PEER);
 	}
 	flow->unread[theirs] = unread;
 	flow->bytes[mine] += msg->size;
 	flow->messages[mine]++;
+	return SK_PASS;
+}
+
+// Bytes that TCP brings to a socket of the sockhash (BPF_SK_SKB_STREAM_VERDICT): on to the queue
+// that redirected ones go to. With two queues, a recv() that empties the first answers less than
+// was asked for, which readers of edge-triggered epoll take for the end of what there is (nginx,
+// Netty, tokio); and some kernels then tell FIONREAD of one queue only.
+int redirector_arrive(struct __sk_buff *skb)
+{
 	return SK_PASS;
 }
 

@@ -33,57 +33,74 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	if (!state)
 		return;
 	netns = bpf_get_netns_cookie(ops);
-	state->opened_ns = bpf_ktime_get_ns();
 	addresses(ops, &state->flow.client, &state->flow.server);
 	state->flow.client_port = ops->local_port;
 	state->flow.server_port = bpf_ntohl(ops->remote_port);
 	scope(&state->flow, netns);
 	state->id = bpf_get_socket_cookie(ops);
-	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
-	if (!(state->flags & (FLOW_STEERED | FLOW_ACCELERATE)))
-		return;
 
 	flow.id = state->id;
 	flow.original = state->original;
 	flow.flags = state->flags;
 	flow.client_netns = netns;
-	flow.opened_ns = state->opened_ns;
-	flow.process = state->process;
-	flow.rule = state->rule;
+	flow.opened_ns = bpf_ktime_get_ns();
 	// Without its flow a steered SYN is refused by inbound.c, an accelerated one stays plain.
 	if (flows.update(&state->flow, &flow)) {
 		if (!(state->flags & FLOW_STEERED))
 			count(netns, PASSED_FULL);
 		state->flags &= ~FLOW_ACCELERATE;
-		state->passed = PASSED_FULL;
+		return;
 	}
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-ALWAYS void enter_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, struct flow *flow)
+// Both ends are in the sockhash, or neither is. TCP's bytes for a socket that is in it take a
+// longer way, and one that has not been accepted yet does not tell FIONREAD of them.
+ALWAYS void stay_out(struct sock_state *state, struct flow *flow, __u64 netns, __u32 reason)
+{
+	state->verdict = PASS;
+	claim(flow, CLIENT, PASS);
+	claim(flow, SERVER, PASS);
+	count(netns, reason);
+}
+
+ALWAYS bool enter_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, struct flow *flow)
 {
 	__u64 cookie = bpf_get_socket_cookie(ops);
 	__u64 netns = bpf_get_netns_cookie(ops);
 	int failed;
 
+	if (ops->sk && wants_zerocopy(ops->sk)) {
+		stay_out(state, flow, netns, PASSED_ZEROCOPY);
+		return false;
+	}
 	failed = sockets.sock_hash_update(ops, &cookie, BPF_ANY); // bcc ends it with a semicolon
 	if (failed) {
-		state->verdict = PASS;
-		state->passed = failed == -E2BIG ? PASSED_FULL : PASSED_UNSUPPORTED;
-		flow->passed = state->passed;
-		count(netns, state->passed);
-		return;
+		stay_out(state, flow, netns, failed == -E2BIG ? PASSED_FULL : PASSED_UNSUPPORTED);
+		return false;
 	}
 	flow->socket[state->side & 1] = cookie;
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
 					   BPF_SOCK_OPS_RTT_CB_FLAG);
-	count(netns, ACCELERATED);
+	return true;
 }
 
 ALWAYS void leave_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, struct flow *flow)
 {
 	sockets.delete(&flow->socket[state->side & 1]);
+	flow->socket[state->side & 1] = 0;
 	state->verdict = PASS;
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
+// What is in a socket's queue when it leaves the sockhash is lost.
+ALWAYS bool nothing_queued(struct bpf_sock_ops *ops)
+{
+#if RMEM_OFFSET
+	return ops->sk && !own_unread(ops->sk);
+#else
+	return false;
+#endif
 }
 
 // Whether nothing was ever redirected to this side, and from now on nothing will be.
@@ -93,10 +110,12 @@ ALWAYS bool never_redirected(struct sock_state *state, struct flow *flow, __u32 
 }
 
 // An ACK has come in. A socket of the sockhash whose blocking recv() is woken without data answers
-// EAGAIN (tcp_bpf_recvmsg waits once), and a sender whose buffer drains is woken so. So who streams
-// leaves the sockhash, once nothing can be on its way to its queue: because nothing ever was, or
-// because the peer has since been passing for a second, or has read more TCP bytes than its buffer
-// holds; its earlier send() has ended then.
+// EAGAIN (tcp_bpf_recvmsg_parser waits once), and a sender that has waited for room is woken so
+// when its buffer drains. So it leaves the sockhash while it waits: a recv() that is blocked
+// meanwhile would answer EAGAIN, too, and who is in send() is not in recv(). It must be certain
+// that nothing is on its way to its queue: because nothing ever was, or because the peer has since
+// been passing for a second, or has read more TCP bytes than its buffer holds; its earlier send()
+// has ended then.
 ALWAYS void streams(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
@@ -107,12 +126,15 @@ ALWAYS void streams(struct bpf_sock_ops *ops)
 		return;
 	if (!state->leaving_ns && ops->bytes_acked < MAX_UNREAD)
 		return;
+	if (!ops->sk || !sender_waits(ops->sk))
+		return;
 	flow = flows.lookup(&state->flow);
 	if (!flow)
 		return;
 	theirs = (state->side ^ 1) & 1;
 	if (never_redirected(state, flow, theirs)) {
-		leave_sockhash(ops, state, flow);
+		if (nothing_queued(ops))
+			leave_sockhash(ops, state, flow);
 		return;
 	}
 	if (!state->leaving_acked) {
@@ -121,12 +143,10 @@ ALWAYS void streams(struct bpf_sock_ops *ops)
 		state->leaving_acked = ops->bytes_acked + 1; // 0 is: not yet
 		return;
 	}
-#if RMEM_OFFSET
 	if ((ops->bytes_acked - state->leaving_acked > MAX_RECEIVE_BUFFER ||
 	     bpf_ktime_get_ns() - state->leaving_ns > 1000000000ULL) &&
-	    ops->sk && !own_unread(ops->sk))
+	    nothing_queued(ops))
 		leave_sockhash(ops, state, flow);
-#endif
 }
 
 // shutdown(SHUT_WR): the ACK of the FIN wakes a blocking recv(), too.
@@ -138,75 +158,51 @@ ALWAYS void half_closes(struct bpf_sock_ops *ops)
 	if (!state || !(state->flags & FLOW_ACCELERATE))
 		return;
 	flow = flows.lookup(&state->flow);
-	if (flow && never_redirected(state, flow, state->side ^ 1))
+	if (flow && never_redirected(state, flow, state->side ^ 1) && nothing_queued(ops))
 		leave_sockhash(ops, state, flow);
-}
-
-ALWAYS void client_accelerates(struct bpf_sock_ops *ops, struct sock_state *state,
-			       struct flow *flow)
-{
-	// TCP Fast Open: these bytes went before us, the rest must follow on the same way.
-	if (ops->data_segs_out) {
-		state->verdict = PASS;
-		state->passed = PASSED_FAST_OPEN;
-		flow->passed = PASSED_FAST_OPEN;
-		count(bpf_get_netns_cookie(ops), PASSED_FAST_OPEN);
-		return;
-	}
-	enter_sockhash(ops, state, flow);
 }
 
 ALWAYS void client_established(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
-	struct flow *flow = NULL;
+	struct flow *flow;
 
-	if (!state) {
-		// Direct: nothing of ours went with it. A SYN that is lost is sent again after a
-		// second (TCP_TIMEOUT_INIT).
-		count_connect(bpf_get_netns_cookie(ops), CONNECT_DIRECT,
-			      (ops->srtt_us >> 3) + ops->total_retrans * 1000000);
+	if (!state || !(state->flags & FLOW_ACCELERATE))
+		return;
+	flow = flows.lookup(&state->flow);
+	if (!flow)
+		return;
+	// TCP Fast Open: these bytes went before us, the rest must follow on the same way.
+	if (ops->data_segs_out) {
+		stay_out(state, flow, bpf_get_netns_cookie(ops), PASSED_FAST_OPEN);
 		return;
 	}
-	state->connect_us = (bpf_ktime_get_ns() - state->opened_ns) / 1000;
-	count_connect(bpf_get_netns_cookie(ops),
-		      state->flags & FLOW_STEERED ? CONNECT_STEERED : CONNECT_DIRECT,
-		      state->connect_us);
-	if (state->flags & FLOW_ACCELERATE) {
-		flow = flows.lookup(&state->flow);
-		if (flow)
-			client_accelerates(ops, state, flow);
-	}
-	tell(ops, state, flow, EVENT_OPEN);
+	if (enter_sockhash(ops, state, flow))
+		count(flow->client_netns, ACCELERATED);
 }
 
-// A connection came in while somebody follows: both ends tell of it, each for its own pod.
-ALWAYS void came_in(struct bpf_sock_ops *ops, struct flow_key *key, struct flow *flow)
+// The server's end follows the client's. Whether the client waits for it is decided by one
+// compare-and-swap of the client's verdict, here and in redirect.c.
+ALWAYS void server_enters(struct bpf_sock_ops *ops, struct sock_state *state, struct flow *flow,
+			  __u64 netns)
 {
-	struct sock_state *state, told = {.side = SERVER};
-	__u32 *rule = arrivals.lookup(key);
+	bool entered = false;
 
-	if (!rule)
+	if (ops->skb_tcp_flags & SYN) // it made this socket, so it carried data: TCP Fast Open
+		stay_out(state, flow, netns, PASSED_FAST_OPEN);
+	else
+		entered = enter_sockhash(ops, state, flow);
+	if (entered && claim(flow, CLIENT, REDIRECT)) {
+		count(netns, ACCELERATED);
 		return;
-	told.flow = *key;
-	told.rule = *rule;
-	told.opened_ns = bpf_ktime_get_ns();
-	arrivals.delete(key);
-	if (flow) {
-		told.id = flow->id;
-		flow->server_rule = told.rule;
-		flow->server_netns = bpf_get_netns_cookie(ops);
-	} else {
-		told.id = bpf_get_socket_cookie(ops);
-		told.flags = FLOW_WATCHED;
-		state = state_of(ops, BPF_SK_STORAGE_GET_F_CREATE);
-		if (!state)
-			return;
-		*state = told;
-		bpf_sock_ops_cb_flags_set(ops,
-					  ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	}
-	tell(ops, &told, flow, EVENT_OPEN);
+	if (entered) {
+		leave_sockhash(ops, state, flow);
+		stay_out(state, flow, netns, PASSED_NO_PEER);
+	}
+	// Nothing was ever sent to the client: its queue is empty.
+	sockets.delete(&flow->socket[CLIENT]);
+	flow->socket[CLIENT] = 0;
 }
 
 ALWAYS void server_established(struct bpf_sock_ops *ops)
@@ -224,8 +220,6 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 	key.client_port = bpf_ntohl(ops->remote_port);
 	scope(&key, netns);
 	flow = flows.lookup(&key);
-	if (followed())
-		came_in(ops, &key, flow);
 	if (!flow)
 		return;
 	state = state_of(ops, BPF_SK_STORAGE_GET_F_CREATE);
@@ -236,32 +230,19 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 	state->original = flow->original;
 	state->side = SERVER;
 	state->flags = flow->flags;
-	if (!(flow->flags & FLOW_ACCELERATE))
-		return;
-	// The SYN made this socket, so it carried data: TCP Fast Open.
-	if (ops->skb_tcp_flags & SYN) {
-		state->verdict = PASS;
-		flow->passed = PASSED_FAST_OPEN;
-		count(netns, PASSED_FAST_OPEN);
-		return;
-	}
-	enter_sockhash(ops, state, flow);
+	if (flow->flags & FLOW_ACCELERATE)
+		server_enters(ops, state, flow, netns);
 }
 
-ALWAYS void closed(struct bpf_sock_ops *ops)
+ALWAYS void client_closed(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
-	__u32 before = ops->args[0];
 	struct flow *flow;
 
-	if (!state || before == BPF_TCP_CLOSE ||
-	    (state->side != CLIENT && !(state->flags & FLOW_WATCHED)))
+	if (!state || state->side != CLIENT)
 		return;
 	flow = flows.lookup(&state->flow);
-	if (flow && flow->id != state->id)
-		flow = NULL;
-	tell(ops, state, flow, before == BPF_TCP_SYN_SENT ? EVENT_FAILED : EVENT_CLOSE);
-	if (!flow)
+	if (!flow || flow->id != state->id)
 		return;
 	if (flow->messages[CLIENT] + flow->messages[SERVER]) {
 		count_by(flow->client_netns, REDIRECTED_BYTES,
@@ -304,7 +285,7 @@ ALWAYS void sockops(struct bpf_sock_ops *ops)
 		if (ops->args[1] == BPF_TCP_FIN_WAIT1)
 			half_closes(ops);
 		else if (ops->args[1] == BPF_TCP_CLOSE)
-			closed(ops);
+			client_closed(ops);
 		break;
 	}
 }

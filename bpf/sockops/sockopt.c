@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // What sockets are told: SO_ORIGINAL_DST for the sidecar (BPF_CGROUP_GETSOCKOPT), the peer's name
-// for the application (BPF_CGROUP_INET{4,6}_GETPEERNAME).
+// for the application (BPF_CGROUP_INET{4,6}_GETPEERNAME). What sockets of the sockhash may not be
+// told: options that do not go with it (BPF_CGROUP_SETSOCKOPT).
 
 #ifndef SO_ORIGINAL_DST
 #define SO_ORIGINAL_DST 80 // also IP6T_SO_ORIGINAL_DST; linux/netfilter_ipv4.h
 #endif
 #define SOL_IP_LEVEL 0
 #define SOL_IPV6_LEVEL 41
+#define SOL_TCP_LEVEL 6
+#define TCP_ULP_OPTION 31     // linux/tcp.h
+#define SO_ZEROCOPY_OPTION 60 // asm-generic/socket.h
+#define UNKNOWN_OPTION 0x7fffffff
+#define SOCKOPT_BUFFER 4096 // what the kernel shows of an option's value (kernel/bpf/cgroup.c)
 
 // A connection that sk_lookup gave to the sidecar: its local address is the original destination.
 ALWAYS bool local_is_original(struct bpf_sockopt *ctx, struct endpoint *original)
@@ -85,6 +91,42 @@ ALWAYS int getsockopt(struct bpf_sockopt *ctx)
 	return 1;
 }
 
+// Whether this socket is in the sockhash now.
+ALWAYS bool is_accelerated(struct bpf_sock *sk, __u64 *netns)
+{
+	struct sock_state *state = states.sk_storage_get(sk, 0, 0);
+	struct flow *flow;
+
+	if (!state)
+		return false;
+	flow = flows.lookup(&state->flow);
+	if (!flow || flow->id != state->id || !flow->socket[state->side & 1])
+		return false;
+	*netns = flow->client_netns;
+	return true;
+}
+
+// TLS in the kernel would hand the sk_msg program plaintext; MSG_ZEROCOPY's word would never come.
+// Both are answered as by a kernel that does not know the option, ENOPROTOOPT, by making it one
+// that no kernel knows: programs do without. Setting an answer of our own needs Linux 5.18.
+ALWAYS int setsockopt(struct bpf_sockopt *ctx)
+{
+	bool ktls = ctx->level == SOL_TCP_LEVEL && ctx->optname == TCP_ULP_OPTION;
+	bool zerocopy = ctx->level == SOL_SOCKET && ctx->optname == SO_ZEROCOPY_OPTION;
+	__u64 netns;
+
+	if (ctx->optlen > SOCKOPT_BUFFER) {
+		// Seen in part only. 0: the kernel takes the caller's, else older ones fail.
+		ctx->optlen = 0;
+		return 1;
+	}
+	if ((!ktls && !zerocopy) || !ctx->sk || !is_accelerated(ctx->sk, &netns))
+		return 1;
+	count(netns, ktls ? WITHHELD_KTLS : WITHHELD_ZEROCOPY);
+	ctx->optname = UNKNOWN_OPTION;
+	return 1;
+}
+
 ALWAYS struct sock_state *steered_client(struct bpf_sock_addr *ctx)
 {
 	struct sock_state *state;
@@ -122,6 +164,11 @@ ALWAYS int getpeername6(struct bpf_sock_addr *ctx)
 int redirector_getsockopt(struct bpf_sockopt *ctx)
 {
 	return getsockopt(ctx);
+}
+
+int redirector_setsockopt(struct bpf_sockopt *ctx)
+{
+	return setsockopt(ctx);
 }
 
 int redirector_getpeername4(struct bpf_sock_addr *ctx)

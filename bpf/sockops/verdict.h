@@ -20,9 +20,42 @@ ALWAYS bool claim(struct flow *flow, __u32 side, __u64 wanted)
 	return before == UNDECIDED || before == wanted;
 }
 
+// What follows reads the kernel's own structs through BTF; the offsets come from the running
+// kernel, 0 without BTF. The verifier holds each to a member of its type.
+
+// Whether SO_ZEROCOPY is set.
+ALWAYS bool wants_zerocopy(struct bpf_sock *sk)
+{
+#if SK_FLAGS_OFFSET
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+
+	if (tp)
+		return *(volatile __u64 *)((char *)tp + SK_FLAGS_OFFSET) >> ZEROCOPY_BIT & 1;
+#endif
+	return false;
+}
+
+#define SOCK_NOSPACE_BIT 2 // linux/net.h
+
+// Whether a sender waits for room in this socket's buffer.
+ALWAYS bool sender_waits(struct bpf_sock *sk)
+{
+#if SK_SOCKET_OFFSET
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	void *file;
+
+	if (tp) {
+		file = *(void *volatile *)((char *)tp + SK_SOCKET_OFFSET);
+		return *(volatile __u64 *)((char *)file + SOCKET_FLAGS_OFFSET) >> SOCK_NOSPACE_BIT &
+		       1;
+	}
+#endif
+	return false;
+}
+
 #if RMEM_OFFSET
 // What this socket itself has not read yet: redirected bytes are charged to sk_rmem_alloc
-// (sk_psock_skb_ingress / bpf_tcp_ingress). RMEM_OFFSET comes from the running kernel's BTF.
+// (sk_psock_skb_ingress / bpf_tcp_ingress).
 ALWAYS __u32 own_unread(struct bpf_sock *sk)
 {
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
@@ -30,7 +63,6 @@ ALWAYS __u32 own_unread(struct bpf_sock *sk)
 
 	if (!tp)
 		return MAX_UNREAD;
-	// Read through BTF; the verifier holds the offset to a member of this type.
 	bytes = *(volatile __s32 *)((char *)tp + RMEM_OFFSET);
 	return bytes < 0 ? 0 : bytes;
 }

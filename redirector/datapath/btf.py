@@ -1,11 +1,17 @@
-"""One question to the running kernel's BTF: at which offset of a struct a member lies."""
+"""Questions to the running kernel's BTF: where a struct's member lies, what a name is worth."""
 
 import ctypes
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T", bound=ctypes.Structure)
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 _BTF_KIND_STRUCT = 4
 _BTF_KIND_UNION = 5
+_BTF_KIND_ENUM = 6
 
 
 class _Type(ctypes.Structure):
@@ -16,32 +22,59 @@ class _Member(ctypes.Structure):
     _fields_ = (("name", ctypes.c_uint32), ("type", ctypes.c_uint32), ("offset", ctypes.c_uint32))
 
 
+class _Enumerator(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_uint32), ("value", ctypes.c_int32))
+
+
 def member_offset(struct: str, *path: str) -> int | None:
     """Bytes from the start of `struct` to the member reached by `path`; None without BTF.
 
     Source: Documentation/bpf/btf.rst (struct btf_type, struct btf_member); libbpf reads the file.
     """
+    lib, btf = _vmlinux()
+    if not btf:
+        return None
+    kind = lib.btf__find_by_name_kind(btf, struct.encode(), _BTF_KIND_STRUCT)
+    offset = 0
+    for name in path:
+        found = _find(lib, btf, kind, name.encode())
+        if found is None:
+            return None
+        kind, bits = found
+        offset += bits // 8
+    return offset
+
+
+def enumerator(enum: str, name: str) -> int | None:
+    """The value of one name of an enum; None without BTF, or when the kernel has no such name."""
+    lib, btf = _vmlinux()
+    kind = lib.btf__find_by_name_kind(btf, enum.encode(), _BTF_KIND_ENUM) if btf else 0
+    if kind <= 0:
+        return None
+    for found in _following(lib.btf__type_by_id(btf, kind), _Enumerator):
+        if lib.btf__name_by_offset(btf, found.name) == name.encode():
+            return int(found.value)
+    return None
+
+
+@cache
+def _vmlinux() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+    """libbpf, and the kernel's BTF as it reads it, null when there is none.
+
+    Never freed: who asks is the loader, which ends soon.
+    """
     lib = ctypes.CDLL("libbpf.so.1")
     lib.btf__load_vmlinux_btf.restype = ctypes.c_void_p
     lib.btf__type_by_id.restype = ctypes.POINTER(_Type)
     lib.btf__name_by_offset.restype = ctypes.c_char_p
-    if not VMLINUX.exists():
-        return None
-    btf = ctypes.c_void_p(lib.btf__load_vmlinux_btf())
-    if not btf.value:
-        return None
-    try:
-        kind = lib.btf__find_by_name_kind(btf, struct.encode(), _BTF_KIND_STRUCT)
-        offset = 0
-        for name in path:
-            found = _find(lib, btf, kind, name.encode())
-            if found is None:
-                return None
-            kind, bits = found
-            offset += bits // 8
-        return offset
-    finally:
-        lib.btf__free(btf)
+    return lib, ctypes.c_void_p(lib.btf__load_vmlinux_btf() if VMLINUX.exists() else None)
+
+
+def _following(kind: "ctypes._Pointer[_Type]", entry: type[T]) -> "Iterable[T]":
+    """A type's members or enumerators, which lie behind it."""
+    first = ctypes.addressof(kind.contents) + ctypes.sizeof(_Type)
+    array: Iterable[T] = (entry * (kind.contents.info & 0xFFFF)).from_address(first)
+    return array
 
 
 def _find(lib: ctypes.CDLL, btf: ctypes.c_void_p, kind: int, name: bytes) -> tuple[int, int] | None:
@@ -53,8 +86,7 @@ def _find(lib: ctypes.CDLL, btf: ctypes.c_void_p, kind: int, name: bytes) -> tup
     if info >> 24 & 0x1F not in (_BTF_KIND_STRUCT, _BTF_KIND_UNION):
         return None
     has_bitfields = info >> 31
-    first = ctypes.addressof(type_pointer.contents) + ctypes.sizeof(_Type)
-    for member in (_Member * (info & 0xFFFF)).from_address(first):
+    for member in _following(type_pointer, _Member):
         bits = member.offset & 0xFFFFFF if has_bitfields else member.offset
         if lib.btf__name_by_offset(btf, member.name) == name:
             return member.type, bits

@@ -80,14 +80,6 @@ class FlowFlag(IntFlag):
     STEERED = 1
     ANSWERED = 2
     ACCELERATE = 4
-    WATCHED = 8
-
-
-class Process(Struct):
-    """struct process: who called connect(); all zero when it is not known."""
-
-    c_name = "process"
-    _fields_ = (("pid", ctypes.c_uint32), ("comm", ctypes.c_char * 16))
 
 
 class Flow(Struct):
@@ -106,11 +98,6 @@ class Flow(Struct):
         ("drained", ctypes.c_uint64 * 2),
         ("verdict", ctypes.c_uint64 * 2),
         ("socket", ctypes.c_uint64 * 2),
-        ("process", Process),
-        ("rule", ctypes.c_uint32),
-        ("passed", ctypes.c_uint32),
-        ("server_rule", ctypes.c_uint32),
-        ("server_netns", ctypes.c_uint64),
     )
 
 
@@ -135,11 +122,6 @@ class SockState(Struct):
         ("flags", ctypes.c_uint32),
         ("leaving_ns", ctypes.c_uint64),
         ("leaving_acked", ctypes.c_uint64),
-        ("opened_ns", ctypes.c_uint64),
-        ("process", Process),
-        ("rule", ctypes.c_uint32),
-        ("connect_us", ctypes.c_uint32),
-        ("passed", ctypes.c_uint32),
     )
 
 
@@ -148,6 +130,25 @@ class Defect(IntFlag):
 
     FIONREAD = 1
     UNREAD = 2
+    REDIRECT = 4
+    ORDER = 8
+    FIONREAD_PASSED = 16
+    HALF_CLOSE = 32
+    CLOSE = 64
+    STALLED = 128
+    EPOLL = 256
+    PEEK = 512
+    SENDFILE = 1024
+    SPLICE_IN = 2048
+    SPLICE_OUT = 4096
+    ZEROCOPY = 8192
+    SEAM = 16384
+
+
+#: Makes the loader only try the kernel, and print the defects as a number.
+SELF_TEST = "--self-test"
+#: What harms few programs, known beforehand, and all others not at all: `auto` stays on.
+LIMITS = Defect.SPLICE_OUT
 
 
 class About(Struct):
@@ -266,26 +267,12 @@ class Counter(IntEnum):
     PASSED_FAST_OPEN = 9
     PASSED_FULL = 10
     PASSED_UNSUPPORTED = 11
-    REFUSED_NO_STATE = 12
-    REFUSED_NO_FLOW = 13
-    REFUSED_NO_LISTENER = 14
-
-
-class ConnectKind(IntEnum):
-    """enum connect_kind."""
-
-    STEERED = 0
-    DIRECT = 1
-
-
-CONNECT_BUCKETS = 26
-
-
-class Latency(Struct):
-    """struct latency: bucket b counts up to 2^b µs, the last one all that took longer."""
-
-    c_name = "latency"
-    _fields_ = (("bucket", ctypes.c_uint64 * CONNECT_BUCKETS), ("total_us", ctypes.c_uint64))
+    PASSED_ZEROCOPY = 12
+    WITHHELD_KTLS = 13
+    WITHHELD_ZEROCOPY = 14
+    REFUSED_NO_STATE = 15
+    REFUSED_NO_FLOW = 16
+    REFUSED_NO_LISTENER = 17
 
 
 class Counters(Struct):
@@ -295,44 +282,7 @@ class Counters(Struct):
     _fields_ = (
         ("value", ctypes.c_uint64 * len(Counter)),
         ("rule", ctypes.c_uint64 * len(RULES)),
-        ("connect", Latency * len(ConnectKind)),
     )
-
-
-class EventKind(IntEnum):
-    """enum event_kind."""
-
-    OPEN = 1
-    CLOSE = 2
-    FAILED = 3
-    REFUSED = 4
-
-
-class Event(Struct):
-    """struct event: what a follower reads from its ring buffer."""
-
-    c_name = "event"
-    _fields_ = (
-        ("at_ns", ctypes.c_uint64),
-        ("opened_ns", ctypes.c_uint64),
-        ("id", ctypes.c_uint64),
-        ("netns", ctypes.c_uint64),
-        ("sent", ctypes.c_uint64),
-        ("received", ctypes.c_uint64),
-        ("redirected", ctypes.c_uint64),
-        ("client", Endpoint),
-        ("server", Endpoint),
-        ("process", Process),
-        ("connect_us", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("rule", ctypes.c_uint16),
-        ("kind", ctypes.c_uint8),
-        ("reason", ctypes.c_uint8),
-        ("sides", ctypes.c_uint32),
-    )
-
-
-MAX_FOLLOWERS = 8
 
 
 STRUCTS: tuple[type[Struct], ...] = (
@@ -346,10 +296,7 @@ STRUCTS: tuple[type[Struct], ...] = (
     ListenerKey,
     CidrKey,
     MemberKey,
-    Process,
-    Latency,
     Counters,
-    Event,
 )
 
 ENUMS: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
@@ -361,8 +308,6 @@ ENUMS: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
     ("CIDR_", CidrValue),
     ("", MemberSet),
     ("", Counter),
-    ("CONNECT_", ConnectKind),
-    ("EVENT_", EventKind),
 )
 
 
@@ -386,5 +331,3 @@ def static_assertions() -> Iterator[str]:
         yield f'_Static_assert({constant} == {index}, "value of {constant}");'
     yield f'_Static_assert(RULES == {len(RULES)}, "number of rules");'
     yield f'_Static_assert(COUNTERS == {len(Counter)}, "number of counters");'
-    yield f'_Static_assert(CONNECT_BUCKETS == {CONNECT_BUCKETS}, "buckets of latency");'
-    yield f'_Static_assert(MAX_FOLLOWERS == {MAX_FOLLOWERS}, "slots of followers");'

@@ -19,10 +19,12 @@ class AttachType(IntEnum):
     """enum bpf_attach_type, linux/bpf.h."""
 
     CGROUP_SOCK_OPS = 3
+    SK_SKB_STREAM_VERDICT = 5
     SK_MSG_VERDICT = 7
     CGROUP_INET4_CONNECT = 10
     CGROUP_INET6_CONNECT = 11
     CGROUP_GETSOCKOPT = 21
+    CGROUP_SETSOCKOPT = 22
     CGROUP_INET4_GETPEERNAME = 29
     CGROUP_INET6_GETPEERNAME = 30
     SK_LOOKUP = 36
@@ -270,49 +272,6 @@ def map_info(fd: int) -> MapInfo:
     size = ctypes.c_uint32(ctypes.sizeof(info))
     _check(_lib().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)), "map info")
     return info
-
-
-_BPF_MAP_TYPE_RINGBUF = 27
-_RECORD = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-class RingBuffer:
-    """A ring buffer of this process's own: programs write, `read` takes what has come.
-
-    `fd` is the map's descriptor. OSError when the kernel or libbpf refuses.
-    """
-
-    def __init__(self, size: int) -> None:
-        """`size` in bytes, a power of two and a multiple of the page size."""
-        self._records: list[bytes] = []
-        lib = _lib()
-        lib.ring_buffer__new.restype = ctypes.c_void_p
-        self.fd = _check(
-            lib.bpf_map_create(_BPF_MAP_TYPE_RINGBUF, b"events", 0, 0, size, None), "ring buffer"
-        )
-        # Kept, because libbpf does not: the callback must live as long as the buffer.
-        self._callback = _RECORD(self._take)
-        ring = lib.ring_buffer__new(self.fd, self._callback, None, None)
-        if not ring:
-            code = ctypes.get_errno()
-            os.close(self.fd)
-            raise OSError(code, f"ring buffer: {os.strerror(code)}")
-        self._ring = ctypes.c_void_p(ring)
-
-    def _take(self, _context: object, data: int, size: int) -> int:
-        self._records.append(ctypes.string_at(data, size))
-        return 0
-
-    def read(self) -> list[bytes]:
-        """The records that have come since the last call; [] when none has."""
-        self._records = []
-        _check(_lib().ring_buffer__consume(self._ring), "ring buffer")
-        return self._records
-
-    def close(self) -> None:
-        """Give the buffer back; the kernel frees it when no map holds it either."""
-        _lib().ring_buffer__free(self._ring)
-        os.close(self.fd)
 
 
 @cache

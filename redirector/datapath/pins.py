@@ -5,25 +5,23 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 from redirector.datapath import libbpf
-from redirector.datapath.followers import Followers
-from redirector.datapath.layout import Defect
+from redirector.datapath.layout import LIMITS, Defect
 from redirector.datapath.libbpf import AttachType
+from redirector.datapath.loading import run_loader
 from redirector.datapath.maps import Maps
 from redirector.datapath.source import SIZES, build_id
-from redirector.errors import DatapathError, MachineError
-from redirector.machine import kernel_headers
+from redirector.errors import DatapathError
 
 #: Hooks of a pod, in the order in which they are attached: who answers before who asks, and the
 #: connect hooks last, so that no connection is steered before all of its way stands.
 CGROUP_HOOKS: tuple[tuple[str, AttachType], ...] = (
     ("getsockopt", AttachType.CGROUP_GETSOCKOPT),
+    ("setsockopt", AttachType.CGROUP_SETSOCKOPT),
     ("getpeername4", AttachType.CGROUP_INET4_GETPEERNAME),
     ("getpeername6", AttachType.CGROUP_INET6_GETPEERNAME),
     ("sockops", AttachType.CGROUP_SOCK_OPS),
@@ -91,37 +89,11 @@ class Datapath:
         return bytes(self.maps.about().sha256) == self._build
 
     def defects(self) -> Defect:
-        """What the running kernel does wrong with redirected bytes."""
-        return Defect(self.maps.about().defects)
+        """What the running kernel does wrong with redirected bytes; mere limits left out."""
+        return Defect(self.maps.about().defects) & ~LIMITS
 
     def _load(self, lock: int) -> None:
-        environment = {**os.environ, "BCC_KERNEL_SOURCE": str(kernel_headers())}
-        loader = [sys.executable, "-m", "redirector.datapath.loader"]
-        command = [*loader, str(self.root), json.dumps(dict(self._sizes))]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, pass_fds=(lock,)
-        )
-        if done.returncode == 0:
-            return
-        if "No module named 'bcc'" in done.stderr:
-            raise MachineError(
-                f"{sys.executable} has no bcc; use Debian's Python with python3-bpfcc: "
-                "/usr/bin/python3 -m venv --system-site-packages"
-            )
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        told = [line for line in lines if "error" in line.lower()] or lines[-1:]
-        raise DatapathError(
-            f"the kernel or compiler refused the programs: {'; '.join(told[-3:])}; "
-            "see: redirector check"
-        )
-
-    def followers(self) -> Followers | None:
-        """Who follows the events of the programs that are loaded; None while none are."""
-        try:
-            identity = (self.root / "maps").stat().st_ino
-        except FileNotFoundError:
-            return None
-        return Followers(self.root / "maps", identity)
+        run_loader(str(self.root), json.dumps(dict(self._sizes)), inherited=(lock,))
 
     def unload(self) -> None:
         """Forget every pin: links detach, programs and maps go with their last user.

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from redirector.datapath.btf import member_offset
+from redirector.datapath.btf import enumerator, member_offset
 from redirector.datapath.layout import static_assertions
 from redirector.errors import MachineError
 
@@ -20,7 +20,6 @@ FILES = (
     "layout.h",
     "maps.h",
     "common.h",
-    "events.h",
     "verdict.h",
     "connect.c",
     "sockopt.c",
@@ -53,13 +52,23 @@ def translation_unit(sizes: Mapping[str, int]) -> str:
     # RMEM_OFFSET is 0 when the kernel has no BTF: a direction's budget is then never given back.
     constants["MAX_RECEIVE_BUFFER"] = int(TCP_RMEM.read_text().split()[2])
     constants["RMEM_OFFSET"] = member_offset("sock", "sk_backlog", "rmem_alloc") or 0
-    constants["FLAGS_OFFSET"] = member_offset("sock", "__sk_common", "skc_flags") or 0
+    flag = zerocopy_flag()
+    constants["SK_FLAGS_OFFSET"], constants["ZEROCOPY_BIT"] = flag or (0, 0)
+    constants["SK_SOCKET_OFFSET"] = member_offset("sock", "sk_socket") or 0
+    constants["SOCKET_FLAGS_OFFSET"] = member_offset("socket", "flags") or 0
     parts = [f"#include <{name}>" for name in INCLUDES]
     parts += [f"#define {name} {value}" for name, value in constants.items()]
     parts += [f'#line 1 "{name}"\n{_text(name)}' for name in FILES]
     parts.append('#line 1 "layout.py"')
     parts += static_assertions()
     return "\n".join(parts) + "\n"
+
+
+def zerocopy_flag() -> tuple[int, int] | None:
+    """Offset of a socket's flags and the bit that SO_ZEROCOPY sets in them; None without BTF."""
+    offset = member_offset("sock", "__sk_common", "skc_flags")
+    bit = enumerator("sock_flags", "SOCK_ZEROCOPY")
+    return None if offset is None or bit is None else (offset, bit)
 
 
 def build_id(sizes: Mapping[str, int]) -> bytes:

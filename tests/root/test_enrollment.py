@@ -229,7 +229,7 @@ def test_programs_of_others_stay(node: Node, enrollment: Enrollment) -> None:
             before = traces.in_pod(pod)
             assert before == ["CGROUP_SOCK_OPS on the cgroup"]
             enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
-            assert len(traces.in_pod(pod)) == 7
+            assert len(traces.in_pod(pod)) == 8
             enrollment.change_mode("pod", Mode.IPTABLES)
             enrollment.unenroll("pod")
             assert traces.in_pod(pod) == before

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from redirector.check import CHECKS, Environment, Status, findings, run
-from redirector.errors import MachineError
+from redirector.datapath.layout import Defect
+from redirector.datapath.selftest import LINES
+from redirector.errors import DatapathError, MachineError
 from redirector.machine import envoy_binary
 
 ALL_CAPABILITIES = 0x1FFFFFFFFFF
@@ -39,7 +41,9 @@ def good(tmp_path: Path) -> Environment:
     (proc / "self/mountinfo").write_text(MOUNTS)
     (sys / "kernel/btf/vmlinux").touch()
     variables = {"BCC_KERNEL_SOURCE": str(headers), "REDIRECTOR_ENVOY": str(envoy_binary())}
-    return Environment(0, "6.1.0-30-amd64", variables, proc, sys, execute, lambda: 4711)
+    return Environment(
+        0, "6.1.0-30-amd64", variables, proc, sys, execute, lambda: 4711, lambda: Defect(0)
+    )
 
 
 def not_ok(environment: Environment) -> dict[str, str]:
@@ -50,19 +54,22 @@ def test_a_good_machine(good: Environment) -> None:
     out = io.StringIO()
     assert run(out, good) == 0
     lines = out.getvalue().splitlines()
-    assert len(lines) == len(CHECKS)
+    assert len(lines) == len(CHECKS) + len(LINES)
     assert all(line.startswith("ok ") for line in lines)
-    assert "ok       kernel          Linux 6.1.0-30-amd64 (5.15 or newer is needed)" in lines
-    assert f"ok       Envoy           1.40.0 {envoy_binary()}" in lines
+    assert (
+        "ok       kernel                   Linux 6.1.0-30-amd64 (5.15 or newer is needed)" in lines
+    )
+    assert f"ok       Envoy                    1.40.0 {envoy_binary()}" in lines
 
 
 def test_what_is_missing_sets_the_exit_code(good: Environment) -> None:
     out = io.StringIO()
     assert run(out, replace(good, release="5.10.0-8-amd64")) == MachineError.exit_code
-    assert "missing  kernel          Linux 5.10.0-8-amd64 is too old; boot 5.15 or newer" in (
-        out.getvalue()
+    assert (
+        "missing  kernel                   Linux 5.10.0-8-amd64 is too old; boot 5.15 or newer"
+        in (out.getvalue())
     )
-    assert f"1 of {len(CHECKS)} missing" in out.getvalue()
+    assert "\n1 missing; each line above says what to do\n" in out.getvalue()
 
 
 @pytest.mark.parametrize("release", ["5.15.0", "6.0", "10.2-rc1"])
@@ -136,4 +143,26 @@ def test_the_comparisons_tool_is_only_a_warning(
     monkeypatch.setattr("redirector.machine.find_tool", without_luajit)
     out = io.StringIO()
     assert run(out, good) == 0
-    assert "warn     luajit          apt-get install luajit" in out.getvalue()
+    assert "warn     luajit                   apt-get install luajit" in out.getvalue()
+
+
+def test_a_kernel_that_is_wrong_about_redirected_bytes(good: Environment) -> None:
+    """It steers all the same, so nothing is missing."""
+    out = io.StringIO()
+    wrong = Defect.FIONREAD | Defect.SPLICE_OUT
+    assert run(out, replace(good, self_test=lambda: wrong)) == 0
+    lines = out.getvalue().splitlines()
+    (failed,) = [line for line in lines if line.startswith("FAILED")]
+    assert "FIONREAD, redirected" in failed
+    assert "--accelerate auto steers without short-circuit" in failed
+    (limit,) = [line for line in lines if line.startswith("warn")]
+    assert "splice() out of it" in limit
+    assert "--accelerate off for pods with programs that splice" in limit
+
+
+def test_programs_that_do_not_load(good: Environment) -> None:
+    def refuse() -> Defect:
+        raise DatapathError("the kernel or compiler refused the programs: E2BIG")
+
+    found = not_ok(replace(good, self_test=refuse))
+    assert found == {"self-test": "the kernel or compiler refused the programs: E2BIG"}

@@ -1,0 +1,120 @@
+"""A short-circuited connection made by hand, to try out what the running kernel does with it.
+
+Two connected loopback sockets of this process get their state, a flow and their places in the
+sockhash from here, instead of from the connect and sockops programs: no cgroup is needed.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+
+from redirector.datapath import libbpf
+from redirector.datapath.layout import Address, Flow, FlowFlag, FlowKey, Side, SockState
+
+#: Longest wait for bytes that ought to be there already, seconds.
+TIMEOUT = 1.0
+#: So small that a stalled reader holds its sender back after a few hundred kilobytes of TCP.
+_BUFFER = 1 << 16
+_ID = 1
+_PASS = 2  # enum verdict
+_SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
+_CLONE_NEWNET = 0x40000000
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1  # netdevice(7)
+
+
+@dataclass(frozen=True)
+class TrialMaps:
+    """Descriptors of the maps that a short-circuited connection lives in."""
+
+    states: int
+    flows: int
+    sockets: int
+
+
+class Trial:
+    """Both ends of a connection, the client's in the sockhash from the start."""
+
+    def __init__(self, maps: TrialMaps, client: socket.socket, listener: socket.socket) -> None:
+        self._maps = maps
+        self._listener = listener
+        self.client = client
+        # No namespace has this cookie, so this flow meets no other.
+        self._key = FlowKey(netns=2**64 - 1, client=_address(client), server=_address(listener))
+        self._key.client_port = client.getsockname()[1]
+        self._key.server_port = listener.getsockname()[1]
+        libbpf.map_update(maps.flows, bytes(self._key), bytes(Flow(id=_ID)))
+        self._enter(client, Side.CLIENT)
+
+    def accept(self) -> socket.socket:
+        """Accept the connection and bring its other end into the sockhash, too."""
+        server, _ = self._listener.accept()
+        server.settimeout(TIMEOUT)
+        self._enter(server, Side.SERVER)
+        return server
+
+    def flow(self) -> Flow:
+        """What the programs have noted of it."""
+        raw = libbpf.map_lookup(self._maps.flows, bytes(self._key), ctypes.sizeof(Flow))
+        if raw is None:
+            raise OSError("the flows map lost its entry")
+        return Flow.from_buffer_copy(raw)
+
+    def pass_on(self) -> None:
+        """From now on the client's bytes go by TCP, as behind a stalled reader."""
+        flow = self.flow()
+        flow.verdict[Side.CLIENT] = _PASS
+        libbpf.map_update(self._maps.flows, bytes(self._key), bytes(flow))
+
+    def forget(self) -> None:
+        """Delete the flow; all else goes with the sockets."""
+        libbpf.map_delete(self._maps.flows, bytes(self._key))
+
+    def _enter(self, end: socket.socket, side: Side) -> None:
+        descriptor = end.fileno().to_bytes(4, "little")
+        cookie = end.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+        state = SockState(flow=self._key, id=_ID, side=side, flags=FlowFlag.ACCELERATE)
+        libbpf.map_update(self._maps.states, descriptor, bytes(state))
+        libbpf.map_update(self._maps.sockets, cookie, descriptor)
+        flow = self.flow()
+        flow.socket[side] = int.from_bytes(cookie, "little")
+        libbpf.map_update(self._maps.flows, bytes(self._key), bytes(flow))
+
+
+@contextlib.contextmanager
+def trial(maps: TrialMaps, *, deferred: bool = False) -> Iterator[Trial]:
+    """A connection that has not been accepted yet; `deferred` as by TCP_DEFER_ACCEPT."""
+    with socket.socket() as listener, socket.socket() as client:
+        for end in (listener, client):
+            end.settimeout(TIMEOUT)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        if deferred:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client.connect(listener.getsockname())
+        made = Trial(maps, client, listener)
+        try:
+            yield made
+        finally:
+            made.forget()
+
+
+def enter_scratch_namespace() -> None:
+    """Move this thread, for good, into a network namespace that has nothing but its loopback."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"no network namespace to try the kernel in: {os.strerror(code)}")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", _IFF_UP))
+
+
+def _address(end: socket.socket) -> Address:
+    return Address.of(IPv4Address(end.getsockname()[0]))
