@@ -127,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     unenroll.add_argument("name", metavar="NAME")
     explaining = add("explain", _explain, "say where a connection would go, and by which rule")
     explain.add_arguments(explaining)
+    running = add("run", _run, "keep this node's pods steered as Kubernetes asks for it")
+    running.declare = _declare_run
     add("uninstall", _uninstall, "remove everything from this machine's kernel")
     shown = add("demo", _demo, "steer real pods through real Envoys and show it")
     shown.declare = _declare_demo
@@ -195,6 +197,18 @@ def _metrics(_arguments: argparse.Namespace, context: Context) -> int:
 
     context.out.write(metrics.render(context.enrollment().node_status()).decode())
     return 0
+
+
+def _run(arguments: argparse.Namespace, context: Context) -> int:
+    from redirector.agent import command
+
+    return command.run(arguments, context.enrollment(), context.environment)
+
+
+def _declare_run(parser: argparse.ArgumentParser) -> None:
+    from redirector.agent import command
+
+    command.add_arguments(parser)
 
 
 def _compare(arguments: argparse.Namespace, context: Context) -> int:

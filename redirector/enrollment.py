@@ -6,6 +6,7 @@ kernel is touched and deleted after it is clean, so `unenroll` and `uninstall` f
 
 import contextlib
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +174,10 @@ class Enrollment:
         """The records of all enrolled pods, by name."""
         return self._records.all()
 
+    def keep_problems(self, problems: Mapping[str, str]) -> None:
+        """Keep what the agent could not do, by pod, for `status` to tell."""
+        self._records.keep_problems(problems)
+
     def missing(self, pod: Pod) -> tuple[str, ...]:
         """Name what a pod of the records lacks, of itself or of ours; () when it is whole."""
         lost = _lost(pod)
@@ -199,7 +204,7 @@ class Enrollment:
             pods.append(PodStatus(pod, missing, counters, defects, lost is None, found))
         fills = self._datapath.maps.fills() if loaded and with_maps else {}
         maps = tuple(MapFill(name, *fill) for name, fill in fills.items())
-        return NodeStatus(tuple(pods), maps, defects)
+        return NodeStatus(tuple(pods), maps, defects, self._records.problems())
 
     def uninstall(self) -> list[str]:
         """Remove everything this product put into the kernel, and the records. Idempotent.

@@ -5,7 +5,8 @@ RedirectorError            one clear line for the user; the CLI prints it and ex
 │   ├── AlreadyEnrolled
 │   └── NotEnrolled
 ├── MachineError           this machine or kernel lacks something: root, bpffs, cgroup2 (exit 3)
-└── DatapathError          the kernel refused a program, map, link or rule (exit 4)
+├── DatapathError          the kernel refused a program, map, link or rule (exit 4)
+└── ClusterError           the Kubernetes API server does not answer, or says no (exit 5)
 
 Errors of foreign libraries are translated at the border of the room that calls them.
 """
@@ -41,3 +42,9 @@ class DatapathError(RedirectorError):
     """The kernel refused a program, a map, a link or a rule."""
 
     exit_code = 4
+
+
+class ClusterError(RedirectorError):
+    """The Kubernetes API server does not answer, or says no."""
+
+    exit_code = 5

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Records:
         self.directory = directory
         # Links to the records, named by what no two pods may share.
         self._entries = directory / "index"
+        self._problems = directory / "problems"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -139,11 +140,26 @@ class Records:
         staging.symlink_to(target)
         staging.rename(entry)
 
+    def keep_problems(self, problems: Mapping[str, str]) -> None:
+        """Keep what the agent could not do, by pod, for `status` to tell."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        staging = self._problems.with_suffix(".new")
+        staging.write_text(json.dumps(dict(problems), indent=2) + "\n")
+        staging.rename(self._problems)
+
+    def problems(self) -> dict[str, str]:
+        """What `keep_problems` kept last; nothing when that cannot be read."""
+        try:
+            kept = json.loads(self._problems.read_text())
+        except (OSError, ValueError):
+            return {}
+        return {str(pod): str(text) for pod, text in kept.items()} if type(kept) is dict else {}
+
     def clear(self) -> None:
         """Remove the directory with all that this class put into it."""
         for entries in self.directory.glob(f"{self._entries.name}*"):
             shutil.rmtree(entries)
-        for pattern in ("*.json", "*.new", ".lock"):
+        for pattern in ("*.json", "*.new", self._problems.name, ".lock"):
             for path in self.directory.glob(pattern):
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):

@@ -73,6 +73,8 @@ class NodeStatus:
     maps: tuple[MapFill, ...] = ()
     #: What is wrong with redirected bytes on this kernel; none when nothing is loaded.
     defects: Defect = field(default_factory=lambda: Defect(0))
+    #: What the agent refused or could not do, by pod; such a pod keeps what it has.
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 #: What acceleration did.

@@ -151,10 +151,10 @@ class Node(Closing):
         self.pods: dict[str, LabPod] = {}
         self._hosts = 0
         self._stack = ExitStack()
-        self._cgroup = cgroup2_mount() / self.name
+        self.cgroup = cgroup2_mount() / self.name
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._cgroup.mkdir()
+            self.cgroup.mkdir()
             self._make_netns(self.name)
             self._make_bridge()
             undo.pop_all()
@@ -167,22 +167,25 @@ class Node(Closing):
             for pod in pods:
                 undo.callback(pod.reap)
             # Entered last, so unwound first: the processes must be dead before the rest can go.
-            undo.callback(cgroups.remove_tree, self._cgroup)
+            undo.callback(cgroups.remove_tree, self.cgroup)
 
-    def pod(self, name: str, ip: str | None = None) -> LabPod:
-        """A new pod, ready to use; the next free address of the subnet unless `ip` is given."""
+    def pod(self, name: str, ip: str | None = None, cgroup: str | None = None) -> LabPod:
+        """A new pod, ready to use; the next free address of the subnet unless `ip` is given.
+
+        `cgroup` is a path below the node's, by default the pod's name.
+        """
         if name in self.pods:
             raise InputError(f"pod {name!r} is on node {self.name} already; choose another name")
         address = self._address(ip)
         host = int(address) - int(self.subnet.network_address)
         address6 = SUBNET6[host]
         full_name = f"{self.name}-{name}"
-        cgroup = self._cgroup / name
-        for directory in (cgroup, cgroup / "app", cgroup / "sidecar"):
-            directory.mkdir()
+        top = self.cgroup / (cgroup or name)
+        for directory in (top / "app", top / "sidecar"):
+            directory.mkdir(parents=True)
         path = self._make_netns(full_name)
         self._join(full_name, path, f"pod{host}", address, address6)
-        pod = LabPod(full_name, path, cgroup, address, address6)
+        pod = LabPod(full_name, path, top, address, address6)
         self.pods[name] = pod
         return pod
 
@@ -215,7 +218,7 @@ class Node(Closing):
         self._call_in_netns(_forward)
 
     def _call_in_netns(self, function: Callable[..., Any]) -> None:
-        place = Place(NETNS_DIRECTORY / self.name, self._cgroup)
+        place = Place(NETNS_DIRECTORY / self.name, self.cgroup)
         call_in(place, function, timeout=10)
 
     def _join(self, name: str, path: Path, port: str, ip: IPv4Address, ip6: IPv6Address) -> None:

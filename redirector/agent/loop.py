@@ -1,0 +1,199 @@
+"""The agent's loop: look, compare, act; again when something changed, and now and then anyway."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from redirector import network
+from redirector.agent.execute import Executor
+from redirector.agent.notes import Notes, Problem, Reason
+from redirector.agent.reconcile import Action, Known, Target, Verb, plan
+from redirector.enrollment import Enrollment
+from redirector.errors import RedirectorError
+from redirector.kubernetes.cluster import View
+from redirector.kubernetes.desired import Refusal, Verdict, Wish, desired
+from redirector.kubernetes.objects import PodObject
+from redirector.kubernetes.places import Place, Places, populated
+from redirector.model import Mode, Pod
+
+#: Seconds between two looks, however much changes; and while a pod that is asked for is not there.
+_PAUSE, _EXPECTING = 0.05, 0.25
+
+
+class Source(Protocol):
+    """Whose wishes are carried out: `redirector.kubernetes.cluster.Cluster`."""
+
+    def view(self) -> View | None:
+        """What is known; None while that is nothing."""
+
+    def warn(self, pod: PodObject, reason: str, text: str) -> None:
+        """Tell the owner of a pod."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the agent behaves; times in seconds."""
+
+    #: For pods that neither their own annotations nor their namespace's say anything of.
+    default: Mode | None = None
+    #: How often what is enrolled is compared with the kernel.
+    resync: float = 30.0
+
+
+class Agent:
+    """One node's. `source` None: nobody is asked, what is enrolled is kept whole."""
+
+    def __init__(
+        self,
+        enrollment: Enrollment,
+        places: Places,
+        source: Source | None,
+        settings: Settings,
+        changed: threading.Event,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._enrollment = enrollment
+        self._places = places
+        self._source = source
+        self._settings = settings
+        self._clock = clock
+        self._next_resync = clock()
+        #: Set, by any thread, when there is something new to look at.
+        self._changed = changed
+        self._stopping = False
+        self.executor = Executor(enrollment, places, clock)
+        self.notes = Notes(self._tell, enrollment.keep_problems)
+        #: When the last look ended (clock).
+        self.looked = clock()
+        #: Whether a look has followed the first complete lists.
+        self.ready = False
+
+    def stop(self) -> None:
+        """End after the action that is being carried out; pods stay as they are."""
+        self._stopping = True
+        self._changed.set()
+
+    def run(self) -> None:
+        """Look and act until `stop`."""
+        while not self._stopping:
+            self._changed.clear()
+            wait = self.step()
+            if not self._stopping:
+                self._changed.wait(wait)
+            if not self._stopping:
+                time.sleep(_PAUSE)
+
+    def step(self) -> float:
+        """Look once and act; return the seconds until there may be reason to look again."""
+        resyncing = self._clock() >= self._next_resync
+        if resyncing:
+            self._next_resync = self._clock() + self._settings.resync
+        waits = [self._next_resync]
+        if self._source is None:
+            self._keep_whole(resyncing)
+            self.ready = True
+        else:
+            view = self._source.view()
+            if view is not None:
+                if self._follow(view, resyncing or not self.ready):
+                    waits.append(self._clock() + _EXPECTING)
+                self.ready = True
+        self.looked = self._clock()
+        waits += [failure.until for failure in self.executor.failures.values()]
+        return max(0.0, min(waits) - self._clock())
+
+    def _keep_whole(self, resyncing: bool) -> None:
+        incomplete = self._incomplete(self._enrollment.pods(), resyncing)
+        self._act(
+            [
+                Action(Verb.REPAIR, name, f"lacks {', '.join(parts)}")
+                for name, parts in incomplete.items()
+            ]
+        )
+        self._note((), {})
+
+    def _follow(self, view: View, resyncing: bool) -> bool:
+        """Return whether a pod that is asked for has no process yet."""
+        verdicts = desired(view.pods, view.namespaces, self._settings.default)
+        records = self._enrollment.pods()
+        by_hand = {record.name for record in records if not record.uid}
+        for name, verdict in verdicts.items():
+            if name in by_hand and isinstance(verdict, Wish):
+                verdicts[name] = _taken(verdict)
+        known = {pod.full_name: self._know(pod, verdicts[pod.full_name]) for pod in view.pods}
+        self._act(
+            plan(
+                known,
+                records,
+                {record.name for record in records if populated(record.cgroup)},
+                self._incomplete(records, resyncing),
+            )
+        )
+        refusals = [verdict for verdict in verdicts.values() if isinstance(verdict, Refusal)]
+        self._note(refusals, {pod.full_name: pod for pod in view.pods})
+        return any(isinstance(each.verdict, Wish) and not each.target for each in known.values())
+
+    def _act(self, actions: list[Action]) -> None:
+        self.executor.forget_but(action.name for action in actions)
+        for action in actions:
+            if not self._stopping:
+                self.executor.carry_out(action)
+
+    def _know(self, pod: PodObject, verdict: Verdict) -> Known:
+        place = self._places.find(pod) if isinstance(verdict, Wish) else None
+        if place is None or not isinstance(verdict, Wish):
+            return Known(pod.uid, verdict)
+        return Known(pod.uid, verdict, _target(verdict, place))
+
+    def _incomplete(self, records: Iterable[Pod], resyncing: bool) -> dict[str, tuple[str, ...]]:
+        """What each lacks; between two comparisons only those are looked at that failed."""
+        found: dict[str, tuple[str, ...]] = {}
+        for record in records:
+            if not resyncing and record.name not in self.executor.failures:
+                continue
+            try:
+                missing = self._enrollment.missing(record)
+            except RedirectorError as error:
+                missing = (str(error),)
+            if missing:
+                found[record.name] = missing
+        return found
+
+    def _note(self, refusals: Iterable[Refusal], pods: Mapping[str, PodObject]) -> None:
+        problems = [Problem(r.pod.full_name, Reason.REFUSED, r.text) for r in refusals]
+        problems += [
+            Problem(name, Reason.FAILED, failure.text)
+            for name, failure in self.executor.failures.items()
+        ]
+        self.notes.take(problems, pods)
+
+    def _tell(self, pod: PodObject, reason: str, text: str) -> None:
+        if self._source is not None:
+            self._source.warn(pod, reason, text)
+
+
+def _taken(wish: Wish) -> Refusal:
+    name = wish.pod.full_name
+    return Refusal(
+        wish.pod,
+        f"pod {name}: was enrolled by hand and is left alone; hand it over with "
+        f"'redirector unenroll {name}'",
+    )
+
+
+def _target(wish: Wish, place: Place) -> Target | None:
+    try:
+        cookie = network.netns_cookie(place.netns)
+    except RedirectorError:  # its process has ended meanwhile
+        return None
+    return Target(
+        uid=wish.pod.uid,
+        cgroup=place.cgroup,
+        netns=place.netns,
+        netns_cookie=cookie,
+        mode=wish.mode,
+        accelerate=wish.accelerate,
+        steering=wish.steering,
+    )

@@ -1,0 +1,78 @@
+"""The agent's HTTP endpoint: /metrics, /healthz, /readyz."""
+
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from redirector.errors import InputError
+
+#: A scraper that does not finish its request is let go after so many seconds.
+_PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class Page:
+    """An answer."""
+
+    status: int
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+
+
+class Server:
+    """Serves pages in threads that end with the process."""
+
+    def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]]) -> None:
+        """`address` is HOST:PORT or [V6]:PORT. InputError when it cannot be listened on."""
+        host, port = _split(address)
+
+        class Handler(_Handler):
+            answers = pages
+
+        class Listener(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            daemon_threads = True
+
+        try:
+            self._listener = Listener((host, port), Handler)
+        except OSError as error:
+            raise InputError(
+                f"--metrics {address}: {error.strerror or error}; choose another address"
+            ) from None
+        self.port: int = self._listener.server_address[1]
+
+    def start(self) -> None:
+        """Begin to answer."""
+        threading.Thread(target=self._listener.serve_forever, name="http", daemon=True).start()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    answers: Mapping[str, Callable[[], Page]] = {}
+    timeout = _PATIENCE
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "redirector", ""
+
+    def do_GET(self) -> None:
+        answer = self.answers.get(self.path.partition("?")[0])
+        page = answer() if answer else Page(404, b"there are: /metrics /healthz /readyz\n")
+        self.send_response(page.status)
+        self.send_header("Content-Type", page.content_type)
+        self.send_header("Content-Length", str(len(page.body)))
+        self.end_headers()
+        self.wfile.write(page.body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not changes: the log has only those."""
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if bracketed != (":" in host) or not (
+        port.isascii() and port.isdecimal() and int(port) <= 65535
+    ):
+        raise InputError(f"--metrics {address}: is not HOST:PORT or [V6]:PORT")
+    return host, int(port)

@@ -1,0 +1,109 @@
+"""Kubernetes objects, cut down to what the agent needs of them. Pure.
+
+The `read_` functions take an object as the API server sends it and raise ValueError when it is not
+one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any
+
+from redirector.model import IPAddress
+
+#: Our annotations begin so.
+PREFIX = "redirector.io/"
+#: On the mirror of a static pod: the UID by which the kubelet knows it (kubetypes).
+_MIRROR = "kubernetes.io/config.mirror"
+_FINISHED = ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class PodObject:
+    """A pod as the API server tells of it."""
+
+    namespace: str
+    name: str
+    uid: str
+    node: str = ""
+    #: Ours only, without the prefix.
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    host_network: bool = False
+    #: Whether its containers have ended for good.
+    finished: bool = False
+    addresses: tuple[IPAddress, ...] = ()
+    #: The UID in its cgroup's name; a static pod's is not that of its mirror.
+    cgroup_uid: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """The name of its record."""
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class NamespaceObject:
+    """A namespace."""
+
+    name: str
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def full_name(self) -> str:
+        """What tells it from others of its kind."""
+        return self.name
+
+
+def read_pod(value: Mapping[str, Any]) -> PodObject:
+    """A v1 Pod."""
+    metadata = _mapping(value, "metadata")
+    spec, status = _mapping(value, "spec"), _mapping(value, "status")
+    uid = _text(metadata, "uid")
+    return PodObject(
+        namespace=_text(metadata, "namespace"),
+        name=_text(metadata, "name"),
+        uid=uid,
+        node=str(spec.get("nodeName", "")),
+        annotations=_annotations(metadata),
+        host_network=spec.get("hostNetwork") is True,
+        finished=status.get("phase") in _FINISHED,
+        addresses=_addresses(status),
+        cgroup_uid=str(_mapping(metadata, "annotations").get(_MIRROR) or uid),
+    )
+
+
+def read_namespace(value: Mapping[str, Any]) -> NamespaceObject:
+    """A v1 Namespace, or its metadata alone."""
+    metadata = _mapping(value, "metadata")
+    return NamespaceObject(_text(metadata, "name"), _annotations(metadata))
+
+
+def _mapping(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = value.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: {found!r:.60} is not an object")
+    return found
+
+
+def _text(value: Mapping[str, Any], name: str) -> str:
+    found = value.get(name)
+    if not isinstance(found, str) or not found:
+        raise ValueError(f"metadata.{name}: {found!r:.60} is not a name")
+    return found
+
+
+def _annotations(metadata: Mapping[str, Any]) -> Mapping[str, str]:
+    return {
+        name.removeprefix(PREFIX): str(value)
+        for name, value in _mapping(metadata, "annotations").items()
+        if name.startswith(PREFIX)
+    }
+
+
+def _addresses(status: Mapping[str, Any]) -> tuple[IPAddress, ...]:
+    entries = status.get("podIPs") or []
+    if not isinstance(entries, list):
+        raise ValueError(f"status.podIPs: {entries!r:.60} is not a list")
+    return tuple(ip_address(entry["ip"]) for entry in entries if isinstance(entry, dict))

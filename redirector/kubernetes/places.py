@@ -1,0 +1,150 @@
+"""Where on this node a pod is: its cgroup by its UID, its network namespace by its processes.
+
+The kubelet names a pod's cgroup after its UID, in a tree that depends on the cgroup driver, on the
+pod's class and on how the node is set up (pkg/kubelet/cm):
+
+    kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid, '-' as '_'>.slice
+    kubepods/besteffort/pod<uid>
+
+No runtime is asked. A path through a process ends with that process, so a pod's place is looked for
+anew whenever it matters; keeping the namespace by a mount of our own would outlive the pod.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from redirector import network
+from redirector.errors import RedirectorError
+from redirector.kubernetes.objects import PodObject
+from redirector.model import IPAddress, Pod
+
+_TREE = re.compile(r"kube.*|burstable|besteffort|.*-(burstable|besteffort)\.slice")
+_POD = re.compile(r"(?:.*-)?pod([0-9a-fA-F_-]+)(?:\.slice)?")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A pod's cgroup, and its network namespace as a path through one of its processes."""
+
+    cgroup: Path
+    netns: Path
+    #: Of the namespace, while it lives.
+    inode: int
+
+
+class Places:
+    """The node's pods. `cgroups` is the cgroup2 mount; `proc` must show the node's processes."""
+
+    def __init__(self, cgroups: Path, proc: Path = Path("/proc")) -> None:
+        self._cgroups = cgroups
+        self._proc = proc
+        self._known: dict[str, Path] = {}
+
+    def cgroup(self, uid: str) -> Path | None:
+        """The directory of a pod's cgroup; None while it has none."""
+        uid = _normal(uid)
+        known = self._known.get(uid)
+        if known is None or not known.is_dir():
+            self._known = dict(_pods(self._cgroups))
+            known = self._known.get(uid)
+        return known
+
+    def find(self, pod: PodObject) -> Place | None:
+        """The pod's place; None until its first process runs in a namespace of its own."""
+        cgroup = self.cgroup(pod.cgroup_uid)
+        if cgroup is None:
+            return None
+        netns = self._netns(cgroup, pod.addresses)
+        return None if netns is None else Place(cgroup, *netns)
+
+    def again(self, record: Pod) -> Path:
+        """Another path to an enrolled pod's namespace, should the process of its own have ended."""
+        for pid in processes(record.cgroup):
+            path = self._proc / str(pid) / "ns/net"
+            try:
+                if network.netns_cookie(path) == record.netns_cookie:
+                    return path
+            except RedirectorError:
+                continue
+        return record.netns
+
+    def _netns(self, cgroup: Path, addresses: tuple[IPAddress, ...]) -> tuple[Path, int] | None:
+        # The oldest process is the sandbox's own, or of its first container; a container may make
+        # namespaces of its own, and a process that entered the node's is nobody's guide.
+        found: dict[int, Path] = {}
+        node = {self._inode(Path("/proc/self/ns/net")), self._inode(self._proc / "1/ns/net")}
+        for pid in sorted(processes(cgroup), key=self._started):
+            path = self._proc / str(pid) / "ns/net"
+            inode = self._inode(path)
+            if inode is not None and inode not in node:
+                found.setdefault(inode, path)
+        if len(found) > 1 and addresses:
+            for inode, path in found.items():
+                if self._has(path, addresses):
+                    return path, inode
+        return next(((path, inode) for inode, path in found.items()), None)
+
+    def _has(self, netns: Path, addresses: tuple[IPAddress, ...]) -> bool:
+        try:
+            return not set(addresses).isdisjoint(network.addresses(netns))
+        except RedirectorError:  # its process ended meanwhile
+            return False
+
+    @staticmethod
+    def _inode(path: Path) -> int | None:
+        try:
+            return path.stat().st_ino
+        except OSError:
+            return None
+
+    def _started(self, pid: int) -> tuple[int, int]:
+        """When a process began, in clock ticks (field 22 of proc_pid_stat(5)); last when it ended.
+
+        Within a tick by its number.
+        """
+        try:
+            stat = (self._proc / str(pid) / "stat").read_text()
+            return int(stat.rpartition(")")[2].split()[19]), pid
+        except (OSError, IndexError, ValueError):
+            return 1 << 63, pid
+
+
+def processes(cgroup: Path) -> list[int]:
+    """The pids in a cgroup and below it."""
+    found: list[int] = []
+    for directory, _, _ in os.walk(cgroup):
+        try:
+            text = (Path(directory) / "cgroup.procs").read_text()
+        except OSError:  # gone meanwhile, or threaded
+            continue
+        found += map(int, text.split())
+    return found
+
+
+def populated(cgroup: Path) -> bool:
+    """Whether any process is left in a cgroup or below it (cgroup.events)."""
+    try:
+        return "populated 1" in (cgroup / "cgroup.events").read_text()
+    except OSError:
+        return False
+
+
+def _pods(directory: Path) -> Iterator[tuple[str, Path]]:
+    """UID and cgroup of every pod below; what is not the kubelet's is not entered."""
+    try:
+        entries = [entry for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    for entry in entries:
+        pod = _POD.fullmatch(entry.name)
+        if pod:
+            yield _normal(pod[1]), Path(entry.path)
+        elif _TREE.fullmatch(entry.name):
+            yield from _pods(Path(entry.path))
+
+
+def _normal(uid: str) -> str:
+    return uid.replace("_", "-").lower()

@@ -1,0 +1,383 @@
+"""A Kubernetes API server for tests: real HTTP, LIST and WATCH with resource versions, Events.
+
+What real servers do wrong now and then is done here on demand: see `Fault`.
+"""
+
+import contextlib
+import copy
+import itertools
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+Object = dict[str, Any]
+KINDS = {"pods": "Pod", "namespaces": "Namespace"}
+METADATA = "as=PartialObjectMetadata"
+TIMEOUT = 10.0
+
+
+class Fault(Enum):
+    """What goes wrong with the next requests that match."""
+
+    #: 500 with a Status.
+    ERROR = auto()
+    #: 200 and HTML.
+    GARBAGE = auto()
+    #: 200 and a JSON object that is no list, or no event.
+    NONSENSE = auto()
+    #: A chunked answer that ends in the middle of a line, without its last chunk.
+    BROKEN = auto()
+    #: The connection is closed without an answer.
+    SILENT = auto()
+    #: 403.
+    FORBIDDEN = auto()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it came in."""
+
+    verb: str
+    resource: str
+    query: dict[str, str]
+    accept: str = ""
+    authorization: str = ""
+
+
+@dataclass
+class ApiServer:
+    """The state of a cluster, and its server; a context manager."""
+
+    objects: dict[str, dict[str, Object]] = field(
+        default_factory=lambda: {kind: {} for kind in KINDS}
+    )
+    #: (version, resource, event type, object), oldest first.
+    history: list[tuple[int, str, str, Object]] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    events: list[Object] = field(default_factory=list)
+    #: (verb, resource) -> what goes wrong, one request each.
+    faults: dict[tuple[str, str], list[Fault]] = field(default_factory=dict)
+    #: Seconds that every answer takes longer.
+    slow: float = 0.0
+    #: Versions up to this one are forgotten: 410.
+    forgotten: int = 0
+
+    def __post_init__(self) -> None:
+        self.changed = threading.Condition()
+        self._versions = itertools.count(101)
+        self.version = 100
+        self._open: set[Any] = set()
+        self._server: ThreadingHTTPServer | None = None
+        self.port = 0
+
+    # -- the server
+
+    def __enter__(self) -> "ApiServer":
+        self.up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    def up(self) -> None:
+        """Listen, at the same port as before."""
+        state = self
+
+        class Handler(_Handler):
+            server_state = state
+
+        class Listener(ThreadingHTTPServer):
+            daemon_threads = True
+            allow_reuse_address = True
+
+        self._server = Listener(("127.0.0.1", self.port), Handler)
+        self.port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def down(self) -> None:
+        """Listen no more and break what is open."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            # Children of the test may hold it, too; closing ours would leave it listening.
+            server.socket.shutdown(socket.SHUT_RDWR)
+            server.server_close()
+        for handler in list(self._open):
+            handler.cut()
+        with self.changed:
+            self.changed.notify_all()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def is_up(self) -> bool:
+        return self._server is not None
+
+    # -- the cluster
+
+    def put(self, resource: str, value: Object) -> None:
+        """Create or change an object."""
+        with self.changed:
+            name = _key(value)
+            kind = "MODIFIED" if name in self.objects[resource] else "ADDED"
+            self._event(resource, kind, value)
+            self.objects[resource][name] = value
+
+    def delete(self, resource: str, name: str) -> None:
+        """Delete an object by namespace/name or name."""
+        with self.changed:
+            self._event(resource, "DELETED", self.objects[resource].pop(name))
+
+    def _event(self, resource: str, kind: str, value: Object) -> None:
+        self.version = next(self._versions)
+        value["metadata"]["resourceVersion"] = str(self.version)
+        self.history.append((self.version, resource, kind, copy.deepcopy(value)))
+        self.changed.notify_all()
+
+    def forget(self) -> None:
+        """Make every version known so far too old to watch from, and end the open watches."""
+        with self.changed:
+            self.version = next(self._versions)
+            self.forgotten = self.version
+            self.changed.notify_all()
+
+    def fail(self, verb: str, resource: str, *faults: Fault) -> None:
+        """Let the next requests go wrong, one by one."""
+        with self.changed:
+            self.faults.setdefault((verb, resource), []).extend(faults)
+
+    def wait_for(self, happened: Callable[[], bool], timeout: float = TIMEOUT) -> None:
+        """Wait until something is true of this server."""
+        with self.changed:
+            assert self.changed.wait_for(happened, timeout), "it does not happen"
+
+    def seen(self, verb: str, resource: str) -> int:
+        """How many such requests came."""
+        return sum((r.verb, r.resource) == (verb, resource) for r in list(self.requests))
+
+
+def _key(value: Object) -> str:
+    metadata = value["metadata"]
+    namespace = metadata.get("namespace")
+    return f"{namespace}/{metadata['name']}" if namespace else metadata["name"]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_state: ApiServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def cut(self) -> None:
+        """Break the connection as a dying server does."""
+        with self.server_state.changed, contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def handle(self) -> None:
+        self.server_state._open.add(self)
+        try:
+            with contextlib.suppress(OSError):
+                super().handle()
+        finally:
+            self.server_state._open.discard(self)
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+        resource = parts.path.rsplit("/", 1)[-1]
+        verb = "watch" if query.get("watch") == "1" else "list"
+        fault = self._note(verb, resource, query)
+        if fault is not None and self._misbehave(fault, verb):
+            return
+        if resource not in KINDS or parts.path != f"/api/v1/{resource}":
+            self._status(404, "the server could not find the requested resource")
+        elif verb == "list":
+            self._list(resource, query)
+        else:
+            self._watch(resource, query, broken=fault is Fault.BROKEN)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fault = self._note("create", self.path.rsplit("/", 1)[-1], {})
+        if fault is not None and self._misbehave(fault, "create"):
+            return
+        with self.server_state.changed:
+            self.server_state.events.append(body)
+            self.server_state.changed.notify_all()
+        self._answer(201, body)
+
+    def _note(self, verb: str, resource: str, query: dict[str, str]) -> Fault | None:
+        state = self.server_state
+        accept, who = self.headers.get("Accept", ""), self.headers.get("Authorization", "")
+        with state.changed:
+            state.requests.append(Request(verb, resource, query, accept, who))
+            waiting = state.faults.get((verb, resource))
+            fault = waiting.pop(0) if waiting else None
+            state.changed.notify_all()
+        time.sleep(state.slow)
+        return fault
+
+    def _misbehave(self, fault: Fault, verb: str) -> bool:
+        """Whether that was all."""
+        if fault is Fault.ERROR:
+            self._status(500, "etcdserver: request timed out")
+        elif fault is Fault.FORBIDDEN:
+            self._status(403, "forbidden: User cannot do this")
+        elif fault is Fault.SILENT:
+            self.close_connection = True
+        elif fault is Fault.GARBAGE:
+            self._raw(200, b"<html>It works!</html>\n")
+        elif fault is Fault.NONSENSE:
+            self._answer(200, {"kind": "Pod"} if verb == "list" else {"type": "ADDED"})
+        elif fault is Fault.BROKEN and verb == "list":
+            self._raw(200, b'{"kind": "PodList", "items": [', length=10_000)
+            self.close_connection = True
+        else:
+            return False
+        return True
+
+    def _list(self, resource: str, query: dict[str, str]) -> None:
+        state = self.server_state
+        with state.changed:
+            version = str(state.version)
+            items = [
+                copy.deepcopy(value)
+                for _, value in sorted(state.objects[resource].items())
+                if _selected(value, query)
+            ]
+        start = 0
+        if "continue" in query:
+            then, _, offset = query["continue"].partition(":")
+            if int(then) <= state.forgotten:
+                return self._status(410, "the provided continue parameter is too old")
+            version, start = then, int(offset)
+        end = start + int(query.get("limit", "1000000"))
+        metadata = {"resourceVersion": version}
+        if end < len(items):
+            metadata["continue"] = f"{version}:{end}"
+        kind = "PartialObjectMetadata" if self._metadata_only() else KINDS[resource]
+        cut = [self._cut(value) for value in items[start:end]]
+        return self._answer(200, {"kind": f"{kind}List", "metadata": metadata, "items": cut})
+
+    def _watch(self, resource: str, query: dict[str, str], broken: bool) -> None:
+        state = self.server_state
+        after = int(query["resourceVersion"])
+        if after < state.forgotten:
+            return self._status(410, "too old resource version")
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        deadline = time.monotonic() + float(query["timeoutSeconds"])
+        for line in self._lines(resource, query, after, deadline):
+            if broken:
+                self._chunk(line[: len(line) // 2])
+                self.close_connection = True
+                return None
+            # In two pieces, because lines and chunks have nothing to do with each other.
+            self._chunk(line[:7])
+            self._chunk(line[7:])
+        if state.is_up:
+            self._chunk(b"")
+        return None
+
+    def _lines(
+        self, resource: str, query: dict[str, str], after: int, deadline: float
+    ) -> Iterator[bytes]:
+        state = self.server_state
+        while state.is_up and time.monotonic() < deadline:
+            with state.changed:
+                if after < state.forgotten:
+                    status = {"kind": "Status", "code": 410, "message": "too old", "metadata": {}}
+                    lines = [{"type": "ERROR", "object": status}]
+                    after = 1 << 60
+                    deadline = 0
+                else:
+                    lines = [
+                        {"type": kind, "object": self._cut(value)}
+                        for version, which, kind, value in state.history
+                        if which == resource and version > after and _selected(value, query)
+                    ]
+                    if state.version > after and query.get("allowWatchBookmarks") == "true":
+                        mark = {"metadata": {"resourceVersion": str(state.version)}}
+                        mark["kind"] = KINDS[resource]
+                        lines.append({"type": "BOOKMARK", "object": mark})
+                    after = state.version
+                    if not lines:
+                        state.changed.wait(min(0.5, max(0.0, deadline - time.monotonic())))
+            for line in lines:
+                yield json.dumps(line).encode() + b"\n"
+
+    def _metadata_only(self) -> bool:
+        return METADATA in self.headers.get("Accept", "")
+
+    def _cut(self, value: Object) -> Object:
+        if not self._metadata_only():
+            return value
+        return {"kind": "PartialObjectMetadata", "metadata": value["metadata"]}
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def _status(self, code: int, message: str) -> None:
+        self._answer(code, {"kind": "Status", "code": code, "message": message})
+
+    def _answer(self, code: int, value: Object) -> None:
+        self._raw(code, json.dumps(value).encode())
+
+    def _raw(self, code: int, body: bytes, length: int | None = None) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _selected(value: Object, query: dict[str, str]) -> bool:
+    selector = query.get("fieldSelector")
+    if selector is None:
+        return True
+    name, _, wanted = selector.partition("=")
+    assert name == "spec.nodeName", selector
+    return value["spec"].get("nodeName") == wanted
+
+
+def namespace(name: str, **annotations: str) -> Object:
+    """A namespace with annotations of ours (`mode` for redirector.io/mode)."""
+    ours = {f"redirector.io/{key}": value for key, value in annotations.items()}
+    return {"kind": "Namespace", "metadata": {"name": name, "uid": name, "annotations": ours}}
+
+
+def pod(
+    name: str,
+    uid: str,
+    node: str = "node-1",
+    namespace: str = "default",
+    annotations: dict[str, str] | None = None,
+    **spec: object,
+) -> Object:
+    """A pod with annotations of ours."""
+    ours = {f"redirector.io/{key}": value for key, value in (annotations or {}).items()}
+    return {
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "uid": uid,
+            "annotations": {"somebody.else/x": "y", **ours},
+            "managedFields": [{"manager": "kubelet", "fieldsV1": {"f:status": {}}}],
+        },
+        "spec": {"nodeName": node, "containers": [{"name": "app"}], **spec},
+        "status": {"phase": "Running"},
+    }

@@ -1,0 +1,252 @@
+"""The table of objects follows the API server, and survives whatever it does wrong."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from apiserver import ApiServer, Fault, namespace, pod
+
+from redirector.errors import ClusterError
+from redirector.kubernetes import reflector
+from redirector.kubernetes.client import Access, ApiError, Client, elsewhere, in_cluster
+from redirector.kubernetes.objects import PodObject, read_namespace, read_pod
+from redirector.kubernetes.reflector import Backoff, Reflector, Resource
+
+PODS = Resource("/api/v1/pods", read_pod, {"fieldSelector": "spec.nodeName=node-1"})
+PATIENCE_S = 10.0
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    with ApiServer() as made:
+        yield made
+
+
+class Followed:
+    """A reflector that runs, and what it said."""
+
+    def __init__(self, server: ApiServer) -> None:
+        self.complaints: list[str] = []
+        self.news = threading.Event()
+        self.reflector: Reflector[PodObject] = Reflector(
+            Client(Access(server.url)),
+            PODS,
+            self.news.set,
+            self.complaints.append,
+            Backoff(0.02, 0.1),
+        )
+
+    def until(self, names: set[str]) -> None:
+        """Wait until the table holds just these."""
+        deadline = time.monotonic() + PATIENCE_S
+        while set(self.reflector.objects() or {}) != names:
+            assert time.monotonic() < deadline, (self.reflector.objects(), self.complaints)
+            self.news.wait(0.05)
+            self.news.clear()
+
+
+@pytest.fixture
+def followed(server: ApiServer) -> Iterator[Followed]:
+    made = Followed(server)
+    yield made
+    made.reflector.stop()
+
+
+def add(server: ApiServer, *names: str) -> None:
+    for name in names:
+        server.put("pods", pod(name, f"uid-{name}"))
+
+
+def test_the_table_follows(server: ApiServer, followed: Followed) -> None:
+    add(server, "a", "b")
+    server.put("pods", pod("elsewhere", "uid-e", node="node-2"))
+    assert followed.reflector.objects() is None
+    followed.reflector.start()
+    followed.until({"default/a", "default/b"})
+    add(server, "c")
+    followed.until({"default/a", "default/b", "default/c"})
+    server.delete("pods", "default/a")
+    followed.until({"default/b", "default/c"})
+    server.put("pods", pod("b", "uid-new", annotations={"mode": "ebpf"}))
+    server.delete("pods", "default/c")
+    followed.until({"default/b"})
+    found = (followed.reflector.objects() or {})["default/b"]
+    assert (found.uid, found.annotations) == ("uid-new", {"mode": "ebpf"})
+    assert server.seen("list", "pods") == 1
+    assert followed.complaints == []
+
+
+def test_a_long_list_comes_in_pages(
+    server: ApiServer, followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflector, "PAGE", 3)
+    add(server, *"abcdefgh")
+    followed.reflector.start()
+    followed.until({f"default/{name}" for name in "abcdefgh"})
+    assert server.seen("list", "pods") == 3
+
+
+def test_nothing_is_known_before_the_last_page(
+    server: ApiServer, followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflector, "PAGE", 2)
+    add(server, *"abcd")
+    server.slow = 0.2
+    tables: list[object] = []
+    followed.reflector.start()
+    while server.seen("list", "pods") < 2:
+        tables.append(followed.reflector.objects())
+        time.sleep(0.01)
+    assert set(tables) == {None}
+    followed.until({f"default/{name}" for name in "abcd"})
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_first_list_that_goes_wrong_tells_nothing(
+    server: ApiServer, followed: Followed, fault: Fault
+) -> None:
+    add(server, "a")
+    server.fail("list", "pods", fault, fault)
+    followed.reflector.start()
+    followed.until({"default/a"})
+    assert server.seen("list", "pods") == 3
+    # The same complaint once.
+    assert len(followed.complaints) == 1
+    assert followed.reflector.problem is None
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+def test_a_watch_that_goes_wrong_removes_nothing(
+    server: ApiServer, followed: Followed, fault: Fault
+) -> None:
+    add(server, "a", "b")
+    server.fail("watch", "pods", fault, fault, fault, fault)
+    lost: list[object] = []
+    followed.reflector.start()
+    followed.until({"default/a", "default/b"})
+    add(server, "c")
+    deadline = time.monotonic() + PATIENCE_S
+    while "default/c" not in (table := followed.reflector.objects() or {}):
+        lost += {"default/a", "default/b"} - set(table)
+        assert time.monotonic() < deadline, followed.complaints
+        time.sleep(0.005)
+    assert lost == []
+    server.delete("pods", "default/a")
+    followed.until({"default/b", "default/c"})
+
+
+def test_a_list_that_goes_wrong_later_removes_nothing(
+    server: ApiServer, followed: Followed
+) -> None:
+    add(server, "a", "b")
+    followed.reflector.start()
+    followed.until({"default/a", "default/b"})
+    server.fail("list", "pods", *Fault)
+    server.delete("pods", "default/a")
+    server.forget()
+    server.wait_for(lambda: server.seen("list", "pods") == 4)
+    assert set(followed.reflector.objects() or {}) >= {"default/b"}
+    followed.until({"default/b"})
+    assert server.seen("list", "pods") == 2 + len(Fault)
+
+
+def test_forgotten_versions_are_listed_anew(server: ApiServer, followed: Followed) -> None:
+    add(server, "a")
+    followed.reflector.start()
+    followed.until({"default/a"})
+    server.wait_for(lambda: server.seen("watch", "pods") == 1)
+    server.delete("pods", "default/a")
+    server.history.clear()
+    server.forget()
+    add(server, "b")
+    followed.until({"default/b"})
+    assert followed.complaints == []
+
+
+def test_a_server_that_restarts(server: ApiServer, followed: Followed) -> None:
+    add(server, "a")
+    followed.reflector.start()
+    followed.until({"default/a"})
+    server.wait_for(lambda: server.seen("watch", "pods") == 1)
+    server.down()
+    time.sleep(0.2)
+    assert set(followed.reflector.objects() or {}) == {"default/a"}
+    assert followed.reflector.problem
+    server.up()
+    add(server, "b")
+    followed.until({"default/a", "default/b"})
+
+
+def test_a_watch_goes_on_where_it_broke(server: ApiServer, followed: Followed) -> None:
+    add(server, "a")
+    followed.reflector.start()
+    followed.until({"default/a"})
+    add(server, "b")
+    followed.until({"default/a", "default/b"})
+    server.down()
+    server.up()
+    add(server, "c")
+    followed.until({f"default/{name}" for name in "abc"})
+    assert server.seen("list", "pods") == 1
+    versions = [r.query["resourceVersion"] for r in server.requests if r.verb == "watch"]
+    assert int(versions[-1]) >= 102
+
+
+def test_an_object_that_is_none_does_not_stop_the_rest(
+    server: ApiServer, followed: Followed
+) -> None:
+    add(server, "a")
+    followed.reflector.start()
+    followed.until({"default/a"})
+    broken = pod("b", "uid-b")
+    broken["status"] = "fine"
+    server.put("pods", broken)
+    server.wait_for(lambda: server.seen("list", "pods") >= 2)
+    assert set(followed.reflector.objects() or {}) == {"default/a"}
+    server.put("pods", pod("b", "uid-b"))
+    followed.until({"default/a", "default/b"})
+
+
+def test_namespaces_come_without_their_insides(server: ApiServer) -> None:
+    server.put("namespaces", namespace("default", mode="ebpf"))
+    resource = Resource("/api/v1/namespaces", read_namespace, {}, metadata_only=True)
+    made = Reflector(Client(Access(server.url)), resource, lambda: None, print)
+    made.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while not made.objects():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    made.stop()
+    assert (made.objects() or {})["default"].annotations == {"mode": "ebpf"}
+    assert "PartialObjectMetadataList;" in server.requests[0].accept
+
+
+def test_the_token_is_read_anew_and_kept_to_safe_places(server: ApiServer, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    client = Client(Access(server.url, token))
+    with pytest.raises(ClusterError, match=f"{token}: No such file"):
+        client.get("/api/v1/pods", {})
+    for text in ("one\n", "two\n"):
+        token.write_text(text)
+        client.get("/api/v1/pods", {})
+    assert [r.authorization for r in server.requests] == ["Bearer one", "Bearer two"]
+    (tmp_path / "ca.crt").touch()
+    assert elsewhere("http://10.0.0.1/", tmp_path) == Access("http://10.0.0.1")
+    assert elsewhere("https://10.0.0.1", tmp_path).token_file == token
+    environment = {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443"}
+    assert in_cluster(environment, tmp_path).url == "https://[fd00::1]:6443"
+    with pytest.raises(ClusterError, match="--api-server"):
+        in_cluster({}, tmp_path)
+
+
+def test_what_the_server_says_is_told(server: ApiServer) -> None:
+    client = Client(Access(server.url))
+    server.fail("list", "pods", Fault.FORBIDDEN)
+    with pytest.raises(ApiError, match="GET /api/v1/pods: 403 forbidden: User cannot") as caught:
+        client.get("/api/v1/pods", {})
+    assert caught.value.status == 403
+    server.down()
+    with pytest.raises(ApiError, match=f"{server.url}/api/v1/pods: .*refused"):
+        client.get("/api/v1/pods", {})
