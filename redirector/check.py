@@ -22,8 +22,8 @@ from redirector.datapath.loading import run_self_test
 from redirector.datapath.selftest import LINES
 from redirector.errors import MachineError, RedirectorError
 from redirector.model import Mode, Pod
-from redirector.modes.iptables.rules import IPV4, IPV6, Family
 from redirector.modes.iptables.sets import MOST_RULES, creation, networks_set
+from redirector.modes.iptables.tables import IPV4, IPV6, Family
 from redirector.modes.iptables.transaction import restore_text
 from redirector.network import own_netns_cookie
 

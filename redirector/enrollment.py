@@ -221,7 +221,8 @@ class Enrollment:
                 except RedirectorError as error:
                     problems.append(
                         f"{str(error).partition(';')[0]}; if that pod was in iptables mode, its "
-                        "rules stay: in its namespace, remove the nat chains REDIRECTOR_* by hand"
+                        "rules stay: in its namespace, remove the chains REDIRECTOR_* and the sets "
+                        "redirector-* by hand"
                     )
                     continue
                 try:

@@ -59,6 +59,8 @@ class Steering:
     dns_servers: tuple[IPAddress, ...] | None = ()
     #: What counts as the host itself beside ::1, inside 127.0.0.0/8.
     host_loopback_range: IPv4Network = LOCALHOST_V4
+    #: Drop what conntrack cannot place, such as a stray SYN-ACK, that would be answered by a reset.
+    drop_invalid: bool = False
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,13 @@ OPTIONS: tuple[Option, ...] = (
         _loopback_range,
     ),
     Option(
+        "dropInvalid",
+        "drop_invalid",
+        "BOOL",
+        "packets that conntrack finds invalid are dropped (default: false; iptables mode only)",
+        _switch,
+    ),
+    Option(
         "outboundPort",
         "outbound_port",
         "PORT",

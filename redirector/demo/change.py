@@ -27,7 +27,7 @@ from redirector.demo.world import (
     World,
 )
 from redirector.model import Mode
-from redirector.modes.iptables.rules import OUTPUT_CHAIN
+from redirector.modes.iptables.tables import OUTPUT_CHAIN
 
 _NEW_WEIGHTS = {WEB_V1: 20, WEB_V2: 80}
 _BEFORE, _AFTER = 400, 600

@@ -128,6 +128,7 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
         ("dnsCapture", steering.dns_capture),
         ("excludeInterfaces", steering.exclude_interfaces),
         ("kubevirtInterfaces", steering.kubevirt_interfaces),
+        ("dropInvalid", steering.drop_invalid),
     ):
         if used:
             raise InputError(

@@ -1,6 +1,7 @@
 """Listeners that say where a connection arrived, and callers that ask them.
 
 A listener's first line names itself and the connection's original destination; then it echoes.
+Over UDP it answers each datagram with itself and the sender, from the address that was asked.
 Everything runs in forked children, because uid 1337 may not read a clone's files.
 """
 
@@ -19,10 +20,11 @@ from typing import Any
 from redirector.lab import LabPod
 from redirector.lab.enter import Place
 from redirector.model import IPAddress
-from redirector.steering import Verdict
+from redirector.steering import Protocol, Verdict
 
 SO_ORIGINAL_DST = 80  # of SOL_IP and, as IP6T_SO_ORIGINAL_DST, of SOL_IPV6
 SOL_IPV6 = 41
+IP_PKTINFO = 8  # ip(7); Python has no name for it
 TIMEOUT = 10.0
 
 Listener = tuple[Verdict, int]
@@ -35,11 +37,15 @@ class Call:
     destination: IPAddress
     port: int
     source: IPAddress | None = None
+    protocol: Protocol = Protocol.TCP
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """Who accepted a connection, what it held for the original destination, and from whom."""
+    """Who accepted a connection, what it held for the original destination, and from whom.
+
+    Of UDP the original destination is where the answer seems to come from.
+    """
 
     verdict: Verdict
     destination: IPAddress
@@ -84,8 +90,24 @@ def echo(connection: socket.socket, text: bytes) -> bytes:
     return got
 
 
+def ask(socket_: socket.socket, destination: IPAddress, port: int) -> Arrival:
+    """Send a datagram and wait for its answer."""
+    socket_.settimeout(TIMEOUT)
+    socket_.sendto(b"?", (str(destination), port))
+    answer, (address, answered_port, *_) = socket_.recvfrom(4096)
+    verdict, client = json.loads(answer)
+    # An IPv4-mapped socket is told so of IPv4.
+    return Arrival(Verdict(verdict), ip_address(address), answered_port, ip_address(client))
+
+
 def _dial(call: Call) -> Arrival | str:
     try:
+        if call.protocol is Protocol.UDP:
+            v6 = call.destination.version == 6
+            with socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_DGRAM) as one:
+                if call.source is not None:
+                    one.bind((str(call.source), 0))
+                return ask(one, call.destination, call.port)
         connection, arrival = connect(call)
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, repr(error))
@@ -134,6 +156,7 @@ def _serve(place: Place, listeners: Sequence[Listener], ready: Any) -> None:
                 server.bind((address, port))
                 server.listen(128)
                 selector.register(server, selectors.EVENT_READ, verdict)
+                selector.register(_datagrams(family, address, port), selectors.EVENT_READ, verdict)
     except OSError as error:
         ready.send(str(error))
         os._exit(1)
@@ -144,8 +167,31 @@ def _serve(place: Place, listeners: Sequence[Listener], ready: Any) -> None:
             stream: Any = key.fileobj
             if key.data is None:
                 _echo(selector, stream)
+            elif stream.type == socket.SOCK_DGRAM:
+                _answer(stream, key.data)
             else:
                 _accept(selector, stream, key.data)
+
+
+def _datagrams(family: int, address: str, port: int) -> socket.socket:
+    server = socket.socket(family, socket.SOCK_DGRAM)
+    if family == socket.AF_INET6:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    else:
+        server.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+    server.bind((address, port))
+    return server
+
+
+def _answer(server: socket.socket, verdict: Verdict) -> None:
+    _, ((level, kind, info),), _, client = server.recvmsg(4096, 128)
+    # The address that was asked becomes the one to send from, by whatever interface: struct
+    # in_pktinfo has it last, struct in6_pktinfo first.
+    v4 = level == socket.IPPROTO_IP
+    info = bytes(4) + info[8:12] + bytes(4) if v4 else info[:16] + bytes(4)
+    answer = json.dumps([verdict, client[0]]).encode()
+    server.sendmsg([answer], [(level, kind, info)], 0, client)
 
 
 def _accept(selector: selectors.BaseSelector, server: socket.socket, verdict: Verdict) -> None:

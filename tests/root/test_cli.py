@@ -216,7 +216,7 @@ def test_uninstall_removes_what_is_whole_when_something_is_not(
     redirector.do("enroll", "damaged", *options(damaged))
     record = redirector.records / "damaged.json"
     record.write_text("{}")
-    refused(redirector.call("uninstall"), 1, str(record), "nat chains REDIRECTOR_* by hand")
+    refused(redirector.call("uninstall"), 1, str(record), "chains REDIRECTOR_* and")
     assert redirector.left(damaged, whole) == []
     assert redirector.do("uninstall") == "nothing of redirector is left\n"
 

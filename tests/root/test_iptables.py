@@ -19,7 +19,7 @@ from redirector.errors import DatapathError, InputError, MachineError
 from redirector.lab import LabPod, Node
 from redirector.model import IPAddress, Mode, Pod, Steering
 from redirector.modes.iptables.driver import IptablesMode
-from redirector.modes.iptables.rules import KEEP_CHAIN
+from redirector.modes.iptables.tables import KEEP_CHAIN
 from redirector.network import open_connections, within
 from redirector.steering import Verdict
 

@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import xtables
+
 from redirector.datapath.libbpf import AttachType
 from redirector.lab import LabPod
 
@@ -12,13 +14,14 @@ _CGROUP_HOOKS = [kind for kind in AttachType if kind.name.startswith("CGROUP")]
 
 
 def in_pod(pod: LabPod) -> list[str]:
-    """The programs attached to a pod's cgroup and namespace, and the chains in its nat tables."""
+    """The programs attached to a pod's cgroup and namespace, its chains and its sets."""
     found = [f"{kind.name} on the cgroup" for kind in _CGROUP_HOOKS if _attached(pod.cgroup, kind)]
     if _attached(pod.netns, AttachType.SK_LOOKUP):
         found.append("SK_LOOKUP on the namespace")
     for program in ("iptables-save", "ip6tables-save"):
-        saved = pod.run([program, "-t", "nat"], check=True).stdout
+        saved = pod.run([program], check=True).stdout
         found += [f"{program}: {line}" for line in saved.splitlines() if "REDIRECTOR" in line]
+    found += [f"set {name}" for name in xtables.sets(pod) if name.startswith("redirector")]
     return found
 
 

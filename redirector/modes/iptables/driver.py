@@ -1,6 +1,7 @@
 """Compares the rules with what the kernel has and commits the difference."""
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
@@ -17,14 +18,17 @@ from redirector.modes.iptables.programs import (
     read_packets,
     read_sets,
 )
-from redirector.modes.iptables.rules import CHAINS, IPV4, IPV6, Family, Table
+from redirector.modes.iptables.tables import CHAINS, IPV4, IPV6, Family, Table
 from redirector.modes.iptables.transaction import State, all_sets, desired_state, kept_state
+from redirector.modes.iptables.zones import unanswered
 from redirector.network import is_pods, open_connections, require_netns
 from redirector.status import Outcome, Tally
 from redirector.steering import INBOUND_RULES, OUTBOUND_RULES, Rule, Verdict
 
 #: Where REDIRECT brings the pod's own (nf_nat_redirect_ipv4, nf_nat_redirect_ipv6).
 _LOCALHOST = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
+#: How long a sidecar may take to answer what it has been asked.
+DRAIN_SECONDS = 1.0
 _IF_INET6 = Path("/proc/net/if_inet6")
 
 
@@ -68,29 +72,31 @@ class IptablesMode:
             return
         # One family that fails must not keep the other steered.
         errors: list[RedirectorError] = []
-        kept: list[Family] = []
+        kept: dict[Family, State] = {}
         asked: set[str] = set()
         for family in _families():
             try:
                 state = read(pod, family)
                 asked |= _asked([state])
                 if state != State():
-                    _steer_nothing(pod, family, state)
-                    kept.append(family)
+                    kept[family] = _steer_nothing(pod, family, state)
             except RedirectorError as error:
                 errors.append(error)
+        if any(Table.RAW in state.parts for state in kept.values()):
+            _await_answers(pod)
         # Only now, when nothing new is redirected, can what is open be counted.
         try:
             open_versions = _redirected_versions(pod) if kept else set()
         except MachineError:
             # An idle rule too many is harmless, a broken connection is not.
             open_versions = {family.version for family in kept}
-        for family in kept:
-            if family.version not in open_versions:
-                try:
-                    commit(pod, family, kept_state(pod.steering), State())
-                except RedirectorError as error:
-                    errors.append(error)
+        for family, state in kept.items():
+            rest = state.only(Table.NAT) if family.version in open_versions else State()
+            try:
+                if rest != state:
+                    commit(pod, family, state, rest)
+            except RedirectorError as error:
+                errors.append(error)
         if errors:
             raise errors[0]
         _drop_sets(pod, asked)
@@ -172,24 +178,33 @@ def _chain_difference(
         yield f"chain {chain} as it was installed: somebody added or moved rules"
 
 
-def _steer_nothing(pod: Pod, family: Family, state: State) -> None:
-    """Leave of our rules only what keeps open connections."""
-    kept = kept_state(pod.steering)
+def _steer_nothing(pod: Pod, family: Family, state: State) -> State:
+    """Leave of our rules only what keeps open connections; return that."""
+    kept = kept_state(pod.steering, state)
     if not state.same_rules(kept):
         commit(pod, family, state, kept)
+    return kept
+
+
+def _await_answers(pod: Pod) -> None:
+    """Wait until the sidecar has answered what was captured, or has had its time."""
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while time.monotonic() < deadline and unanswered(pod.netns, pod.steering.dns_port):
+        time.sleep(0.005)
 
 
 def _redirected_versions(pod: Pod) -> set[int]:
     """Return the IP versions of which connections are open that NAT brought to the sidecar.
 
-    REDIRECT brings the pod's own to localhost, those from outside to the pod's address.
+    REDIRECT brings the pod's own to localhost, those from outside, or from virtual machines, to the
+    address of the interface.
     """
     steering = pod.steering
-    ports = {steering.outbound_port, steering.inbound_port}
+    ports = {steering.outbound_port, steering.inbound_port, steering.dns_port}
     return {
         address.version
         for address, port in open_connections(pod.netns, ports)
-        if port == steering.inbound_port or address in _LOCALHOST
+        if port == steering.inbound_port or steering.kubevirt_interfaces or address in _LOCALHOST
     }
 
 

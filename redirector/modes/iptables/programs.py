@@ -9,7 +9,7 @@ from redirector.errors import DatapathError, MachineError
 from redirector.machine import find_tool
 from redirector.model import Pod
 from redirector.modes.iptables import sets
-from redirector.modes.iptables.rules import Family
+from redirector.modes.iptables.tables import Family
 from redirector.modes.iptables.transaction import State, parse, rule_packets, transaction
 from redirector.network import run_in
 

@@ -8,21 +8,21 @@ from dataclasses import dataclass, field
 
 from redirector.model import Pod, Steering
 from redirector.modes.iptables import sets
-from redirector.modes.iptables.rules import (
+from redirector.modes.iptables.rules import dns_answers, jumps, redirect, ruleset
+from redirector.modes.iptables.sets import IpSet
+from redirector.modes.iptables.tables import (
     CHAINS,
+    DNS_CHAIN,
     INBOUND_CHAIN,
     IPV4,
     IPV6,
-    JUMPS,
     KEEP_CHAIN,
     OWN_CHAINS,
     Family,
+    Jump,
     Rule,
     Table,
-    redirect,
-    ruleset,
 )
-from redirector.modes.iptables.sets import IpSet
 from redirector.steering import INBOUND_RULES, OUTBOUND_RULES
 
 _HASH_LENGTH = 12
@@ -61,6 +61,9 @@ class State:
     def part(self, table: Table) -> Part:
         return self.parts.get(table, Part())
 
+    def only(self, table: Table) -> "State":
+        return State({table: self.part(table)})
+
     def lines(self) -> list[str]:
         return [line for part in self.parts.values() for line in part.lines]
 
@@ -71,7 +74,11 @@ class State:
 
 
 def desired_state(steering: Steering, family: Family) -> State:
-    rules = ruleset(steering, family)
+    return _state(ruleset(steering, family), tuple(jumps(steering, family)))
+
+
+def _state(rules: Iterable[Rule], jumps: Iterable[Jump]) -> State:
+    rules, jumps = tuple(rules), tuple(jumps)
     lines = [(CHAINS[rule.chain], rule.line()) for rule in rules]
     # The jumps carry a hash of all rules, so that other rules under the same names are noticed.
     mark = hashlib.sha256("\n".join(line for _, line in lines).encode()).hexdigest()[:_HASH_LENGTH]
@@ -80,10 +87,11 @@ def desired_state(steering: Steering, family: Family) -> State:
             CHAINS[jump.chain],
             f"-A {jump.base} {jump.match} -m comment --comment redirector:{mark} -j {jump.chain}",
         )
-        for jump in JUMPS
+        for jump in jumps
     ]
+    chains = dict.fromkeys(jump.chain for jump in jumps)
     asked = dict.fromkeys(rule.asks for rule in rules if rule.asks is not None)
-    return State(_parts(CHAINS.items(), lines), tuple(asked))
+    return State(_parts(((chain, CHAINS[chain]) for chain in chains), lines), tuple(asked))
 
 
 def all_sets(states: Iterable[State]) -> tuple[IpSet, ...]:
@@ -91,15 +99,19 @@ def all_sets(states: Iterable[State]) -> tuple[IpSet, ...]:
     return tuple(dict.fromkeys(each for state in states for each in state.sets))
 
 
-def kept_state(steering: Steering) -> State:
+def kept_state(steering: Steering, now: State) -> State:
     """What keeps the NAT of open connections alive and steers nothing.
 
     The kernel tracks a namespace's connections only while a rule needs it (nf_ct_netns_get);
     without one, packets of redirected connections are no longer translated and are answered by a
-    reset.
+    reset. Where DNS was captured, answers still find their questions.
     """
     rule = Rule(KEEP_CHAIN, "open-connections", "-p tcp", redirect(steering.outbound_port))
-    return State({Table.NAT: Part((KEEP_CHAIN,), (rule.line(),))})
+    parts = {Table.NAT: Part((KEEP_CHAIN,), (rule.line(),))}
+    if DNS_CHAIN in now.part(Table.RAW).chains:
+        jump, answer = dns_answers(steering)
+        parts |= _state([answer], [jump]).parts
+    return State(parts)
 
 
 def parse(saved: str) -> State:
