@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     add("check", _check, "say what this kernel and machine can do")
     status = add("status", _status, "list the enrolled pods and their counters")
     status.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    flows = add("flows", _flows, "print the open connections, or each as it opens and closes")
+    flows.declare = _declare_flows
     add("metrics", _metrics, "print the node's metrics once, as Prometheus reads them")
     boot = add("bootstrap", _bootstrap, "print a sidecar's Envoy bootstrap (JSON)")
     boot.add_argument("pod", metavar="POD", help="its name, or NAMESPACE/NAME")
@@ -190,6 +192,18 @@ def _shown(status: PodStatus) -> Iterator[tuple[str, int]]:
         yield f"{tally.outcome} {tally.reason}", tally.count
     for counter in SHORT_CIRCUIT:
         yield counter.name.lower().replace("_", " "), status.counters.get(counter, 0)
+
+
+def _declare_flows(parser: argparse.ArgumentParser) -> None:
+    from redirector.flows import command
+
+    command.add_arguments(parser)
+
+
+def _flows(arguments: argparse.Namespace, context: Context) -> int:
+    from redirector.flows import command
+
+    return command.run(arguments, context.enrollment(), context.out)
 
 
 def _metrics(_arguments: argparse.Namespace, context: Context) -> int:

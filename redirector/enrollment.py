@@ -170,6 +170,15 @@ class Enrollment:
             raise NotEnrolled(f"pod {name}: is not enrolled; enrolled are: {known}")
         return pod
 
+    @property
+    def datapath(self) -> Datapath:
+        """The programs and maps that pods in eBPF mode share."""
+        return self._datapath
+
+    def version(self) -> int:
+        """Another number whenever a pod's record has changed."""
+        return self._records.version()
+
     def pods(self) -> list[Pod]:
         """The records of all enrolled pods, by name."""
         return self._records.all()

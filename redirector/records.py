@@ -53,6 +53,13 @@ class Records:
         """The files of all records, by name."""
         return sorted(self.directory.glob("*.json"))
 
+    def version(self) -> int:
+        """Another number whenever a record was written or deleted; 0 while there is none."""
+        try:
+            return self.directory.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def get(self, name: str) -> Pod | None:
         """The record of one pod."""
         path = self._path(name)

@@ -24,10 +24,27 @@ _LISTEN = 1 << 10
 _OPEN = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11))
 
 
+#: Bit of inet_diag_req_v2.idiag_ext that asks for the attribute of this number.
+_INET_DIAG_INFO = 2
+_MESSAGE_SIZE = 72
+#: struct tcp_info.tcpi_bytes_acked; tcpi_bytes_received follows (linux/tcp.h).
+_BYTES_ACKED = 120
+
+#: Local address and port, remote address and port.
+Ends = tuple[IPAddress, int, IPAddress, int]
+#: Bytes that TCP has delivered to the other end, and that it has received.
+Traffic = dict[Ends, tuple[int, int]]
+
+
 class _Found(NamedTuple):
     family: int
-    local: IPAddress
+    ends: Ends
     inode: int
+    attributes: bytes
+
+    @property
+    def local(self) -> IPAddress:
+        return self.ends[0]
 
 
 def open_connections(ports: Collection[int]) -> Iterator[tuple[IPAddress, int]]:
@@ -44,12 +61,34 @@ def listening(port: int) -> Iterator[tuple[int, int]]:
     yield from ((found.inode, found.family) for found in _sockets(_LISTEN, port))
 
 
-def _sockets(states: int, port: int) -> Iterator[_Found]:
+def traffic() -> Traffic:
+    """What has gone and come on each open connection that was opened here, by TCP."""
+    found: Traffic = {}
+    for one in _sockets(_OPEN, 0, 1 << (_INET_DIAG_INFO - 1)):
+        info = _attribute(one.attributes, _INET_DIAG_INFO)
+        if len(info) >= _BYTES_ACKED + 16:
+            acked, received = struct.unpack_from("=QQ", info, _BYTES_ACKED)
+            # Who connected had its SYN acknowledged, too (RFC 4898).
+            found[one.ends] = max(acked - 1, 0), received
+    return found
+
+
+def _attribute(attributes: bytes, wanted: int) -> bytes:
+    """The value of a struct nlattr; b"" when there is none."""
+    while len(attributes) >= 4:
+        length, kind = struct.unpack_from("=HH", attributes)
+        if kind == wanted:
+            return attributes[4:length]
+        attributes = attributes[max((length + 3) & ~3, 4) :]
+    return b""
+
+
+def _sockets(states: int, port: int, extensions: int = 0) -> Iterator[_Found]:
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
             diag.settimeout(_SECONDS)
             for family in (socket.AF_INET, socket.AF_INET6):
-                diag.send(_request(family, states, port))
+                diag.send(_request(family, states, port, extensions))
                 yield from _answers(diag)
     except OSError as error:
         raise MachineError(
@@ -58,9 +97,9 @@ def _sockets(states: int, port: int) -> Iterator[_Found]:
         ) from None
 
 
-def _request(family: int, states: int, local_port: int) -> bytes:
+def _request(family: int, states: int, local_port: int, extensions: int) -> bytes:
     """struct nlmsghdr, then struct inet_diag_req_v2 with its ports in network order."""
-    request = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, 0, states)
+    request = struct.pack("=BBBxI", family, socket.IPPROTO_TCP, extensions, states)
     request += struct.pack("!H", local_port) + bytes(46)
     flags = _NLM_F_REQUEST | _NLM_F_DUMP
     return struct.pack("=IHHII", 16 + len(request), _SOCK_DIAG_BY_FAMILY, flags, 0, 0) + request
@@ -80,9 +119,12 @@ def _answers(diag: socket.socket) -> Iterator[_Found]:
                 raise OSError(code, os.strerror(code))
             family = message[0]
             size = 16 if family == socket.AF_INET6 else 4
+            ports = struct.unpack_from("!HH", message, 4)
             local = _unmapped(ip_address(bytes(message[8 : 8 + size])))
+            remote = _unmapped(ip_address(bytes(message[24 : 24 + size])))
             (inode,) = struct.unpack_from("=I", message, 68)
-            yield _Found(family, local, inode)
+            ends = (local, ports[0], remote, ports[1])
+            yield _Found(family, ends, inode, bytes(message[_MESSAGE_SIZE:]))
             data = data[(length + 3) & ~3 :]
 
 

@@ -38,6 +38,22 @@ ALWAYS void count_rule(__u64 netns, __u32 rule, __u32 steered)
 		c->value[steered] += 1;
 }
 
+ALWAYS void count_connect(__u64 netns, __u32 kind, __u32 us)
+{
+	struct counters *c = counters.lookup(&netns);
+	struct latency *latency;
+	__u32 bucket;
+
+	if (!c || kind >= CONNECT_KINDS)
+		return;
+	latency = &c->connect[kind];
+	latency->total_us += us;
+	bucket = us > 1 ? bpf_log2l(us - 1) : 0;
+	if (bucket >= CONNECT_BUCKETS)
+		bucket = CONNECT_BUCKETS - 1;
+	latency->bucket[bucket]++;
+}
+
 ALWAYS struct address mapped(__be32 ip4)
 {
 	struct address a = {{0, 0, bpf_htonl(0xffff), ip4}};

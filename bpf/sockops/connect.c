@@ -114,6 +114,20 @@ ALWAYS void aim(const struct pod *pod, enum rule rule, const struct attempt *a, 
 	to->ip = is_v4(&a->dst.ip) ? pod->ip4 : pod->ip6;
 }
 
+ALWAYS void tell_unkept(const struct attempt *a, enum rule rule)
+{
+	struct event event = {
+	    .netns = a->netns,
+	    .client = {.ip = a->source},
+	    .server = a->dst,
+	    .rule = rule,
+	    .reason = REFUSED_NO_STATE,
+	};
+
+	current_process(&event.process);
+	tell_refused(&event);
+}
+
 // Answers 1 to let the connect go on, 0 to refuse it. Sets *to where it must go elsewhere.
 ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct endpoint *to)
 {
@@ -122,7 +136,7 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct e
 	struct pod *pod;
 	enum rule rule;
 	__u64 *owner;
-	bool near;
+	bool near = true;
 
 	a->netns = bpf_get_netns_cookie(ctx);
 	pod = pods.lookup(&a->netns);
@@ -138,7 +152,7 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct e
 	if (!to->port) {
 		count_rule(a->netns, rule, COUNTERS);
 		near = pod->flags & POD_ACCELERATE && is_near(rule, a);
-		if (!near) {
+		if (!near && !followed()) {
 			// An earlier connect() of this socket, which failed, may have been steered.
 			states.sk_storage_delete(ctx->sk);
 			return 1;
@@ -152,10 +166,15 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct e
 		if (!to->port)
 			return 1;
 		count(a->netns, REFUSED_NO_STATE);
+		tell_unkept(a, rule);
 		return 0;
 	}
 	__builtin_memset(state, 0, sizeof(*state));
-	if (pod->flags & POD_ACCELERATE)
+	state->rule = rule;
+	current_process(&state->process);
+	if (!near)
+		state->flags |= FLOW_WATCHED;
+	else if (pod->flags & POD_ACCELERATE)
 		state->flags |= FLOW_ACCELERATE;
 	if (!to->port)
 		return 1;

@@ -27,10 +27,32 @@ ALWAYS bool assign(struct bpf_sk_lookup *ctx, __u64 netns, __u32 family)
 	return !failed;
 }
 
-ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 netns)
+// For who follows: the socket that will be accepted does not tell why it came.
+ALWAYS void note_arrival(struct flow_key *key, __u32 rule)
+{
+	if (followed())
+		arrivals.update(key, &rule);
+}
+
+ALWAYS void refuse(struct flow_key *key, __u64 netns, __u32 reason)
+{
+	struct event event = {
+	    .netns = netns,
+	    .client = {.ip = key->client, .port = key->client_port},
+	    .server = {.ip = key->server, .port = key->server_port},
+	    .reason = reason,
+	};
+
+	count(netns, reason);
+	tell_refused(&event);
+}
+
+ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 netns,
+			struct flow_key *key)
 {
 	enum rule rule = inbound_rule(pod, netns, ctx->local_port);
 
+	note_arrival(key, rule);
 	if (rule != RULE_INBOUND_INCLUDED_PORT) {
 		count_rule(netns, rule, COUNTERS);
 		return SK_PASS;
@@ -42,7 +64,7 @@ ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 
 		return SK_PASS;
 	}
 	// As with REDIRECT to a closed port: refused, never past the sidecar.
-	count(netns, REFUSED_NO_LISTENER);
+	refuse(key, netns, REFUSED_NO_LISTENER);
 	return SK_DROP;
 }
 
@@ -82,12 +104,12 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	if (!pod)
 		return SK_PASS;
 	sidecars = ctx->local_port == pod->outbound_port || ctx->local_port == pod->inbound_port;
+	key.server_port = ctx->local_port;
+	key.client_port = bpf_ntohs(ctx->remote_port);
+	scope(&key, netns);
 	if (sidecars) {
 		// Steered at connect(), from whatever address: it has brought its original
 		// destination.
-		key.server_port = ctx->local_port;
-		key.client_port = bpf_ntohs(ctx->remote_port);
-		scope(&key, netns);
 		flow = flows.lookup(&key);
 		if (flow && flow->client_netns == netns && flow->flags & FLOW_STEERED)
 			return SK_PASS;
@@ -95,10 +117,10 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	// The kernel drops packets from outside that claim one of our own addresses as source.
 	sender = pods_by_address.lookup(&key.client);
 	if (!is_loopback(&key.client) && (!sender || *sender != netns))
-		return from_outside(ctx, pod, netns);
+		return from_outside(ctx, pod, netns, &key);
 	if (!sidecars)
 		return SK_PASS;
-	count(netns, REFUSED_NO_FLOW);
+	refuse(&key, netns, REFUSED_NO_FLOW);
 	return SK_DROP;
 }
 

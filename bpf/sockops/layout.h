@@ -35,6 +35,14 @@ enum flow_flag {
 	FLOW_STEERED = 1,    // has an original destination that a listener will ask for
 	FLOW_ANSWERED = 2,   // SO_ORIGINAL_DST has been answered
 	FLOW_ACCELERATE = 4, // both ends may enter the sockhash
+	FLOW_WATCHED = 8,    // kept only to tell a follower of its end
+	FLOW_LEFT = 16,	     // of a socket's state: it has left the sockhash
+};
+
+// Who called connect(); all zero when it is not known.
+struct process {
+	__u32 pid; // of the initial pid namespace
+	char comm[16];
 };
 
 struct flow {
@@ -49,6 +57,11 @@ struct flow {
 	__u64 drained[2]; // messages that had been redirected to this side when it had read all
 	__u64 verdict[2]; // of what this side sends; 64 bits for compare-and-swap
 	__u64 socket[2];  // cookies: each side's key in the sockhash, 0 while it is not there
+	struct process process;
+	__u32 rule;	    // that decided it
+	__u32 passed;	    // enum counter: why a side first went to TCP, 0 while none did
+	__u32 server_rule;  // that decided it at the server's pod
+	__u64 server_netns; // of the server's pod, when it came in there while somebody followed
 };
 
 // What a socket carries with it (sk_storage).
@@ -62,6 +75,11 @@ struct sock_state {
 	__u32 flags;	     // enum flow_flag
 	__u64 leaving_ns;    // when this side began to leave the sockhash, 0: it stays
 	__u64 leaving_acked; // bytes that TCP had delivered by then
+	__u64 opened_ns;     // CLOCK_MONOTONIC: its SYN left or came
+	struct process process;
+	__u32 rule;
+	__u32 connect_us; // from its SYN to established
+	__u32 passed;	  // enum counter: why this side went to TCP, 0 while it has not
 };
 
 enum pod_flag {
@@ -182,10 +200,47 @@ enum counter {
 	COUNTERS,
 };
 
+// What became of a connection that took time to establish.
+enum connect_kind { CONNECT_STEERED, CONNECT_DIRECT, CONNECT_KINDS };
+
+#define CONNECT_BUCKETS 26
+
+// Time from SYN to established. Bucket b counts up to 2^b us, and what no smaller one did; the last
+// one all that took longer.
+struct latency {
+	__u64 bucket[CONNECT_BUCKETS];
+	__u64 total_us;
+};
+
 struct counters {
 	__u64 value[COUNTERS];
 	__u64 rule[RULES]; // connections that each rule decided
+	struct latency connect[CONNECT_KINDS];
 };
+
+enum event_kind { EVENT_OPEN = 1, EVENT_CLOSE = 2, EVENT_FAILED = 3, EVENT_REFUSED = 4 };
+
+// What a follower reads from its ring buffer.
+struct event {
+	__u64 at_ns; // CLOCK_MONOTONIC, as all times here
+	__u64 opened_ns;
+	__u64 id;    // cookie of the socket: one connection's events have the same
+	__u64 netns; // netns cookie of the pod
+	__u64 sent;  // by the pod's side of the connection, redirected or delivered by TCP
+	__u64 received;
+	__u64 redirected; // both ways
+	struct endpoint client;
+	struct endpoint server; // where the client wanted to go
+	struct process process;
+	__u32 connect_us;
+	__u32 flags; // enum flow_flag
+	__u16 rule;  // that decided it
+	__u8 kind;   // enum event_kind
+	__u8 reason; // enum counter: why it was refused or went to TCP
+	__u32 sides; // of its ends, how many entered the sockhash
+};
+
+#define MAX_FOLLOWERS 8
 
 // What the running kernel does wrong with redirected bytes; found by trying, at load
 // (redirector/datapath/selftest.py says what each means).

@@ -10,7 +10,7 @@ BPF_F_TABLE("lpm_trie", struct cidr_key, __u8, cidrs, MAX_CIDRS, BPF_F_NO_PREALL
 // Port and group lists of all pods.
 BPF_TABLE("hash", struct member_key, __u8, members, MAX_MEMBERS);
 // netns cookie -> counters.
-BPF_TABLE("percpu_hash", __u64, struct counters, counters, MAX_PODS);
+BPF_F_TABLE("percpu_hash", __u64, struct counters, counters, MAX_PODS, BPF_F_NO_PREALLOC);
 
 // Connections that a pod's process opened and that we steer or accelerate, until the client closes.
 BPF_TABLE("hash", struct flow_key, struct flow, flows, MAX_FLOWS);
@@ -38,3 +38,15 @@ SOCKHASH(sockets, __u64, MAX_SOCKETS);
 SOCKHASH(listeners, struct listener_key, 2 * MAX_PODS);
 // Index 0: this datapath and what it found out about the kernel.
 BPF_TABLE("array", __u32, struct about, about, 1);
+
+// Who follows the events: a ring buffer in each slot (redirector/datapath/followers.py). The first
+// one only tells the verifier what a slot holds.
+BPF_RINGBUF_OUTPUT(no_events, 1);
+BPF_ARRAY_OF_MAPS(followers, "no_events", MAX_FOLLOWERS);
+// Index 0: the slots in use, one bit each.
+BPF_TABLE("array", __u32, __u32, following, 1);
+// Slot -> events that found no room there, ever.
+BPF_TABLE("array", __u32, __u64, lost_events, MAX_FOLLOWERS);
+// Connections from outside that sk_lookup let in while somebody follows -> enum rule; until they
+// are accepted.
+BPF_TABLE("lru_hash", struct flow_key, __u32, arrivals, 4096);

@@ -8,6 +8,7 @@
 ALWAYS int pass(struct sock_state *state, __u64 netns, __u32 reason)
 {
 	state->verdict = PASS;
+	state->passed = reason;
 	count(netns, reason);
 	return SK_PASS;
 }
@@ -52,12 +53,14 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 	if (unread > MAX_UNREAD ||
 	    flow->messages[mine] - flow->drained[theirs] >= MAX_UNREAD_MESSAGES) {
 		flow->verdict[mine] = PASS;
+		flow->passed = PASSED_UNREAD;
 		state->leaving_ns = bpf_ktime_get_ns();
 		return pass(state, flow->client_netns, PASSED_UNREAD);
 	}
 	found = sockets.msg_redirect_hash(msg, &state->peer, BPF_F_INGRESS);
 	if (found != SK_PASS) {
 		flow->verdict[mine] = PASS;
+		flow->passed = PASSED_NO_PEER;
 		return pass(state, flow->client_netns, PASSED_NO_PEER);
 	}
 	flow->unread[theirs] = unread;

@@ -33,25 +33,30 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	if (!state)
 		return;
 	netns = bpf_get_netns_cookie(ops);
+	state->opened_ns = bpf_ktime_get_ns();
 	addresses(ops, &state->flow.client, &state->flow.server);
 	state->flow.client_port = ops->local_port;
 	state->flow.server_port = bpf_ntohl(ops->remote_port);
 	scope(&state->flow, netns);
 	state->id = bpf_get_socket_cookie(ops);
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	if (!(state->flags & (FLOW_STEERED | FLOW_ACCELERATE)))
+		return;
 
 	flow.id = state->id;
 	flow.original = state->original;
 	flow.flags = state->flags;
 	flow.client_netns = netns;
-	flow.opened_ns = bpf_ktime_get_ns();
+	flow.opened_ns = state->opened_ns;
+	flow.process = state->process;
+	flow.rule = state->rule;
 	// Without its flow a steered SYN is refused by inbound.c, an accelerated one stays plain.
 	if (flows.update(&state->flow, &flow)) {
 		if (!(state->flags & FLOW_STEERED))
 			count(netns, PASSED_FULL);
 		state->flags &= ~FLOW_ACCELERATE;
-		return;
+		state->passed = PASSED_FULL;
 	}
-	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 // Both ends are in the sockhash, or neither is. TCP's bytes for a socket that is in it take a
@@ -59,6 +64,8 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 ALWAYS void stay_out(struct sock_state *state, struct flow *flow, __u64 netns, __u32 reason)
 {
 	state->verdict = PASS;
+	state->passed = reason;
+	flow->passed = reason;
 	claim(flow, CLIENT, PASS);
 	claim(flow, SERVER, PASS);
 	count(netns, reason);
@@ -88,8 +95,8 @@ ALWAYS bool enter_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, s
 ALWAYS void leave_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, struct flow *flow)
 {
 	sockets.delete(&flow->socket[state->side & 1]);
-	flow->socket[state->side & 1] = 0;
 	state->verdict = PASS;
+	state->flags |= FLOW_LEFT;
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
 }
 
@@ -162,23 +169,67 @@ ALWAYS void half_closes(struct bpf_sock_ops *ops)
 		leave_sockhash(ops, state, flow);
 }
 
+ALWAYS void client_accelerates(struct bpf_sock_ops *ops, struct sock_state *state,
+			       struct flow *flow)
+{
+	// TCP Fast Open: these bytes went before us, the rest must follow on the same way.
+	if (ops->data_segs_out)
+		stay_out(state, flow, bpf_get_netns_cookie(ops), PASSED_FAST_OPEN);
+	else if (enter_sockhash(ops, state, flow))
+		count(flow->client_netns, ACCELERATED);
+}
+
 ALWAYS void client_established(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
-	struct flow *flow;
+	struct flow *flow = NULL;
 
-	if (!state || !(state->flags & FLOW_ACCELERATE))
-		return;
-	flow = flows.lookup(&state->flow);
-	if (!flow)
-		return;
-	// TCP Fast Open: these bytes went before us, the rest must follow on the same way.
-	if (ops->data_segs_out) {
-		stay_out(state, flow, bpf_get_netns_cookie(ops), PASSED_FAST_OPEN);
+	if (!state) {
+		// Direct: nothing of ours went with it. A SYN that is lost is sent again after a
+		// second (TCP_TIMEOUT_INIT).
+		count_connect(bpf_get_netns_cookie(ops), CONNECT_DIRECT,
+			      (ops->srtt_us >> 3) + ops->total_retrans * 1000000);
 		return;
 	}
-	if (enter_sockhash(ops, state, flow))
-		count(flow->client_netns, ACCELERATED);
+	state->connect_us = (bpf_ktime_get_ns() - state->opened_ns) / 1000;
+	count_connect(bpf_get_netns_cookie(ops),
+		      state->flags & FLOW_STEERED ? CONNECT_STEERED : CONNECT_DIRECT,
+		      state->connect_us);
+	if (state->flags & FLOW_ACCELERATE) {
+		flow = flows.lookup(&state->flow);
+		if (flow)
+			client_accelerates(ops, state, flow);
+	}
+	tell(ops, state, flow, EVENT_OPEN);
+}
+
+// A connection came in while somebody follows: both ends tell of it, each for its own pod.
+ALWAYS void came_in(struct bpf_sock_ops *ops, struct flow_key *key, struct flow *flow)
+{
+	struct sock_state *state, told = {.side = SERVER};
+	__u32 *rule = arrivals.lookup(key);
+
+	if (!rule)
+		return;
+	told.flow = *key;
+	told.rule = *rule;
+	told.opened_ns = bpf_ktime_get_ns();
+	arrivals.delete(key);
+	if (flow) {
+		told.id = flow->id;
+		flow->server_rule = told.rule;
+		flow->server_netns = bpf_get_netns_cookie(ops);
+	} else {
+		told.id = bpf_get_socket_cookie(ops);
+		told.flags = FLOW_WATCHED;
+		state = state_of(ops, BPF_SK_STORAGE_GET_F_CREATE);
+		if (!state)
+			return;
+		*state = told;
+		bpf_sock_ops_cb_flags_set(ops,
+					  ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	}
+	tell(ops, &told, flow, EVENT_OPEN);
 }
 
 // The server's end follows the client's. Whether the client waits for it is decided by one
@@ -203,6 +254,7 @@ ALWAYS void server_enters(struct bpf_sock_ops *ops, struct sock_state *state, st
 	// Nothing was ever sent to the client: its queue is empty.
 	sockets.delete(&flow->socket[CLIENT]);
 	flow->socket[CLIENT] = 0;
+	flow->socket[SERVER] = 0;
 }
 
 ALWAYS void server_established(struct bpf_sock_ops *ops)
@@ -220,6 +272,8 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 	key.client_port = bpf_ntohl(ops->remote_port);
 	scope(&key, netns);
 	flow = flows.lookup(&key);
+	if (followed())
+		came_in(ops, &key, flow);
 	if (!flow)
 		return;
 	state = state_of(ops, BPF_SK_STORAGE_GET_F_CREATE);
@@ -234,15 +288,20 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 		server_enters(ops, state, flow, netns);
 }
 
-ALWAYS void client_closed(struct bpf_sock_ops *ops)
+ALWAYS void closed(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
+	__u32 before = ops->args[0];
 	struct flow *flow;
 
-	if (!state || state->side != CLIENT)
+	if (!state || before == BPF_TCP_CLOSE ||
+	    (state->side != CLIENT && !(state->flags & FLOW_WATCHED)))
 		return;
 	flow = flows.lookup(&state->flow);
-	if (!flow || flow->id != state->id)
+	if (flow && flow->id != state->id)
+		flow = NULL;
+	tell(ops, state, flow, before == BPF_TCP_SYN_SENT ? EVENT_FAILED : EVENT_CLOSE);
+	if (!flow)
 		return;
 	if (flow->messages[CLIENT] + flow->messages[SERVER]) {
 		count_by(flow->client_netns, REDIRECTED_BYTES,
@@ -285,7 +344,7 @@ ALWAYS void sockops(struct bpf_sock_ops *ops)
 		if (ops->args[1] == BPF_TCP_FIN_WAIT1)
 			half_closes(ops);
 		else if (ops->args[1] == BPF_TCP_CLOSE)
-			client_closed(ops);
+			closed(ops);
 		break;
 	}
 }

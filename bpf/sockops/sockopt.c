@@ -97,7 +97,7 @@ ALWAYS bool is_accelerated(struct bpf_sock *sk, __u64 *netns)
 	struct sock_state *state = states.sk_storage_get(sk, 0, 0);
 	struct flow *flow;
 
-	if (!state)
+	if (!state || state->flags & FLOW_LEFT)
 		return false;
 	flow = flows.lookup(&state->flow);
 	if (!flow || flow->id != state->id || !flow->socket[state->side & 1])

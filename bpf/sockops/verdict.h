@@ -26,11 +26,11 @@ ALWAYS bool claim(struct flow *flow, __u32 side, __u64 wanted)
 // Whether SO_ZEROCOPY is set.
 ALWAYS bool wants_zerocopy(struct bpf_sock *sk)
 {
-#if SK_FLAGS_OFFSET
+#if FLAGS_OFFSET
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
 
 	if (tp)
-		return *(volatile __u64 *)((char *)tp + SK_FLAGS_OFFSET) >> ZEROCOPY_BIT & 1;
+		return *(volatile __u64 *)((char *)tp + FLAGS_OFFSET) >> ZEROCOPY_BIT & 1;
 #endif
 	return false;
 }

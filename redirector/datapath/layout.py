@@ -80,6 +80,15 @@ class FlowFlag(IntFlag):
     STEERED = 1
     ANSWERED = 2
     ACCELERATE = 4
+    WATCHED = 8
+    LEFT = 16
+
+
+class Process(Struct):
+    """struct process: who called connect(); all zero when it is not known."""
+
+    c_name = "process"
+    _fields_ = (("pid", ctypes.c_uint32), ("comm", ctypes.c_char * 16))
 
 
 class Flow(Struct):
@@ -98,6 +107,11 @@ class Flow(Struct):
         ("drained", ctypes.c_uint64 * 2),
         ("verdict", ctypes.c_uint64 * 2),
         ("socket", ctypes.c_uint64 * 2),
+        ("process", Process),
+        ("rule", ctypes.c_uint32),
+        ("passed", ctypes.c_uint32),
+        ("server_rule", ctypes.c_uint32),
+        ("server_netns", ctypes.c_uint64),
     )
 
 
@@ -122,6 +136,11 @@ class SockState(Struct):
         ("flags", ctypes.c_uint32),
         ("leaving_ns", ctypes.c_uint64),
         ("leaving_acked", ctypes.c_uint64),
+        ("opened_ns", ctypes.c_uint64),
+        ("process", Process),
+        ("rule", ctypes.c_uint32),
+        ("connect_us", ctypes.c_uint32),
+        ("passed", ctypes.c_uint32),
     )
 
 
@@ -275,6 +294,23 @@ class Counter(IntEnum):
     REFUSED_NO_LISTENER = 17
 
 
+class ConnectKind(IntEnum):
+    """enum connect_kind."""
+
+    STEERED = 0
+    DIRECT = 1
+
+
+CONNECT_BUCKETS = 26
+
+
+class Latency(Struct):
+    """struct latency: bucket b counts up to 2^b µs, the last one all that took longer."""
+
+    c_name = "latency"
+    _fields_ = (("bucket", ctypes.c_uint64 * CONNECT_BUCKETS), ("total_us", ctypes.c_uint64))
+
+
 class Counters(Struct):
     """struct counters, one for each possible CPU."""
 
@@ -282,7 +318,44 @@ class Counters(Struct):
     _fields_ = (
         ("value", ctypes.c_uint64 * len(Counter)),
         ("rule", ctypes.c_uint64 * len(RULES)),
+        ("connect", Latency * len(ConnectKind)),
     )
+
+
+class EventKind(IntEnum):
+    """enum event_kind."""
+
+    OPEN = 1
+    CLOSE = 2
+    FAILED = 3
+    REFUSED = 4
+
+
+class Event(Struct):
+    """struct event: what a follower reads from its ring buffer."""
+
+    c_name = "event"
+    _fields_ = (
+        ("at_ns", ctypes.c_uint64),
+        ("opened_ns", ctypes.c_uint64),
+        ("id", ctypes.c_uint64),
+        ("netns", ctypes.c_uint64),
+        ("sent", ctypes.c_uint64),
+        ("received", ctypes.c_uint64),
+        ("redirected", ctypes.c_uint64),
+        ("client", Endpoint),
+        ("server", Endpoint),
+        ("process", Process),
+        ("connect_us", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("rule", ctypes.c_uint16),
+        ("kind", ctypes.c_uint8),
+        ("reason", ctypes.c_uint8),
+        ("sides", ctypes.c_uint32),
+    )
+
+
+MAX_FOLLOWERS = 8
 
 
 STRUCTS: tuple[type[Struct], ...] = (
@@ -296,7 +369,10 @@ STRUCTS: tuple[type[Struct], ...] = (
     ListenerKey,
     CidrKey,
     MemberKey,
+    Process,
+    Latency,
     Counters,
+    Event,
 )
 
 ENUMS: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
@@ -308,6 +384,8 @@ ENUMS: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
     ("CIDR_", CidrValue),
     ("", MemberSet),
     ("", Counter),
+    ("CONNECT_", ConnectKind),
+    ("EVENT_", EventKind),
 )
 
 
@@ -331,3 +409,5 @@ def static_assertions() -> Iterator[str]:
         yield f'_Static_assert({constant} == {index}, "value of {constant}");'
     yield f'_Static_assert(RULES == {len(RULES)}, "number of rules");'
     yield f'_Static_assert(COUNTERS == {len(Counter)}, "number of counters");'
+    yield f'_Static_assert(CONNECT_BUCKETS == {CONNECT_BUCKETS}, "buckets of latency");'
+    yield f'_Static_assert(MAX_FOLLOWERS == {MAX_FOLLOWERS}, "slots of followers");'

@@ -34,6 +34,9 @@ MAPS = (
     "sockets",
     "listeners",
     "about",
+    "followers",
+    "following",
+    "lost_events",
 )
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from redirector.datapath import libbpf
+from redirector.datapath.followers import Followers
 from redirector.datapath.layout import LIMITS, Defect
 from redirector.datapath.libbpf import AttachType
 from redirector.datapath.loading import run_loader
@@ -94,6 +95,14 @@ class Datapath:
 
     def _load(self, lock: int) -> None:
         run_loader(str(self.root), json.dumps(dict(self._sizes)), inherited=(lock,))
+
+    def followers(self) -> Followers | None:
+        """Who follows the events of the programs that are loaded; None while none are."""
+        try:
+            identity = (self.root / "maps").stat().st_ino
+        except FileNotFoundError:
+            return None
+        return Followers(self.root / "maps", identity)
 
     def unload(self) -> None:
         """Forget every pin: links detach, programs and maps go with their last user.

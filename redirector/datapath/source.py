@@ -20,6 +20,7 @@ FILES = (
     "layout.h",
     "maps.h",
     "common.h",
+    "events.h",
     "verdict.h",
     "connect.c",
     "sockopt.c",
@@ -52,8 +53,7 @@ def translation_unit(sizes: Mapping[str, int]) -> str:
     # RMEM_OFFSET is 0 when the kernel has no BTF: a direction's budget is then never given back.
     constants["MAX_RECEIVE_BUFFER"] = int(TCP_RMEM.read_text().split()[2])
     constants["RMEM_OFFSET"] = member_offset("sock", "sk_backlog", "rmem_alloc") or 0
-    flag = zerocopy_flag()
-    constants["SK_FLAGS_OFFSET"], constants["ZEROCOPY_BIT"] = flag or (0, 0)
+    constants["FLAGS_OFFSET"], constants["ZEROCOPY_BIT"] = zerocopy_flag() or (0, 0)
     constants["SK_SOCKET_OFFSET"] = member_offset("sock", "sk_socket") or 0
     constants["SOCKET_FLAGS_OFFSET"] = member_offset("socket", "flags") or 0
     parts = [f"#include <{name}>" for name in INCLUDES]
