@@ -120,6 +120,32 @@ ALWAYS bool is_member(__u64 netns, __u32 value, __u32 set)
 	return members.lookup(&key) != NULL;
 }
 
+// The effective ids, as xt_owner compares them; bpf_get_current_uid_gid() tells the real ones.
+struct ids {
+	__u32 uid;
+	__u32 gid;
+};
+
+ALWAYS struct ids current_ids(void)
+{
+#if CRED_OFFSET && FSUID_OFFSET && FSGID_OFFSET
+	char *task = (char *)bpf_get_current_task_btf();
+	// Read through BTF; the verifier holds the offsets to members of these types.
+	char *cred = *(char *volatile *)(task + CRED_OFFSET);
+
+	if (cred) {
+		struct ids ids = {.uid = *(volatile __u32 *)(cred + FSUID_OFFSET),
+				  .gid = *(volatile __u32 *)(cred + FSGID_OFFSET)};
+
+		return ids;
+	}
+#endif
+	__u64 real = bpf_get_current_uid_gid();
+	struct ids ids = {.uid = real, .gid = real >> 32};
+
+	return ids;
+}
+
 ALWAYS bool is_proxy_uid(const struct pod *pod, __u32 uid)
 {
 #pragma unroll

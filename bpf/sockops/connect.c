@@ -22,8 +22,7 @@ struct attempt {
 	struct endpoint dst;
 	struct address source; // that it was bound to
 	__u64 netns;
-	__u32 uid; // effective, as is gid
-	__u32 gid;
+	struct ids ids;
 	bool own;	// to one of the pod's own addresses
 	bool neighbour; // to an enrolled pod's address, its own included
 };
@@ -31,17 +30,17 @@ struct attempt {
 ALWAYS bool is_self_call(const struct pod *pod, const struct attempt *a)
 {
 	// Only the first of several proxies answers for the pod.
-	return pod->proxy_uids && a->uid == pod->proxy_uid[0] && !is_host(pod, &a->dst.ip) &&
+	return pod->proxy_uids && a->ids.uid == pod->proxy_uid[0] && !is_host(pod, &a->dst.ip) &&
 	       (a->own || is_loopback(&a->dst.ip));
 }
 
 ALWAYS bool is_captured_group(const struct pod *pod, const struct attempt *a, enum rule *rule)
 {
 	*rule = RULE_OUTBOUND_EXCLUDED_GROUP;
-	if (pod->flags & POD_GROUP_EXCLUDED && is_member(a->netns, a->gid, GROUP_EXCLUDE))
+	if (pod->flags & POD_GROUP_EXCLUDED && is_member(a->netns, a->ids.gid, GROUP_EXCLUDE))
 		return false;
 	*rule = RULE_OUTBOUND_GROUP_NOT_INCLUDED;
-	return !(pod->flags & POD_GROUP_LIST) || is_member(a->netns, a->gid, GROUP_INCLUDE);
+	return !(pod->flags & POD_GROUP_LIST) || is_member(a->netns, a->ids.gid, GROUP_INCLUDE);
 }
 
 ALWAYS enum rule application_rule(const struct pod *pod, struct attempt *a)
@@ -78,9 +77,9 @@ ALWAYS enum rule outbound_rule(const struct pod *pod, struct attempt *a)
 	if (is_self_call(pod, a))
 		return a->dst.port == TUNNEL_PORT ? RULE_OUTBOUND_PROXY_TUNNEL
 						  : RULE_OUTBOUND_PROXY_SELF;
-	if (is_proxy_uid(pod, a->uid))
+	if (is_proxy_uid(pod, a->ids.uid))
 		return RULE_OUTBOUND_PROXY_UID;
-	if (is_proxy_gid(pod, a->gid))
+	if (is_proxy_gid(pod, a->ids.gid))
 		return RULE_OUTBOUND_PROXY_GID;
 	if (!is_captured_group(pod, a, &rule))
 		return rule;
@@ -131,7 +130,6 @@ ALWAYS void tell_unkept(const struct attempt *a, enum rule rule)
 // Answers 1 to let the connect go on, 0 to refuse it. Sets *to where it must go elsewhere.
 ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct endpoint *to)
 {
-	__u64 ids = bpf_get_current_uid_gid();
 	struct sock_state *state;
 	struct pod *pod;
 	enum rule rule;
@@ -142,8 +140,7 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct e
 	pod = pods.lookup(&a->netns);
 	if (!pod || ctx->protocol != IPPROTO_TCP)
 		return 1;
-	a->uid = ids;
-	a->gid = ids >> 32;
+	a->ids = current_ids();
 	owner = pods_by_address.lookup(&a->dst.ip);
 	a->neighbour = owner;
 	a->own = owner && *owner == a->netns;

@@ -21,7 +21,7 @@ ALWAYS bool local_is_original(struct bpf_sockopt *ctx, struct endpoint *original
 	struct pod *pod = pods.lookup(&netns);
 	struct bpf_sock *sk = ctx->sk;
 
-	if (!pod || !sk || !is_proxy_uid(pod, bpf_get_current_uid_gid()))
+	if (!pod || !sk || !is_proxy_uid(pod, current_ids().uid))
 		return false;
 	original->port = sk->src_port;
 	if (sk->family == AF_INET) {

@@ -46,16 +46,24 @@ SIZES: Mapping[str, int] = {
     "MAX_SOCKETS": 1 << 18,
 }
 
+#: What is read of the kernel's own structs; 0 when the kernel has no BTF. Then a direction's budget
+#: is never given back, who connects is known by the real ids, and a FIN counts as a byte.
+OFFSETS: Mapping[str, tuple[str, ...]] = {
+    "RMEM_OFFSET": ("sock", "sk_backlog", "rmem_alloc"),
+    "SK_SOCKET_OFFSET": ("sock", "sk_socket"),
+    "SOCKET_FLAGS_OFFSET": ("socket", "flags"),
+    "CRED_OFFSET": ("task_struct", "cred"),
+    "FSUID_OFFSET": ("cred", "fsuid"),
+    "FSGID_OFFSET": ("cred", "fsgid"),
+}
+
 
 def translation_unit(sizes: Mapping[str, int]) -> str:
     """All of bpf/sockops, the kernel's own offsets and the layout check, ready for bcc."""
     constants = dict(sizes)
-    # RMEM_OFFSET is 0 when the kernel has no BTF: a direction's budget is then never given back.
     constants["MAX_RECEIVE_BUFFER"] = int(TCP_RMEM.read_text().split()[2])
-    constants["RMEM_OFFSET"] = member_offset("sock", "sk_backlog", "rmem_alloc") or 0
     constants["FLAGS_OFFSET"], constants["ZEROCOPY_BIT"] = zerocopy_flag() or (0, 0)
-    constants["SK_SOCKET_OFFSET"] = member_offset("sock", "sk_socket") or 0
-    constants["SOCKET_FLAGS_OFFSET"] = member_offset("socket", "flags") or 0
+    constants |= {name: member_offset(*path) or 0 for name, path in OFFSETS.items()}
     parts = [f"#include <{name}>" for name in INCLUDES]
     parts += [f"#define {name} {value}" for name, value in constants.items()]
     parts += [f'#line 1 "{name}"\n{_text(name)}' for name in FILES]
