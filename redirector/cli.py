@@ -146,17 +146,31 @@ def _check(_arguments: argparse.Namespace, context: Context) -> int:
 
 
 def _status(arguments: argparse.Namespace, context: Context) -> int:
-    pods = context.enrollment().status()
+    node = context.enrollment().node_status(with_maps=False)
+    enrolled = {status.pod.name for status in node.pods}
+    others = {name: text for name, text in node.problems.items() if name not in enrolled}
     if arguments.output == "json":
-        json.dump([_status_json(status) for status in pods], context.out, indent=2)
+        shown = [_status_json(status, node.problems.get(status.pod.name)) for status in node.pods]
+        shown += [
+            {"name": name, "mode": None, "missing": [], "problem": text}
+            for name, text in others.items()
+        ]
+        json.dump(shown, context.out, indent=2)
         context.out.write("\n")
     else:
-        context.out.write("".join(_status_text(status) for status in pods) or "no pod enrolled\n")
-    return 1 if any(status.missing for status in pods) else 0
+        texts = [_status_text(status, node.problems.get(status.pod.name)) for status in node.pods]
+        texts += [f"{name}  not enrolled\n{_problem(text)}" for name, text in others.items()]
+        context.out.write("".join(texts) or "no pod enrolled\n")
+    return 1 if node.problems or any(status.missing for status in node.pods) else 0
 
 
-def _status_json(status: PodStatus) -> dict[str, object]:
+def _problem(text: str) -> str:
+    return f"  NOT AS ASKED: {text}\n"
+
+
+def _status_json(status: PodStatus, problem: str | None) -> dict[str, object]:
     return to_json(status.pod) | {
+        "problem": problem,
         "missing": list(status.missing),
         "kernel_defects": defect_names(status.defects),
         "counters": {counter.name.lower(): n for counter, n in status.counters.items()},
@@ -167,7 +181,7 @@ def _status_json(status: PodStatus) -> dict[str, object]:
     }
 
 
-def _status_text(status: PodStatus) -> str:
+def _status_text(status: PodStatus, problem: str | None) -> str:
     pod = status.pod
     addresses = " ".join(map(str, pod.addresses))
     lines = [f"{pod.name}  {pod.mode}  {addresses}"]
@@ -184,7 +198,7 @@ def _status_text(status: PodStatus) -> str:
             else f"  LOST: {', '.join(status.missing)}; take it off: redirector unenroll {pod.name}"
         )
     lines += [f"  {name:40}{n:>14}" for name, n in _shown(status) if n]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + (_problem(problem) if problem else "")
 
 
 def _shown(status: PodStatus) -> Iterator[tuple[str, int]]:

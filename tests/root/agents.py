@@ -99,19 +99,21 @@ class Ground:
         command += ["--metrics", "127.0.0.1:0", "--cgroup-root", str(self.node.cgroup)]
         command += ["--resync", "0.5", *(source if kubernetes else ["--no-kubernetes"]), *options]
         with self.log.open("w") as log:
-            process = subprocess.Popen(
-                command,
-                stderr=log,
-                text=True,
-                env={
-                    **os.environ,
-                    "REDIRECTOR_STATE": str(self.records.directory),
-                    "REDIRECTOR_PINS": str(self.pins),
-                },
-            )
+            process = subprocess.Popen(command, stderr=log, text=True, env=self.environment)
         made = Running(process, self.log)
         self.stack.callback(made.kill)
         return made
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Where commands find records and pins."""
+        places = {"REDIRECTOR_STATE": self.records.directory, "REDIRECTOR_PINS": self.pins}
+        return {**os.environ, **{name: str(place) for name, place in places.items()}}
+
+    def command(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        """Run `redirector WORDS` to its end."""
+        command = [sys.executable, "-m", "redirector.cli", *words]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True)
 
     def pod(self, name: str, number: int, listen: bool = True) -> LabPod:
         """A pod of the class burstable, as kubelets with the systemd driver lay it out."""

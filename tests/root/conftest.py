@@ -1,16 +1,32 @@
-"""The modes that root tests run in."""
+"""The modes that root tests run in; a node with an agent."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from agents import Ground, ground
 from xtables import FLAVOURS, PROGRAMS
 
 from redirector.datapath.pins import Datapath
+from redirector.enrollment import Enrollment
+from redirector.lab import Node
 from redirector.model import Mode
 from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables.driver import IptablesMode
+from redirector.records import Records
+
+
+@pytest.fixture
+def field(
+    node: Node, enrollment: Enrollment, pins: Path, datapath: Datapath, tmp_path: Path
+) -> Iterator[Ground]:
+    """A cluster of one node for an agent; `enrollment` takes off what is left enrolled."""
+    datapath.ensure()
+    assert enrollment.pods() == []
+    with ground(node, Records(tmp_path / "pods"), pins, tmp_path / "log") as made:
+        yield made
 
 
 @pytest.fixture(params=list(Mode))

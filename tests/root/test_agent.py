@@ -1,35 +1,23 @@
 """The agent keeps a node's pods steered as Kubernetes asks for it."""
 
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import apiserver
 import pytest
-from agents import PORT, UID, Ground, ground, until
+from agents import PORT, UID, Ground, until
 from apiserver import Fault
 
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
-from redirector.lab import Node
 from redirector.lab.cgroups import members
 from redirector.model import Accelerate, Mode
-from redirector.records import Records
 from redirector.steering import Verdict
 
 pytestmark = pytest.mark.root
 
 MEBIBYTE = 1 << 20
-
-
-@pytest.fixture
-def field(
-    node: Node, enrollment: Enrollment, pins: Path, datapath: Datapath, tmp_path: Path
-) -> Iterator[Ground]:
-    datapath.ensure()
-    assert enrollment.pods() == []
-    with ground(node, Records(tmp_path / "pods"), pins, tmp_path / "log") as made:
-        yield made
 
 
 def empty(cgroup: Path) -> None:
@@ -140,6 +128,14 @@ def test_a_mistyped_annotation_refuses_its_pod(field: Ground) -> None:
             f'redirector_agent_pod_problem{{namespace="default",pod="{name}",reason="refused"}}'
         )
         assert f"{sample} 1.0" in metrics
+    status = field.command("status")
+    assert status.returncode == 1
+    assert f"default/bad  not enrolled\n  NOT AS ASKED: {text}\n" in status.stdout
+    shown = json.loads(field.command("status", "-o", "json").stdout)
+    assert {pod["name"]: pod["problem"] for pod in shown} == {
+        "default/good": None,
+        **field.records.problems(),
+    }
     # Once, not with every look.
     assert len(agent.said(text)) == 1
     assert len(agent.said("10.0.0.0/33")) == 1
