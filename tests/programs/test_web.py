@@ -121,6 +121,17 @@ def test_curl_from_nginx_by_sendfile(route: Route, nginx: Path, got: Path, port:
     assert sha256(got) == sha256(nginx / "big")
 
 
+def test_curl_to_nginx_in_chunks(route: Route, nginx: Path) -> None:
+    """Of unknown length, hence in chunks (RFC 9112, 7.1); nginx asks FIONREAD."""
+    stored = nginx / "up" / "chunked"
+    stored.unlink(missing_ok=True)
+    url = f"http://{route.server.ip}:{NGINX}/up/chunked"
+    argv = ["sh", "-c", 'cat "$1" | "$2" -sSf --max-time 30 -H Expect: -T - "$3"', "sh"]
+    with route.carries(BIG):
+        route.client.run([*argv, nginx / "big", program("curl"), url], check=True)
+    assert sha256(stored) == sha256(nginx / "big")
+
+
 def test_wget_many_files_on_one_connection(route: Route, nginx: Path) -> None:
     place = own_folder(route.folder / "wget")
     urls = [f"http://{route.server.ip}:{NGINX}/{n}" for n in range(FILES)]
@@ -149,7 +160,7 @@ def test_h2load_pipelines_and_multiplexes(
 
 def test_curl_to_and_from_apache(route: Route, apache: Path, got: Path) -> None:
     url = f"http://{route.server.ip}:{APACHE}"
-    with route.carries(2 * BIG):
+    with route.carries(2 * BIG, deferred=True):
         curl(route, "-H", "Expect:", "-T", apache / "big", f"{url}/up")
         curl(route, "-o", got, f"{url}/up")
     assert sha256(got) == sha256(apache / "big")
@@ -168,7 +179,7 @@ def test_apache_accepts_late_what_came_in_pieces(route: Route, apache: Path) -> 
         connection.endheaders()
         return connection
 
-    with route.carries(80_000, connections=2):
+    with route.carries(80_000, connections=2, deferred=True):
         first = begin("first", 8)
         first.send(b"half")
         late = begin("late", sum(map(len, pieces)))
