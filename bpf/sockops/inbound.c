@@ -17,14 +17,21 @@ ALWAYS enum rule inbound_rule(const struct pod *pod, __u64 netns, __u16 port)
 ALWAYS bool assign(struct bpf_sk_lookup *ctx, __u64 netns, __u32 family)
 {
 	struct listener_key key = {.netns = netns, .family = family};
-	struct bpf_sock *listener = listeners.lookup(&key);
+	struct bpf_sock *listener;
 	long failed;
 
-	if (!listener)
-		return false;
-	failed = bpf_sk_assign(ctx, listener, 0);
-	bpf_sk_release(listener);
-	return !failed;
+	// Any of them will do: the kernel chooses among those that share the port.
+#pragma unroll
+	for (int slot = 0; slot < LISTENER_SLOTS; slot++) {
+		key.slot = slot;
+		listener = listeners.lookup(&key);
+		if (!listener)
+			continue;
+		failed = bpf_sk_assign(ctx, listener, 0);
+		bpf_sk_release(listener);
+		return !failed;
+	}
+	return false;
 }
 
 // For who follows: the socket that will be accepted does not tell why it came.

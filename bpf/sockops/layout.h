@@ -141,10 +141,14 @@ struct pod {
 	__u16 pad;
 };
 
+// Sidecars that share their port (SO_REUSEPORT) while one takes over from another, and workers of
+// one: any of them may go first.
+#define LISTENER_SLOTS 4
+
 struct listener_key {
 	__u64 netns;
 	__u32 family; // of the socket: AF_INET, or AF_INET6, which may serve IPv4 too
-	__u32 pad;
+	__u32 slot;
 };
 
 enum cidr_set { CIDR_INCLUDE = 0, CIDR_EXCLUDE = 1 };

@@ -35,7 +35,7 @@ BPF_SK_STORAGE(states, struct sock_state);
 // Socket cookie -> established socket that may be short-circuited; carries the sk_msg program.
 SOCKHASH(sockets, __u64, MAX_SOCKETS);
 // The sidecar's inbound listening sockets.
-SOCKHASH(listeners, struct listener_key, 2 * MAX_PODS);
+SOCKHASH(listeners, struct listener_key, 2 * LISTENER_SLOTS * MAX_PODS);
 // Index 0: this datapath and what it found out about the kernel.
 BPF_TABLE("array", __u32, struct about, about, 1);
 

@@ -317,9 +317,20 @@ ALWAYS void sidecar_listens(struct bpf_sock_ops *ops)
 	__u64 netns = bpf_get_netns_cookie(ops);
 	struct pod *pod = pods.lookup(&netns);
 	struct listener_key key = {.netns = netns, .family = ops->family};
+	int failed;
 
-	if (pod && ops->local_port == pod->inbound_port)
-		listeners.sock_hash_update(ops, &key, BPF_ANY);
+	if (!pod || ops->local_port != pod->inbound_port)
+		return;
+#pragma unroll
+	for (int slot = 0; slot < LISTENER_SLOTS; slot++) {
+		key.slot = slot;
+		failed = listeners.sock_hash_update(ops, &key, BPF_NOEXIST);
+		if (!failed)
+			return;
+	}
+	// More than fit: the oldest stay, and of the others the newest.
+	key.slot = LISTENER_SLOTS / 2 + bpf_get_socket_cookie(ops) % (LISTENER_SLOTS / 2);
+	listeners.sock_hash_update(ops, &key, BPF_ANY);
 }
 
 ALWAYS void sockops(struct bpf_sock_ops *ops)

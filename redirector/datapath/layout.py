@@ -14,6 +14,7 @@ from redirector.model import IPAddress
 from redirector.steering import RULES
 
 MAX_PROXY_IDS = 4
+LISTENER_SLOTS = 4
 
 
 def mapped(ip: IPAddress) -> bytes:
@@ -218,7 +219,7 @@ class ListenerKey(Struct):
     _fields_ = (
         ("netns", ctypes.c_uint64),
         ("family", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("slot", ctypes.c_uint32),
     )
 
 
@@ -408,6 +409,7 @@ def static_assertions() -> Iterator[str]:
         constant = f"RULE_{re.sub('[.-]', '_', rule.name).upper()}"
         yield f'_Static_assert({constant} == {index}, "value of {constant}");'
     yield f'_Static_assert(RULES == {len(RULES)}, "number of rules");'
+    yield f'_Static_assert(LISTENER_SLOTS == {LISTENER_SLOTS}, "number of listeners");'
     yield f'_Static_assert(COUNTERS == {len(Counter)}, "number of counters");'
     yield f'_Static_assert(CONNECT_BUCKETS == {CONNECT_BUCKETS}, "buckets of latency");'
     yield f'_Static_assert(MAX_FOLLOWERS == {MAX_FOLLOWERS}, "slots of followers");'

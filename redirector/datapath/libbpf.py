@@ -31,6 +31,7 @@ class AttachType(IntEnum):
 
 
 BPF_ANY = 0
+BPF_NOEXIST = 1
 
 
 @cache
@@ -156,6 +157,17 @@ def is_alive(identity: ObjectId) -> bool:
 def map_update(fd: int, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
     """bpf_map_update_elem; OSError E2BIG when the map is full."""
     _check(_lib().bpf_map_update_elem(fd, key, value, ctypes.c_uint64(flags)), "map update")
+
+
+def map_add(fd: int, key: bytes, value: bytes) -> bool:
+    """The same for a new key only; False when it is there."""
+    try:
+        map_update(fd, key, value, BPF_NOEXIST)
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            return False
+        raise
+    return True
 
 
 def map_delete(fd: int, key: bytes) -> bool:

@@ -16,23 +16,24 @@ _SYS_PIDFD_GETFD = 438  # asm-generic/unistd.h, the same on every architecture
 
 
 @contextlib.contextmanager
-def listening_sockets(netns: Path, cgroup: Path, port: int) -> Iterator[dict[int, int]]:
-    """Address family -> duplicate of a descriptor that listens on TCP `port` of the namespace.
+def listening_sockets(netns: Path, cgroup: Path, port: int) -> Iterator[list[tuple[int, int]]]:
+    """Address family and duplicated descriptor of what listens on TCP `port` of the namespace.
 
-    Of processes of `cgroup` only; at most one for each family, as several that share the port
-    (SO_REUSEPORT) stand for each other. Closed on leaving.
+    Of processes of `cgroup` only; at most one of each process and family, as workers that share
+    the port (SO_REUSEPORT) stand for each other. Closed on leaving.
     """
     families = listening_inodes(netns, port)
-    found: dict[int, int] = {}
+    found: list[tuple[int, int]] = []
     with contextlib.ExitStack() as opened:
         for pid in _members(cgroup) if families else ():
             # A process may end while we look at it.
             with contextlib.suppress(OSError):
-                for inode, descriptor in _descriptors(pid):
-                    family = families.get(inode)
-                    if family is not None and family not in found:
-                        found[family] = _duplicate(pid, descriptor)
-                        opened.callback(os.close, found[family])
+                listens = {families[i]: (i, fd) for i, fd in _descriptors(pid) if i in families}
+                for family, (inode, descriptor) in listens.items():
+                    duplicate = _duplicate(pid, descriptor)
+                    opened.callback(os.close, duplicate)
+                    found.append((family, duplicate))
+                    del families[inode]  # another process may have the same socket
         yield found
 
 

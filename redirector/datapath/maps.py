@@ -11,6 +11,7 @@ from pathlib import Path
 
 from redirector.datapath import libbpf
 from redirector.datapath.layout import (
+    LISTENER_SLOTS,
     About,
     Address,
     CidrSet,
@@ -99,7 +100,8 @@ class Maps:
                 libbpf.map_delete(fd, _key(netns))
         with self._map("listeners") as fd:
             for family in (socket.AF_INET, socket.AF_INET6):
-                libbpf.map_delete(fd, bytes(ListenerKey(netns=netns, family=family)))
+                for key in _listener_keys(netns, family):
+                    libbpf.map_delete(fd, key)
         found = self.flows_of(netns)
         with self._map("flows") as fd:
             for opened in found:
@@ -126,10 +128,14 @@ class Maps:
                 libbpf.map_delete_many(fd, keys)
 
     def put_listener(self, netns: int, family: int, listener: int) -> None:
-        """Make a listening socket's descriptor the pod's inbound listener of its family."""
+        """Make a listening socket's descriptor one of the pod's inbound listeners of its family.
+
+        Where there are as many already as may stand for each other, it is left out.
+        """
         with self._map("listeners") as fd:
-            key = bytes(ListenerKey(netns=netns, family=family))
-            libbpf.map_update(fd, key, listener.to_bytes(4, "little"))
+            for key in _listener_keys(netns, family):
+                if libbpf.map_add(fd, key, listener.to_bytes(4, "little")):
+                    return
 
     def pod(self, netns: int) -> PodEntry | None:
         """How the programs act on this namespace; None when they do not."""
@@ -209,6 +215,11 @@ class Maps:
                 return sum(1 for _ in libbpf.map_keys(fd, info.key_size)), info.max_entries
             batches = libbpf.map_entries(fd, info.key_size, info.value_size)
             return sum(len(keys) for keys, _ in batches) // info.key_size, info.max_entries
+
+
+def _listener_keys(netns: int, family: int) -> Iterator[bytes]:
+    for slot in range(LISTENER_SLOTS):
+        yield bytes(ListenerKey(netns=netns, family=family, slot=slot))
 
 
 def _key(netns: int) -> bytes:

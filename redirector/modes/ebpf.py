@@ -64,7 +64,7 @@ class EbpfMode:
         for hook, kind in CGROUP_HOOKS:
             self._datapath.attach(pins, hook, kind, pod.cgroup)
         with listening_sockets(pod.netns, pod.cgroup, pod.steering.inbound_port) as sockets:
-            for family, socket in sockets.items():
+            for family, socket in sockets:
                 self._datapath.maps.put_listener(pod.netns_cookie, family, socket)
         self._datapath.attach(pins, *INBOUND_HOOK, pod.netns)
         for hook, kind in CONNECT_HOOKS:

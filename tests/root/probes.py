@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from redirector.lab import LabPod
@@ -53,9 +54,15 @@ class Arrival:
     client: IPAddress
 
 
-def start(pod: LabPod, listeners: Sequence[Listener], *, sidecar: bool = False) -> None:
-    """Listen on all addresses of both families in the pod until its node closes."""
-    _start(pod.place(sidecar=sidecar), listeners)
+def start(
+    pod: LabPod, listeners: Sequence[Listener], *, sidecar: bool = False, share: bool = False
+) -> BaseProcess:
+    """Listen on all addresses of both families in the pod until its node closes.
+
+    Answers the process, for who wants it to end sooner. With `share`, others may listen on the same
+    ports (SO_REUSEPORT).
+    """
+    return _start(pod.place(sidecar=sidecar), listeners, share)
 
 
 def dial(calls: Iterable[Call]) -> list[Arrival | str]:
@@ -126,11 +133,12 @@ def _read_arrival(connection: socket.socket) -> Arrival:
     return Arrival(Verdict(verdict), ip_address(destination), port, ip_address(client))
 
 
-def _start(place: Place, listeners: Sequence[Listener]) -> None:
+def _start(place: Place, listeners: Sequence[Listener], share: bool) -> BaseProcess:
     # multiprocessing's daemons end with pytest, should the node not have ended them before.
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    context.Process(target=_serve, args=(place, listeners, theirs), daemon=True).start()
+    process = context.Process(target=_serve, args=(place, listeners, share, theirs), daemon=True)
+    process.start()
     theirs.close()
     assert ours.poll(TIMEOUT), "the listeners do not come up"
     try:
@@ -140,9 +148,10 @@ def _start(place: Place, listeners: Sequence[Listener]) -> None:
     finally:
         ours.close()
     assert problem == "", f"the listeners do not come up: {problem}"
+    return process
 
 
-def _serve(place: Place, listeners: Sequence[Listener], ready: Any) -> None:
+def _serve(place: Place, listeners: Sequence[Listener], share: bool, ready: Any) -> None:
     selector = selectors.DefaultSelector()
     try:
         # Bound as root, because ports below 1024 are; run as whom the place says.
@@ -151,12 +160,14 @@ def _serve(place: Place, listeners: Sequence[Listener], ready: Any) -> None:
             for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
                 server = socket.socket(family, socket.SOCK_STREAM)
                 server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
                 if family == socket.AF_INET6:
                     server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 server.bind((address, port))
                 server.listen(128)
                 selector.register(server, selectors.EVENT_READ, verdict)
-                selector.register(_datagrams(family, address, port), selectors.EVENT_READ, verdict)
+                datagrams = _datagrams(family, address, port, share)
+                selector.register(datagrams, selectors.EVENT_READ, verdict)
     except OSError as error:
         ready.send(str(error))
         os._exit(1)
@@ -173,8 +184,9 @@ def _serve(place: Place, listeners: Sequence[Listener], ready: Any) -> None:
                 _accept(selector, stream, key.data)
 
 
-def _datagrams(family: int, address: str, port: int) -> socket.socket:
+def _datagrams(family: int, address: str, port: int, share: bool) -> socket.socket:
     server = socket.socket(family, socket.SOCK_DGRAM)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
     if family == socket.AF_INET6:
         server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)

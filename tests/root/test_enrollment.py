@@ -178,35 +178,6 @@ def test_modes_change_under_traffic(node: Node, enrollment: Enrollment, datapath
     until(released)
 
 
-def test_a_sidecar_older_than_the_enrolment_gets_what_comes_in(
-    node: Node, enrollment: Enrollment
-) -> None:
-    pod, peer = node.pod("pod"), node.pod("peer")
-    probes.start(pod, [(Verdict.INBOUND, 15006)], sidecar=True)
-    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
-    assert arrivals(peer, pod) == [Verdict.INBOUND, Verdict.INBOUND]
-
-
-def test_a_sidecar_that_restarts_gets_what_comes_in(node: Node, enrollment: Enrollment) -> None:
-    """Without a sidecar connections are refused: never past it, though the application listens."""
-    pod, peer = node.pod("pod"), node.pod("peer")
-    probes.start(pod, [(Verdict.DIRECT, PORT)])
-    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
-    for _ in range(3):
-        assert arrivals(peer, pod) == ["ECONNREFUSED", "ECONNREFUSED"]
-        probes.start(pod, [(Verdict.INBOUND, 15006)], sidecar=True)
-        assert arrivals(peer, pod) == [Verdict.INBOUND, Verdict.INBOUND]
-        (pod.sidecar / "cgroup.kill").write_text("1")
-        until(lambda: "populated 0" in (pod.sidecar / "cgroup.events").read_text())
-
-
-def arrivals(peer: LabPod, pod: LabPod) -> list[Verdict | str]:
-    """Who accepts what the peer opens to the pod, by IPv4 and IPv6."""
-    calls = [probes.Call(ip_address(text), PORT) for text in (pod.ip, pod.ip6)]
-    outcomes = peer.call(probes.dial, calls)
-    return [each.verdict if isinstance(each, probes.Arrival) else each for each in outcomes]
-
-
 @contextmanager
 def foreign_program() -> Iterator[int]:
     """A sockops program of somebody else's that does nothing: r0 = 1; exit (linux/bpf.h)."""
