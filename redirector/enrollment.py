@@ -190,11 +190,14 @@ class Enrollment:
     def missing(self, pod: Pod) -> tuple[str, ...]:
         """Name what a pod of the records lacks, of itself or of ours; () when it is whole."""
         lost = _lost(pod)
-        if lost:
-            return (lost,)
-        # A reader without the lock may see a change that is being made: it is no harm to end it.
-        begun = ("the end of a change",) if len(self._records.had(pod.name)) > 1 else ()
-        return (*begun, *self._modes[pod.mode].missing(pod))
+        return (lost,) if lost else tuple(self._modes[pod.mode].missing(pod))
+
+    def interrupted(self, pod: Pod) -> bool:
+        """Whether a change of a pod was begun and did not end; `update` without options ends it.
+
+        One that another process is making just now looks the same.
+        """
+        return len(self._records.had(pod.name)) > 1
 
     def status(self) -> list[PodStatus]:
         """Every enrolled pod, by name."""

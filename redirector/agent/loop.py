@@ -155,6 +155,8 @@ class Agent:
                 continue
             try:
                 missing = self._enrollment.missing(record)
+                if not missing and self._enrollment.interrupted(record):
+                    missing = ("the end of a change",)
             except RedirectorError as error:
                 missing = (str(error),)
             if missing:
