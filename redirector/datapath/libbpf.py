@@ -98,13 +98,31 @@ class _CgroupLinkInfo(ctypes.Structure):
 _BPF_LINK_TYPE_NETNS = 5
 
 
-def link_target(fd: int) -> int:
-    """Inode number of the cgroup or network namespace that a link holds; 0 when it is gone."""
+class LinkInfo(NamedTuple):
+    """What a link runs, and on what."""
+
+    program: int
+    """The program's id."""
+    target: int
+    """Inode number of the cgroup or network namespace; 0 when it is gone."""
+
+
+def link_info(fd: int) -> LinkInfo:
+    """What the kernel says of a link (bpf_obj_get_info_by_fd)."""
     info = _CgroupLinkInfo()
     size = ctypes.c_uint32(ctypes.sizeof(info))
     _check(_lib().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size)), "link info")
     # A namespace's number has 32 bits; what follows is the attach type.
-    return int(info.target & 0xFFFFFFFF if info.type == _BPF_LINK_TYPE_NETNS else info.target)
+    target = info.target & 0xFFFFFFFF if info.type == _BPF_LINK_TYPE_NETNS else info.target
+    return LinkInfo(int(info.prog_id), int(target))
+
+
+def link_update(link: int, prog: int) -> None:
+    """Makes the link run another program from now on; at no moment none or both (BPF_LINK_UPDATE).
+
+    Linux 5.7 for cgroups, 5.9 for network namespaces.
+    """
+    _check(_lib().bpf_link_update(link, prog, None), "bpf_link_update")
 
 
 class Kind(StrEnum):
