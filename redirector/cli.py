@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_arguments(explaining)
     running = add("run", _run, "keep this node's pods steered as Kubernetes asks for it")
     running.declare = _declare_run
+    add("takeover", _takeover, "put every pod on this version's programs, under traffic")
     add("uninstall", _uninstall, "remove everything from this machine's kernel")
     shown = add("demo", _demo, "steer real pods through real Envoys and show it")
     shown.declare = _declare_demo
@@ -303,6 +304,22 @@ def _unenroll(arguments: argparse.Namespace, context: Context) -> int:
     context.enrollment().unenroll(arguments.name)
     context.out.write(f"pod {arguments.name} unenrolled\n")
     return 0
+
+
+def _takeover(_arguments: argparse.Namespace, context: Context) -> int:
+    enrollment = context.enrollment()
+    taken, problems = enrollment.take_over()
+    for problem in problems:
+        print(f"redirector: {problem}", file=sys.stderr)
+    context.out.write("".join(f"pod {pod.name} taken over\n" for pod in taken))
+    if not taken and not problems:
+        context.out.write("every pod runs this version's programs already\n")
+    if enrollment.draining():
+        context.out.write(
+            "open connections still need an older version's maps; they go with the last of them, "
+            "at the next command\n"
+        )
+    return 1 if problems else 0
 
 
 def _uninstall(_arguments: argparse.Namespace, context: Context) -> int:

@@ -34,8 +34,9 @@ class Enrollment:
         machine.require_root()
         self._records = records
         self._datapath = datapath
+        self._ebpf = EbpfMode(datapath)
         self._modes: dict[Mode, ModeDriver] = {
-            Mode.EBPF: EbpfMode(datapath),
+            Mode.EBPF: self._ebpf,
             Mode.IPTABLES: IptablesMode(),
         }
 
@@ -77,6 +78,7 @@ class Enrollment:
             except BaseException:
                 self._remove(pod)
                 raise
+            self._sweep()
         return pod
 
     def _require_new(self, pod: Pod) -> None:
@@ -145,12 +147,46 @@ class Enrollment:
                 if other.mode is not new.mode:
                     other.remove(new, had)
             self._records.put(new)
+            self._sweep()
         return new
+
+    def take_over(self) -> tuple[list[Pod], list[str]]:
+        """Put every pod on this version's programs and rules, and repair what is missing.
+
+        Pods that are whole already are left alone. Answers those that were not, and what could not
+        be done, a line each. Open connections stay with the programs that they began with.
+        """
+        taken: list[Pod] = []
+        problems: list[str] = []
+        for pod in self.pods():
+            try:
+                if self.missing(pod):
+                    taken.append(self.update(pod.name))
+            except NotEnrolled:
+                continue
+            except RedirectorError as error:
+                problems.append(str(error))
+        self.sweep()
+        return taken, problems
+
+    def sweep(self) -> None:
+        """Let go of what older versions' connections no longer need; every verb does so, too."""
+        with self._records.locked():
+            self._sweep()
+
+    def _sweep(self) -> None:
+        if self._datapath.others():
+            self._ebpf.sweep(self._records.readable())
+
+    def draining(self) -> int:
+        """How many older versions' maps open connections still need."""
+        return len(self._datapath.others())
 
     def unenroll(self, name: str) -> None:
         """Make a pod's new connections direct; open ones go on."""
         with self._records.locked():
             self._remove(self.get(name))
+            self._sweep()
 
     def _remove(self, pod: Pod) -> None:
         # Of every mode: a change of mode may have been interrupted.

@@ -49,6 +49,14 @@ class Records:
         """Every record, by name. DatapathError names a file that is not a record."""
         return [self.read(path) for path in self.paths()]
 
+    def readable(self) -> list[Pod]:
+        """Those of `all` that can be read."""
+        found: list[Pod] = []
+        for path in self.paths():
+            with contextlib.suppress(DatapathError):
+                found.append(self.read(path))
+        return found
+
     def paths(self) -> list[Path]:
         """The files of all records, by name."""
         return sorted(self.directory.glob("*.json"))

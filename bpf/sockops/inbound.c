@@ -125,7 +125,8 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	sender = pods_by_address.lookup(&key.client);
 	if (!is_loopback(&key.client) && (!sender || *sender != netns))
 		return from_outside(ctx, pod, netns, &key);
-	if (!sidecars)
+	// A sidecar that is told of no original destination leads it nowhere.
+	if (!sidecars || pod->flags & POD_TAKEOVER)
 		return SK_PASS;
 	refuse(&key, netns, REFUSED_NO_FLOW);
 	return SK_DROP;

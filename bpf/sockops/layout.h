@@ -3,6 +3,10 @@
 #ifndef REDIRECTOR_LAYOUT_H
 #define REDIRECTOR_LAYOUT_H
 
+// Programs of any version whose layout.h and maps.h say the same share their maps. Raise this when
+// the same members come to mean something else.
+#define LAYOUT_REVISION 1
+
 // IPv4 addresses are kept IPv4-mapped (::ffff:a.b.c.d, RFC 4291 2.5.5.2), so that one key serves
 // AF_INET, AF_INET6 and IPv4-mapped sockets alike.
 struct address {
@@ -31,6 +35,7 @@ struct flow_key {
 // A direction is decided before its first byte. It may change once, from REDIRECT to PASS.
 enum verdict { UNDECIDED = 0, REDIRECT = 1, PASS = 2 };
 
+// Other versions read the first two.
 enum flow_flag {
 	FLOW_STEERED = 1,    // has an original destination that a listener will ask for
 	FLOW_ANSWERED = 2,   // SO_ORIGINAL_DST has been answered
@@ -91,6 +96,8 @@ enum pod_flag {
 	POD_INBOUND_LIST = 32,	  // only listed inbound ports are captured
 	POD_GROUP_LIST = 64,	  // only listed groups are captured
 	POD_GROUP_EXCLUDED = 128, // look into the members map for excluded groups
+	// Connections steered by an older generation may be on their way, their flows in its map.
+	POD_TAKEOVER = 1 << 16,
 };
 
 // Which rule decided a connection: the tables of redirector/steering.py, in their order.
@@ -266,9 +273,14 @@ enum defect {
 	DEFECT_SEAM = 16384,
 };
 
+// Read by other versions, too: new members go to the end, and none ever changes.
 struct about {
 	__u8 sha256[32]; // of the source and constants that this datapath was compiled from
 	__u32 defects;
+	__u16 flow_key_netns; // offsets in struct flow_key, ...
+	__u16 flow_key_server;
+	__u16 flow_client_netns; // ... and in struct flow
+	__u16 flow_flags;
 };
 
 #endif

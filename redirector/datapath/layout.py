@@ -175,7 +175,14 @@ class About(Struct):
     """struct about: the one entry of the map of that name."""
 
     c_name = "about"
-    _fields_ = (("sha256", ctypes.c_uint8 * 32), ("defects", ctypes.c_uint32))
+    _fields_ = (
+        ("sha256", ctypes.c_uint8 * 32),
+        ("defects", ctypes.c_uint32),
+        ("flow_key_netns", ctypes.c_uint16),
+        ("flow_key_server", ctypes.c_uint16),
+        ("flow_client_netns", ctypes.c_uint16),
+        ("flow_flags", ctypes.c_uint16),
+    )
 
 
 class PodFlag(IntFlag):
@@ -189,6 +196,7 @@ class PodFlag(IntFlag):
     INBOUND_LIST = 32
     GROUP_LIST = 64
     GROUP_EXCLUDED = 128
+    TAKEOVER = 1 << 16
 
 
 class PodEntry(Struct):

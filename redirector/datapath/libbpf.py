@@ -156,6 +156,32 @@ def object_id(fd: int) -> ObjectId:
     return ObjectId(Kind(name), info.id)
 
 
+class _ProgramInfo(ctypes.Structure):
+    """The beginning of struct bpf_prog_info, linux/bpf.h."""
+
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("skipped", ctypes.c_uint8 * 44),
+        ("nr_map_ids", ctypes.c_uint32),
+        ("map_ids", ctypes.c_uint64),
+    )
+
+
+def maps_of(program: int) -> frozenset[int]:
+    """Ids of the maps that the program of this id uses."""
+    fd = _check(_lib().bpf_prog_get_fd_by_id(program), f"program {program}")
+    try:
+        room = (ctypes.c_uint32 * 64)()
+        info = _ProgramInfo(nr_map_ids=len(room), map_ids=ctypes.addressof(room))
+        size = ctypes.c_uint32(ctypes.sizeof(info))
+        failed = _lib().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size))
+        _check(failed, "program info")
+        return frozenset(room[: info.nr_map_ids])
+    finally:
+        os.close(fd)
+
+
 def is_alive(identity: ObjectId) -> bool:
     """Whether the kernel still has this object (bpf_*_get_fd_by_id)."""
     by_id = {

@@ -1,13 +1,14 @@
 """Compiles and loads the datapath, pins it, ends. The only importer of bcc.
 
-Runs as `python -m redirector.datapath.loader ROOT SIZES` in a process of its own, because LLVM
-costs about 130 MB while it is mapped. ROOT is a directory in bpffs that does not exist yet; it
-appears whole, by one rename. SIZES is a JSON object, `source.SIZES` or other numbers for its names.
+Runs as `python -m redirector.datapath.loader ROOT SIZES BUILD` in a process of its own, because
+LLVM costs about 130 MB while it is mapped. SIZES is a JSON object, `source.SIZES` or other numbers
+for its names; BUILD is `source.build_id` of them in hexadecimal, as who wants it loaded knows it.
+Below ROOT, a directory in bpffs, it makes or completes the generation of its own layout
+(`generation.py`): maps that are pinned already are used as they are, with all that is in them.
 Run with `layout.SELF_TEST` instead, it only tries the kernel and prints what `self_test` found.
-
-    ROOT/maps/NAME   ROOT/programs/NAME   ROOT/pods/
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -18,9 +19,17 @@ from pathlib import Path
 
 from bcc import BPF, lib
 
-from redirector.datapath import libbpf, selftest
+from redirector.datapath import generation, libbpf, selftest
+from redirector.datapath.hooks import SOCKHASH_HOOKS
+from redirector.datapath.instructions import relocated
 from redirector.datapath.layout import SELF_TEST, About, Defect
-from redirector.datapath.source import SIZES, build_id, translation_unit, zerocopy_flag
+from redirector.datapath.source import (
+    SIZES,
+    build_id,
+    layout_id,
+    translation_unit,
+    zerocopy_flag,
+)
 from redirector.datapath.trial import TrialMaps, enter_scratch_namespace
 
 MAPS = (
@@ -65,57 +74,103 @@ PROGRAMS = (
 )
 
 
-#: What acts on the sockets of the sockhash, and is attached to the map itself.
-_ON_SOCKHASH = (_A.SK_MSG_VERDICT, _A.SK_SKB_STREAM_VERDICT)
-
-
 def load(root: Path, sizes: Mapping[str, int]) -> None:
-    """Compile, load, try the kernel, pin under `root`. Leaves nothing when it fails."""
-    unit = translation_unit(sizes)
-    module, functions = _loaded(unit)
-    staging = root.with_name(f"{root.name}-loading-{os.getpid()}")
+    """Compile, try the kernel, load, pin below `root`. Leaves nothing when it fails."""
+    module, own, programs = _loaded(translation_unit(sizes))
+    about = generation.about(build_id(sizes), _tried(own))
+    root.mkdir(mode=0o700, exist_ok=True)
+    directory = root / layout_id(sizes)
+    staging = directory.with_name(f"{directory.name}-loading-{os.getpid()}")
     try:
-        for directory in (".", "maps", "programs", "pods"):
-            (staging / directory).mkdir(mode=0o700)
-        for name in MAPS:
-            libbpf.obj_pin(_map_fd(module, name), staging / "maps" / name)
-        for name, function in functions.items():
-            libbpf.obj_pin(function, staging / "programs" / name)
-        about = About(defects=_tried(module))
-        about.sha256[:] = build_id(sizes)
-        libbpf.map_update(_map_fd(module, "about"), bytes(4), bytes(about))
-        staging.rename(root)
-    except BaseException:
+        for part in (".", "maps", "programs", "pods"):
+            (staging / part).mkdir(mode=0o700)
+        if not directory.exists():
+            for name, fd in own.items():
+                libbpf.obj_pin(fd, staging / "maps" / name)
+            _pin(programs, staging / "programs" / build_id(sizes).hex())
+            libbpf.map_update(own["about"], bytes(4), bytes(about))
+            staging.rename(directory)
+        else:
+            _replace(module, own, directory, staging / "programs", about)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+
+def _replace(
+    module: BPF, own: Mapping[str, int], directory: Path, staging: Path, about: About
+) -> None:
+    """Put the programs in the place of another build's, on the maps that are there."""
+    pinned = {name: libbpf.obj_get(directory / "maps" / name) for name in MAPS}
+    programs = _load_programs(module, {fd: pinned[name] for name, fd in own.items()})
+    build = bytes(about.sha256).hex()
+    _pin(programs, staging / build)
+    # Links hold their programs; what is pinned serves new ones only.
+    shutil.rmtree(directory / "programs")
+    staging.rename(directory / "programs")
+    _attach_to_maps(programs, pinned)
+    libbpf.map_update(pinned["about"], bytes(4), bytes(about))
+
+
+def _load_programs(module: BPF, instead: Mapping[int, int]) -> dict[str, int]:
+    """Each program's descriptor. `instead`: map descriptors to use in the place of others."""
+    functions: dict[str, int] = {}
+    for program in PROGRAMS:
+        name = f"redirector_{program.name}".encode()
+        code = relocated(module.dump_func(name), instead)
+        fd = lib.bcc_func_load(
+            module.module,
+            program.kind,
+            name,
+            code,
+            len(code),
+            lib.bpf_module_license(module.module),
+            lib.bpf_module_kern_version(module.module),
+            0,
+            None,
+            0,
+            None,
+            int(program.attach),
+        )
+        if fd < 0:
+            error = ctypes.get_errno()
+            text = f"Failed to load BPF program {program.name}: {os.strerror(error)}"
+            raise OSError(error, text)
+        functions[program.name] = fd
+    return functions
+
+
+def _attach_to_maps(programs: Mapping[str, int], maps: Mapping[str, int]) -> None:
+    for hook, kind in SOCKHASH_HOOKS:
+        libbpf.prog_attach(programs[hook], maps["sockets"], kind)
+
+
+def _pin(programs: Mapping[str, int], directory: Path) -> None:
+    directory.mkdir(mode=0o700)
+    for name, fd in programs.items():
+        libbpf.obj_pin(fd, directory / name)
 
 
 def self_test() -> Defect:
     """Compile, load, try the kernel, and pin nothing."""
-    module, _ = _loaded(translation_unit({name: min(size, 64) for name, size in SIZES.items()}))
-    return _tried(module)
+    _, maps, _ = _loaded(translation_unit({name: min(size, 64) for name, size in SIZES.items()}))
+    return _tried(maps)
 
 
-def _loaded(unit: str) -> tuple[BPF, dict[str, int]]:
-    """The maps, and each program's descriptor; those of the sockhash are on it."""
+def _loaded(unit: str) -> tuple[BPF, dict[str, int], dict[str, int]]:
+    """The maps and programs, by their names; those of the sockhash are on it."""
     module = BPF(text=unit, cflags=["-Wno-address-of-packed-member", "-Werror"])
-    functions: dict[str, int] = {}
-    for program in PROGRAMS:
-        function = module.load_func(
-            f"redirector_{program.name}", program.kind, attach_type=int(program.attach)
-        )
-        functions[program.name] = function.fd
-        if program.attach in _ON_SOCKHASH:
-            libbpf.prog_attach(function.fd, _map_fd(module, "sockets"), program.attach)
-    return module, functions
+    maps = {name: _map_fd(module, name) for name in MAPS}
+    programs = _load_programs(module, {})
+    _attach_to_maps(programs, maps)
+    return module, maps, programs
 
 
-def _tried(module: BPF) -> Defect:
+def _tried(maps: Mapping[str, int]) -> Defect:
     enter_scratch_namespace()
-    maps = TrialMaps(*(_map_fd(module, name) for name in ("states", "flows", "sockets")))
+    trial = TrialMaps(*(maps[name] for name in ("states", "flows", "sockets")))
     # Where BTF shows SO_ZEROCOPY, sockets that have it are kept out of the sockhash.
     kept_out = Defect.ZEROCOPY if zerocopy_flag() is not None else Defect(0)
-    return selftest.run(maps) & ~kept_out
+    return selftest.run(trial) & ~kept_out
 
 
 def _map_fd(module: BPF, name: str) -> int:
@@ -130,4 +185,7 @@ if __name__ == "__main__":
     if sys.argv[1] == SELF_TEST:
         print(int(self_test()))
     else:
-        load(Path(sys.argv[1]), json.loads(sys.argv[2]))
+        root, sizes, build = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+        if build_id(sizes).hex() != build:
+            sys.exit("error: this installation has changed under a running program; restart that")
+        load(root, sizes)

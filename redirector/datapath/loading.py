@@ -16,7 +16,7 @@ def run_loader(*arguments: str, inherited: Collection[int] = ()) -> str:
     Raises MachineError without bcc, DatapathError with what compiler or kernel refused.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "redirector.datapath.loader", *arguments],
+        [sys.executable, "-P", "-m", "redirector.datapath.loader", *arguments],
         env={**os.environ, "BCC_KERNEL_SOURCE": str(kernel_headers())},
         capture_output=True,
         text=True,

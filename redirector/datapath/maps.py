@@ -77,12 +77,11 @@ class Maps:
             raise DatapathError(f"map {name}: {error.strerror or error}{full}") from error
 
     def about(self) -> About:
-        """What is said of the datapath as a whole."""
+        """What is said of the datapath as a whole, by whatever version."""
         with self._map("about") as fd:
-            raw = libbpf.map_lookup(fd, bytes(4), ctypes.sizeof(About))
-        if raw is None:
-            raise DatapathError(f"{self._directory}/about: is empty; use: redirector uninstall")
-        return About.from_buffer_copy(raw)
+            raw = libbpf.map_lookup(fd, bytes(4), libbpf.map_info(fd).value_size)
+        size = ctypes.sizeof(About)
+        return About.from_buffer_copy((raw or b"").ljust(size, b"\0"))
 
     def put_pod(self, netns: int, entry: PodEntry) -> None:
         """Publish a pod's steering; from here on the programs act on its namespace."""

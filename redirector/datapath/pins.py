@@ -11,28 +11,16 @@ from pathlib import Path
 
 from redirector.datapath import libbpf
 from redirector.datapath.followers import Followers
+from redirector.datapath.generation import Generation
+from redirector.datapath.hooks import DECIDING_HOOKS
 from redirector.datapath.layout import LIMITS, Defect
-from redirector.datapath.libbpf import AttachType
+from redirector.datapath.libbpf import AttachType, Kind, LinkInfo
 from redirector.datapath.loading import run_loader
 from redirector.datapath.maps import Maps
-from redirector.datapath.source import SIZES, build_id
+from redirector.datapath.source import SIZES, build_id, layout_id
 from redirector.errors import DatapathError
 
-#: Hooks of a pod, in the order in which they are attached: who answers before who asks, and the
-#: connect hooks last, so that no connection is steered before all of its way stands.
-CGROUP_HOOKS: tuple[tuple[str, AttachType], ...] = (
-    ("getsockopt", AttachType.CGROUP_GETSOCKOPT),
-    ("setsockopt", AttachType.CGROUP_SETSOCKOPT),
-    ("getpeername4", AttachType.CGROUP_INET4_GETPEERNAME),
-    ("getpeername6", AttachType.CGROUP_INET6_GETPEERNAME),
-    ("sockops", AttachType.CGROUP_SOCK_OPS),
-)
-INBOUND_HOOK = ("inbound", AttachType.SK_LOOKUP)
-CONNECT_HOOKS: tuple[tuple[str, AttachType], ...] = (
-    ("connect4", AttachType.CGROUP_INET4_CONNECT),
-    ("connect6", AttachType.CGROUP_INET6_CONNECT),
-)
-ALL_HOOKS = (*CGROUP_HOOKS, INBOUND_HOOK, *CONNECT_HOOKS)
+_DECIDING = frozenset(hook for hook, _ in DECIDING_HOOKS)
 
 
 class Datapath:
@@ -43,29 +31,58 @@ class Datapath:
 
     def __init__(self, root: Path, sizes: Mapping[str, int] = SIZES) -> None:
         self.root = root
-        self.maps = Maps(root / "maps")
         self._sizes = sizes
 
     # -- as a whole
 
+    @cached_property
+    def generation(self) -> Generation:
+        """That of this version's layout, whether it is loaded or not."""
+        return Generation(self.root / layout_id(self._sizes))
+
+    @property
+    def maps(self) -> Maps:
+        """The maps of this version's layout."""
+        return self.generation.maps
+
+    # Once a process: what it has in memory stays the same when the installation changes.
+    @cached_property
+    def _build(self) -> bytes:
+        return build_id(self._sizes)
+
+    @property
+    def programs(self) -> Path:
+        """Where this version's programs are pinned."""
+        return self.generation.directory / "programs" / self._build.hex()
+
+    def others(self) -> list[Generation]:
+        """Generations of other layouts, which may still serve connections."""
+        if not self.root.is_dir():
+            return []
+        directories = (self.root / name for name in sorted(os.listdir(self.root)))
+        found = (Generation(path) for path in directories if path != self.generation.directory)
+        return [each for each in found if "-loading-" not in each.directory.name and each.exists()]
+
     def is_loaded(self) -> bool:
-        """Whether programs and maps are pinned."""
-        return (self.root / "programs").is_dir()
+        """Whether maps of this version's layout are pinned."""
+        return self.generation.exists()
+
+    def is_current(self) -> bool:
+        """Whether the programs that are pinned are this version's."""
+        return self.programs.is_dir() and bytes(self.maps.about().sha256) == self._build
 
     def ensure(self) -> None:
-        """Load the shipped programs unless they are pinned already."""
+        """Load this version's programs unless they are pinned already.
+
+        Pods that run an older version's go on with them until they are attached to these.
+        """
         if self.is_loaded() and self.is_current():
             return
         with self._alone() as lock:
-            if self.is_loaded() and not self.is_current():
-                if self.pods():
-                    raise DatapathError(
-                        f"{self.root}: another version of the programs is in use by "
-                        f"{len(self.pods())} pods; move to this one: redirector uninstall, then "
-                        "enroll the pods again"
-                    )
-                self._forget_all()
-            if not self.is_loaded():
+            if self.root.is_dir():
+                for left in self.root.glob("*-loading-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            if not (self.is_loaded() and self.is_current()):
                 self._load(lock)
 
     @contextlib.contextmanager
@@ -81,98 +98,141 @@ class Datapath:
         finally:
             os.close(fd)
 
-    @cached_property
-    def _build(self) -> bytes:
-        return build_id(self._sizes)
-
-    def is_current(self) -> bool:
-        """Whether what is pinned was compiled from the shipped source with the same constants."""
-        return bytes(self.maps.about().sha256) == self._build
-
     def defects(self) -> Defect:
         """What the running kernel does wrong with redirected bytes; mere limits left out."""
         return Defect(self.maps.about().defects) & ~LIMITS
 
     def _load(self, lock: int) -> None:
-        run_loader(str(self.root), json.dumps(dict(self._sizes)), inherited=(lock,))
+        sizes = json.dumps(dict(self._sizes))
+        run_loader(str(self.root), sizes, self._build.hex(), inherited=(lock,))
 
     def followers(self) -> Followers | None:
         """Who follows the events of the programs that are loaded; None while none are."""
         try:
-            identity = (self.root / "maps").stat().st_ino
+            identity = (self.generation.directory / "maps").stat().st_ino
         except FileNotFoundError:
             return None
-        return Followers(self.root / "maps", identity)
+        return Followers(self.generation.directory / "maps", identity)
 
     def unload(self) -> None:
-        """Forget every pin: links detach, programs and maps go with their last user.
+        """Forget every pin, whatever version made it: links detach, the rest goes with its users.
 
-        Open sockets of the sockhash are such users: each holds the verdict program, and that the
+        Open sockets of a sockhash are such users: each holds the verdict program, and that the
         map. So nothing that is queued for them is lost; what they hold goes when they close.
         """
         with self._alone():
-            self._forget_all()
-
-    def _forget_all(self) -> None:
-        for pod in self.pods():
-            self.forget(pod)
-        shutil.rmtree(self.root, ignore_errors=True)
-        for left in self.root.parent.glob(f"{self.root.name}-loading-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            if not self.root.is_dir():
+                return
+            links = (path for path in self.root.rglob("*") if not path.is_dir())
+            # What decides first, so that no connection is steered when its way stands no more.
+            for pin in sorted(links, key=lambda path: path.name not in _DECIDING):
+                self._detach(pin, f"{pin}")
+            shutil.rmtree(self.root, ignore_errors=True)
 
     # -- links
 
     def pods(self) -> list[str]:
-        """Pin directories of pods that have links."""
-        with contextlib.suppress(FileNotFoundError):
-            return sorted(p.name for p in (self.root / "pods").iterdir())
-        return []
+        """Pin directories of pods that programs of any version are attached to."""
+        if not self.root.is_dir():
+            return []
+        return sorted({path.name for path in self.root.glob("**/pods/*")})
 
     def attach(self, pod: str, hook: str, kind: AttachType, target: Path) -> None:
-        """Attach a program to a cgroup or netns by a pinned link; one that holds is left alone."""
+        """Make this version's program run on a cgroup or netns, by a pinned link.
+
+        In the place of an older program, if one of this hook stands: at no moment none or both.
+        """
         pin = self._pin(pod, hook)
-        if self.holds(pod, hook, target):
-            return
-        self.detach(pod, hook)
-        pin.parent.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+        before = _link(pin)
+        pin.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
-            with libbpf.opened(self.root / "programs" / hook) as program:
-                link = libbpf.link_create(program, fd, kind)
-            try:
-                libbpf.obj_pin(link, pin)
-            finally:
-                os.close(link)
+            with libbpf.opened(self.programs / hook) as program:
+                if before is None or before.target != target.stat().st_ino:
+                    self.detach(pod, hook)
+                    _pin_new_link(program, kind, target, pin)
+                elif before.program != libbpf.object_id(program).id:
+                    with libbpf.opened(pin) as link:
+                        libbpf.link_update(link, program)
         except OSError as error:
             raise DatapathError(f"pod {pod}: {hook} on {target}: {error.strerror}") from error
-        finally:
-            os.close(fd)
 
     def holds(self, pod: str, hook: str, target: Path) -> bool:
         """Whether the pod's pinned link is attached to this very cgroup or netns."""
+        found = _link(self._pin(pod, hook))
+        with contextlib.suppress(OSError):
+            return found is not None and found.target == target.stat().st_ino
+        return False
+
+    def is_own(self, pod: str, hook: str) -> bool:
+        """Whether the pod's link runs the very program that this version would attach."""
+        found = _link(self._pin(pod, hook))
         try:
-            with libbpf.opened(self._pin(pod, hook)) as fd:
-                return libbpf.link_target(fd) == target.stat().st_ino
+            with libbpf.opened(self.programs / hook) as program:
+                return found is not None and found.program == libbpf.object_id(program).id
         except OSError:
             return False
 
+    def decides(self, pod: str) -> bool:
+        """Whether all that decides on the pod's connections works on this version's maps."""
+        own = self.generation.pods_map().id
+        links = [_link(self._pin(pod, hook)) for hook in sorted(_DECIDING)]
+        try:
+            return all(link is not None and own in libbpf.maps_of(link.program) for link in links)
+        except OSError as error:
+            raise DatapathError(f"pod {pod}: {error.strerror}") from error
+
     def detach(self, pod: str, hook: str) -> None:
         """Detach a link and unpin it: when this returns, the program runs no more."""
-        pin = self._pin(pod, hook)
+        self._detach(self._pin(pod, hook), f"pod {pod}: {hook}")
+
+    def forget(self, pod: str) -> None:
+        """Remove the pod's links, of whatever version."""
+        for hook, _ in DECIDING_HOOKS:
+            self.detach(pod, hook)
+        shutil.rmtree(self.root / "pods" / pod, ignore_errors=True)
+        for generation in (self.generation, *self.others()):
+            self.forget_in(generation, pod)
+
+    def forget_in(self, generation: Generation, pod: str) -> None:
+        """Remove the links that answer for connections of one generation."""
+        directory = generation.directory / "pods" / pod
+        if directory.is_dir():
+            for pin in directory.iterdir():
+                self._detach(pin, f"pod {pod}: {pin.name}")
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _detach(self, pin: Path, what: str) -> None:
         try:
-            with libbpf.opened(pin) as link:
-                libbpf.link_detach(link)
-                pin.unlink()
+            with libbpf.opened(pin) as fd:
+                if libbpf.object_id(fd).kind is Kind.LINK:
+                    libbpf.link_detach(fd)
+                    pin.unlink()
         except FileNotFoundError:
             return
         except OSError as error:
-            raise DatapathError(f"pod {pod}: {hook}: {error.strerror}") from error
-
-    def forget(self, pod: str) -> None:
-        """Remove the pod's pin directory and whatever links are left in it."""
-        for hook, _ in reversed(ALL_HOOKS):
-            self.detach(pod, hook)
-        shutil.rmtree(self.root / "pods" / pod, ignore_errors=True)
+            raise DatapathError(f"{what}: {error.strerror}") from error
 
     def _pin(self, pod: str, hook: str) -> Path:
-        return self.root / "pods" / pod / hook
+        # What answers for open connections stays with its maps; what decides on new ones moves.
+        base = self.root if hook in _DECIDING else self.generation.directory
+        return base / "pods" / pod / hook
+
+
+def _link(pin: Path) -> LinkInfo | None:
+    try:
+        with libbpf.opened(pin) as fd:
+            return libbpf.link_info(fd)
+    except OSError:
+        return None
+
+
+def _pin_new_link(program: int, kind: AttachType, target: Path, pin: Path) -> None:
+    fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        link = libbpf.link_create(program, fd, kind)
+        try:
+            libbpf.obj_pin(link, pin)
+        finally:
+            os.close(link)
+    finally:
+        os.close(fd)

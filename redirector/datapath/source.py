@@ -6,6 +6,7 @@ that keeps the compiler's messages true.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -88,6 +89,13 @@ def build_id(sizes: Mapping[str, int]) -> bytes:
     for name in FILES:
         whole.update(b"\0" + _text(name).encode())
     return whole.digest()
+
+
+def layout_id(sizes: Mapping[str, int]) -> str:
+    """Names what makes maps compatible: versions of the same name can work on the same maps."""
+    code = [re.sub(r"//[^\n]*", "", _text(name)).split() for name in ("layout.h", "maps.h")]
+    whole = json.dumps([dict(sizes), code], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
 
 
 def _text(name: str) -> str:

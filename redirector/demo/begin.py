@@ -6,7 +6,7 @@ import time
 from functools import partial
 from typing import Any
 
-from redirector.datapath.pins import ALL_HOOKS
+from redirector.datapath.hooks import ALL_HOOKS
 from redirector.demo.console import Console
 from redirector.demo.world import (
     ADDRESSES,

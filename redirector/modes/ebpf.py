@@ -5,6 +5,14 @@ import time
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address
 
+from redirector.datapath.generation import Generation, Standing
+from redirector.datapath.hooks import (
+    ALL_HOOKS,
+    CGROUP_HOOKS,
+    CONNECT_HOOKS,
+    DECIDING_HOOKS,
+    INBOUND_HOOK,
+)
 from redirector.datapath.layout import (
     MAX_PROXY_IDS,
     Address,
@@ -16,13 +24,14 @@ from redirector.datapath.layout import (
 )
 from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.maps import Lists
-from redirector.datapath.pins import ALL_HOOKS, CGROUP_HOOKS, CONNECT_HOOKS, INBOUND_HOOK, Datapath
+from redirector.datapath.pins import Datapath
 from redirector.errors import DatapathError, InputError
 from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
 from redirector.status import Tally, tallies
 
 #: How long a sidecar may take to ask for the original destination of what it has accepted.
 DRAIN_SECONDS = 1.0
+_OWN_PROGRAMS = "this version's programs"
 
 
 class EbpfMode:
@@ -34,22 +43,30 @@ class EbpfMode:
         self._datapath = datapath
 
     def install(self, pod: Pod, had: Sequence[Pod] = ()) -> None:
-        """Attach the pod to the loaded programs; load them first if this is the node's first."""
+        """Attach the pod to the loaded programs; load them first if this is the node's first.
+
+        Where it runs older programs these take over, each in the place of its forerunner. Should
+        that be cut short at any point, the pod stays steered, and another call completes it.
+        """
         self._datapath.ensure()
         maps, netns, lists = self._datapath.maps, pod.netns_cookie, _lists(pod)
         entry, before = pod_entry(pod, self.accelerates(pod)), maps.pod(netns)
+        pins = pin_name(pod.name)
+        older = [each for each in self._datapath.others() if pins in each.pods()]
+        if older:
+            entry.flags |= PodFlag.TAKEOVER
         try:
             # Lists that only the old entry asks for go last: at no moment are there too few.
             maps.add(netns, lists)
             maps.put_pod(netns, entry)
             self._attach(pod)
         except BaseException:
-            if before is None:
-                self.remove(pod, had)
-            else:
+            if before is not None:
                 maps.put_pod(netns, before)
                 if had:
                     maps.drop(netns, (lists,), keep=map(_lists, had))
+            elif not older:
+                self.remove(pod, had)
             raise
         maps.drop(netns, map(_lists, had), keep=(lists,))
 
@@ -72,15 +89,16 @@ class EbpfMode:
 
     def remove(self, pod: Pod, had: Sequence[Pod] = ()) -> None:
         """Detach. What was steered a moment ago still gets its original destination."""
-        if not self._datapath.is_loaded():
-            return
         pins = pin_name(pod.name)
-        for hook, _ in (*CONNECT_HOOKS, INBOUND_HOOK):
+        for hook, _ in DECIDING_HOOKS:
             self._datapath.detach(pins, hook)
         self._drain(pod)
         self._datapath.forget(pins)
-        self._datapath.maps.delete_pod(pod.netns_cookie)
-        self._datapath.maps.drop(pod.netns_cookie, map(_lists, (pod, *had)))
+        for generation in self._datapath.others():
+            generation.withdraw(pod)
+        if self._datapath.is_loaded():
+            self._datapath.maps.delete_pod(pod.netns_cookie)
+            self._datapath.maps.drop(pod.netns_cookie, map(_lists, (pod, *had)))
 
     def _drain(self, pod: Pod) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
@@ -88,24 +106,63 @@ class EbpfMode:
             time.sleep(0.005)
 
     def _unanswered(self, pod: Pod) -> bool:
+        own = self._datapath.maps.flows_of(pod.netns_cookie) if self._datapath.is_loaded() else ()
         return any(
             found.flow.flags & FlowFlag.STEERED and not found.flow.flags & FlowFlag.ANSWERED
-            for found in self._datapath.maps.flows_of(pod.netns_cookie)
-        )
+            for found in own
+        ) or any(generation.standing().waits(pod) for generation in self._datapath.others())
+
+    def sweep(self, pods: Sequence[Pod]) -> None:
+        """Let go of older generations what no connection needs any more. Idempotent.
+
+        `pods` are all that are enrolled; those of another mode have nothing here.
+        """
+        older = [(each, each.standing()) for each in self._datapath.others()]
+        if not older:
+            return
+        moved = [pod for pod in pods if self._datapath.decides(pin_name(pod.name))]
+        for pod in moved:
+            self._leave(pod, older)
+        for generation, _ in older:
+            if not generation.pods():
+                generation.unpin()
+
+    def _leave(self, pod: Pod, older: Sequence[tuple[Generation, Standing]]) -> None:
+        maps, pins = self._datapath.maps, pin_name(pod.name)
+        entry = maps.pod(pod.netns_cookie)
+        waits = any(standing.waits(pod) for _, standing in older)
+        if entry is not None and entry.flags & PodFlag.TAKEOVER and not waits:
+            entry.flags &= ~PodFlag.TAKEOVER
+            maps.put_pod(pod.netns_cookie, entry)
+        for generation, standing in older:
+            if pins in generation.pods() and not standing.holds(pod):
+                self._datapath.forget_in(generation, pins)
+                generation.withdraw(pod)
 
     def missing(self, pod: Pod) -> list[str]:
-        """Name the hooks that do not hold, and the pod's entry if the programs lack it."""
-        if not self._datapath.is_loaded():
-            return ["the programs"]
+        """Name the hooks that do not hold, and the pod's entry if the programs lack it.
+
+        Of a pod that another version steers only this is said, that this one's programs do not.
+        """
+        pins = pin_name(pod.name)
         lost = [
             hook
             for hook, _ in ALL_HOOKS
             if not self._datapath.holds(
-                pin_name(pod.name), hook, pod.netns if hook == INBOUND_HOOK[0] else pod.cgroup
+                pins, hook, pod.netns if hook == INBOUND_HOOK[0] else pod.cgroup
             )
         ]
+        loaded = self._datapath.is_loaded()
+        if {hook for hook, _ in DECIDING_HOOKS}.isdisjoint(lost) and not (
+            loaded and self._datapath.decides(pins)
+        ):
+            return [_OWN_PROGRAMS]
+        if not loaded:
+            return ["the programs"]
         if self._datapath.maps.pod(pod.netns_cookie) is None:
             lost.append("its entry in the pods map")
+        if not lost and not all(self._datapath.is_own(pins, hook) for hook, _ in ALL_HOOKS):
+            return [_OWN_PROGRAMS]
         return lost
 
     def tallies(self, pod: Pod) -> tuple[Tally, ...]:

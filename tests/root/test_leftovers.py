@@ -63,7 +63,7 @@ def test_what_is_gone_is_not_seen(world: World, inventory: Inventory) -> None:
 def test_a_program_that_somebody_holds_is_seen_without_its_pin(
     world: World, inventory: Inventory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = libbpf.obj_get(inventory.pins / "programs" / "connect4")
+    held = libbpf.obj_get(world.datapath.programs / "connect4")
     try:
         world.close()
         monkeypatch.setattr(leftovers, "_PATIENCE", 0.1)

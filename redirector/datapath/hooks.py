@@ -1,0 +1,26 @@
+"""Where the programs are attached; a hook has its program's name."""
+
+from redirector.datapath.libbpf import AttachType
+
+#: Hooks of a pod, in the order in which they are attached: who answers before who asks, and the
+#: connect hooks last, so that no connection is steered before all of its way stands.
+CGROUP_HOOKS: tuple[tuple[str, AttachType], ...] = (
+    ("getsockopt", AttachType.CGROUP_GETSOCKOPT),
+    ("setsockopt", AttachType.CGROUP_SETSOCKOPT),
+    ("getpeername4", AttachType.CGROUP_INET4_GETPEERNAME),
+    ("getpeername6", AttachType.CGROUP_INET6_GETPEERNAME),
+    ("sockops", AttachType.CGROUP_SOCK_OPS),
+)
+INBOUND_HOOK = ("inbound", AttachType.SK_LOOKUP)
+CONNECT_HOOKS: tuple[tuple[str, AttachType], ...] = (
+    ("connect4", AttachType.CGROUP_INET4_CONNECT),
+    ("connect6", AttachType.CGROUP_INET6_CONNECT),
+)
+#: What decides about new connections: at any moment of one generation only.
+DECIDING_HOOKS = (INBOUND_HOOK, *CONNECT_HOOKS)
+ALL_HOOKS = (*CGROUP_HOOKS, *DECIDING_HOOKS)
+#: Those on the sockhash itself, of all pods.
+SOCKHASH_HOOKS: tuple[tuple[str, AttachType], ...] = (
+    ("redirect", AttachType.SK_MSG_VERDICT),
+    ("arrive", AttachType.SK_SKB_STREAM_VERDICT),
+)

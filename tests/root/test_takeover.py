@@ -1,0 +1,259 @@
+"""Another version takes over a running one, and back: no connection fails or gets past the sidecar.
+
+The other versions are real ones: copies of this one with something changed.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import probes
+import pytest
+import traces
+from traffic import Phase, Traffic, traffic
+from waiting import eventually
+
+from redirector.datapath.layout import Side
+from redirector.datapath.pins import Datapath
+from redirector.lab import LabPod, Node
+from redirector.machine import ensure_bpffs
+from redirector.network import netns_cookie
+from redirector.steering import Verdict
+
+pytestmark = pytest.mark.root
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Version:
+    """An installation of the product, and the node that it works on."""
+
+    place: Path
+    state: Path
+    pins: Path
+
+    def start(self, *arguments: str | Path) -> "subprocess.Popen[str]":
+        """Begin a command, in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "redirector.cli", *arguments],
+            env=os.environ
+            | {
+                "PYTHONPATH": str(self.place),
+                "REDIRECTOR_STATE": str(self.state),
+                "REDIRECTOR_PINS": str(self.pins),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+
+    def do(self, *arguments: str | Path, code: int = 0) -> str:
+        """Run a command to its end; what it prints."""
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, (arguments, out, err)
+        return out
+
+
+@dataclass(frozen=True)
+class Versions:
+    """This version, one with other programs, one with another layout of maps."""
+
+    shipped: Version
+    programs: Version
+    layout: Version
+
+    @property
+    def pins(self) -> Path:
+        return self.shipped.pins
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> Iterator[Versions]:
+    state = tmp_path / "state"
+    pins = ensure_bpffs() / f"rdrtest-takeover-{random.randbytes(3).hex()}"
+
+    def copy(name: str, *edits: tuple[str, str, str]) -> Version:
+        place = tmp_path / name
+        for part in ("redirector", "bpf"):
+            shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for file, before, after in edits:
+            path = place / file
+            assert before in path.read_text()
+            path.write_text(path.read_text().replace(before, after, 1))
+        return Version(place, state, pins)
+
+    made = Versions(
+        copy("shipped"),
+        copy("programs", ("bpf/sockops/connect.c", "\treturn connect4(ctx);", NO_OP)),
+        copy(
+            "layout",
+            ("bpf/sockops/layout.h", "struct flow {", "struct flow {\n\t__u64 added;"),
+            ("redirector/datapath/layout.py", FLOW, f'{FLOW}\n        ("added", ctypes.c_uint64),'),
+            # The key is larger, too: what comes first in it is found elsewhere.
+            ("bpf/sockops/layout.h", "struct flow_key {", "struct flow_key {\n\t__u64 added;"),
+            ("redirector/datapath/layout.py", KEY, f'{KEY}\n        ("added", ctypes.c_uint64),'),
+        ),
+    )
+    try:
+        yield made
+    finally:
+        made.shipped.start("uninstall").communicate()
+        Datapath(pins).unload()
+
+
+NO_OP = '\tasm volatile("" ::: "memory");\n\treturn connect4(ctx);'
+FLOW = '    c_name = "flow"\n    _fields_ = ('
+KEY = '    c_name = "flow_key"\n    _fields_ = ('
+
+
+@dataclass(frozen=True)
+class Busy:
+    """An enrolled pod under traffic from and to it."""
+
+    pod: LabPod
+    peer: LabPod
+    flows: tuple[Traffic, ...]
+    moment: Any
+
+    def check(self, rounds: int = 3) -> None:
+        """Until each has opened and asked that often from now on; a new connection is kept."""
+        self.moment.value = ((self.moment.value >> 2) + 1) << 2 | Phase.ENROLLED
+        before = [each.served.value for each in self.flows]
+
+        def flowed() -> bool:
+            for each in self.flows:
+                each.check()
+            return all(
+                each.served.value >= then + rounds
+                for each, then in zip(self.flows, before, strict=True)
+            )
+
+        eventually("traffic in both directions", flowed)
+
+
+@contextmanager
+def busy(node: Node, enroll: Callable[[LabPod], object]) -> Iterator[Busy]:
+    pod, peer = node.pod("pod"), node.pod("peer")
+    probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
+    for each in (pod, peer):
+        probes.start(each, [(Verdict.DIRECT, 80)])
+    enroll(pod)
+    moment = multiprocessing.get_context("fork").Value(ctypes.c_uint64, Phase.ENROLLED)
+    with (
+        traffic(pod, addresses(peer), Verdict.OUTBOUND, moment, names=True) as outbound,
+        traffic(peer, addresses(pod), Verdict.INBOUND, moment, names=True) as inbound,
+    ):
+        made = Busy(pod, peer, (outbound, inbound), moment)
+        made.check()
+        yield made
+
+
+def addresses(pod: LabPod) -> list[Any]:
+    return [ip_address(pod.ip), ip_address(pod.ip6)]
+
+
+def by(version: Version) -> Callable[[LabPod], object]:
+    def enroll(pod: LabPod) -> None:
+        place = ("--netns", pod.netns, "--cgroup", pod.cgroup)
+        version.do("enroll", "pod", *place, "--mode", "ebpf")
+
+    return enroll
+
+
+def generations(versions: Versions) -> int:
+    return len([path for path in versions.pins.iterdir() if path.name != "pods"])
+
+
+def is_whole(version: Version) -> bool:
+    process = version.start("status")
+    out, _ = process.communicate()
+    assert process.returncode == ("INCOMPLETE" in out), out
+    assert process.returncode == 0 or "lacks this version's programs; repair" in out
+    return process.returncode == 0
+
+
+def test_versions_take_over_under_traffic(node: Node, versions: Versions) -> None:
+    kept = Datapath(versions.pins)
+    with busy(node, by(versions.shipped)) as there:
+        cookie = netns_cookie(there.pod.netns)
+
+        def replies() -> dict[bytes, int]:
+            """What has been short-circuited back on the connections that this version keeps."""
+            return {
+                bytes(found.key): found.flow.messages[Side.SERVER]
+                for found in kept.maps.flows_of(cookie)
+            }
+
+        assert "every pod runs this version's programs" in versions.shipped.do("takeover")
+        first = replies()
+        for version, standing in (
+            (versions.programs, 1),
+            (versions.layout, 2),
+            (versions.programs, 2),
+            (versions.shipped, 2),
+        ):
+            assert not is_whole(version)
+            told = version.do("takeover")
+            assert "pod pod taken over\n" in told
+            assert ("still need an older version's maps" in told) == (standing > 1)
+            there.check()
+            assert is_whole(version)
+            assert generations(versions) == standing
+            now = replies()
+            lasting = [key for key, before in first.items() if now.get(key, 0) > before]
+            # Those that were open in the beginning are still short-circuited.
+            assert len(lasting) >= 2
+            first = {key: now[key] for key in lasting}
+    # With the last connection of the other version its maps go.
+    eventually("the end of all connections", lambda: not replies())
+    versions.shipped.do("takeover")
+    assert generations(versions) == 1
+    versions.shipped.do("uninstall")
+    assert traces.in_pod(there.pod) + traces.in_files(versions.pins, versions.shipped.state) == []
+
+
+def test_a_takeover_that_is_killed_can_be_tried_again(node: Node, versions: Versions) -> None:
+    """At whatever moment it dies, the pod stays steered by the one version or the other."""
+    chance = random.Random(7)
+    with busy(node, by(versions.shipped)) as there:
+        for turn in range(9):
+            version = (versions.layout, versions.shipped, versions.programs)[turn % 3]
+            process = version.start("takeover")
+            time.sleep(chance.uniform(0.0, 1.2))
+            # The loader goes with it or outlives it, in turns.
+            target = os.kill if turn % 2 else os.killpg
+            target(process.pid, signal.SIGKILL)
+            process.communicate()
+            there.check(1)
+            if turn % 4 == 2:
+                version.do("takeover")
+                assert is_whole(version)
+                there.check(1)
+        versions.layout.do("takeover")
+        there.check()
+        assert is_whole(versions.layout)
+        versions.shipped.do("uninstall")
+    assert traces.in_pod(there.pod) + traces.in_files(versions.pins, versions.shipped.state) == []
+
+
+def test_uninstall_finds_what_another_version_left(node: Node, versions: Versions) -> None:
+    pod = node.pod("pod")
+    by(versions.shipped)(pod)
+    versions.layout.do("takeover")
+    versions.programs.do("uninstall")
+    assert traces.in_pod(pod) + traces.in_files(versions.pins, versions.shipped.state) == []
