@@ -23,6 +23,7 @@ import traces
 
 from redirector import cli
 from redirector.bootstrap import bootstrap
+from redirector.datapath.hooks import ALL_HOOKS
 from redirector.datapath.pins import Datapath
 from redirector.lab import LabPod, Node
 from redirector.machine import cgroup2_mount, ensure_bpffs
@@ -360,7 +361,7 @@ def test_wrong_commands_are_told_and_change_nothing(loaded: Redirector, node: No
     pod, free = node.pod("pod"), node.pod("free")
     loaded.do("enroll", "pod", *options(pod))
     before = traces.in_pod(pod)
-    assert len(before) == 7
+    assert len(before) == len(ALL_HOOKS)
     for given, told in WRONG_COMMANDS.values():
         refused(loaded.call(*given), 2, *told)
     for name in ("", "a b", "../../etc", "-", "x" * 201, "a/b/c", "a\nb"):
