@@ -21,11 +21,13 @@ from typing import Any
 from redirector.lab import LabPod
 from redirector.lab.enter import Place
 from redirector.model import IPAddress
-from redirector.steering import Protocol, Verdict
+from redirector.steering import Protocol, Verdict, unmapped
 
 SO_ORIGINAL_DST = 80  # of SOL_IP and, as IP6T_SO_ORIGINAL_DST, of SOL_IPV6
 SOL_IPV6 = 41
-IP_PKTINFO = 8  # ip(7); Python has no name for it
+# Python has no names for these: ip(7), linux/in6.h.
+IP_PKTINFO = 8
+IPV6_FREEBIND = 78
 TIMEOUT = 10.0
 
 Listener = tuple[Verdict, int]
@@ -103,8 +105,8 @@ def ask(socket_: socket.socket, destination: IPAddress, port: int) -> Arrival:
     socket_.sendto(b"?", (str(destination), port))
     answer, (address, answered_port, *_) = socket_.recvfrom(4096)
     verdict, client = json.loads(answer)
-    # An IPv4-mapped socket is told so of IPv4.
-    return Arrival(Verdict(verdict), ip_address(address), answered_port, ip_address(client))
+    source = unmapped(ip_address(address))
+    return Arrival(Verdict(verdict), source, answered_port, ip_address(client))
 
 
 def _dial(call: Call) -> Arrival | str:
@@ -190,6 +192,8 @@ def _datagrams(family: int, address: str, port: int, share: bool) -> socket.sock
     if family == socket.AF_INET6:
         server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        # The address asked may be of a range that is local by its route only.
+        server.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
     else:
         server.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
     server.bind((address, port))

@@ -3,24 +3,27 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 import probes
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from links import FAR, NEAR, second_link
 
 from redirector.lab import LabPod, Node
 from redirector.model import EVERYWHERE, IPAddress, IPNetwork, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
 from redirector.network import addresses, netns_cookie
 from redirector.steering import (
+    DNS_PORT,
     PASSTHROUGH_SOURCES,
     RULES,
     TUNNEL_PORT,
     Connection,
     Direction,
+    Protocol,
     Verdict,
     decide,
 )
@@ -40,7 +43,16 @@ SERVICE_IPS: tuple[IPAddress, ...] = (
 LOOPBACK_IPS: tuple[IPAddress, ...] = tuple(
     ip_address(text) for text in ("127.0.0.1", "127.0.0.2", "127.1.2.3", "0.0.0.0", "::1", "::")
 )
-OUTBOUND_PORT, INBOUND_PORT = 15001, 15006
+RESOLVERS: tuple[IPAddress, ...] = (
+    SERVICE_IPS[0],
+    SERVICE_IPS[2],
+    IPv4Address("127.0.0.2"),
+    IPv6Address("::1"),
+)
+#: Beside eth0, over which the pod reaches everything else.
+SECOND_LINK = "eth1"
+NEAR_IPS, FAR_IPS = (tuple(map(ip_address, ends)) for ends in (NEAR, FAR))
+LISTENERS = [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006), (Verdict.DNS, 15053)]
 
 
 @dataclass(frozen=True)
@@ -85,8 +97,8 @@ def mesh() -> Iterator[Mesh]:
             made.peer.run(["ip", "route", "add", "local", str(net), "dev", "lo"], check=True)
             made.pod.run(["ip", "route", "add", str(net), "via", via], check=True)
         made.pod.run(["ip", "address", "add", "::6/128", "dev", "lo"], check=True)
-        sidecar = [(Verdict.OUTBOUND, OUTBOUND_PORT), (Verdict.INBOUND, INBOUND_PORT)]
-        probes.start(made.pod, sidecar, sidecar=True)
+        second_link(made.pod, SECOND_LINK, made.peer)
+        probes.start(made.pod, LISTENERS, sidecar=True)
         for pod in (made.pod, made.peer):
             probes.start(pod, [(Verdict.DIRECT, port) for port in PORTS])
         yield made
@@ -104,10 +116,20 @@ def cidrs() -> st.SearchStrategy[tuple[IPNetwork, ...]]:
         IPv4Network("127.0.0.0/8"),
         IPv4Network("127.1.0.0/16"),
         IPv4Network("127.0.0.1/32"),
+        IPv4Network("10.78.0.0/24"),
         IPv6Network("fd00::/8"),
+        IPv6Network("fd78::/64"),
         IPv6Network("::1/128"),
     )
     return st.lists(st.sampled_from(choice), max_size=3, unique=True).map(tuple)
+
+
+def groups() -> st.SearchStrategy[frozenset[int]]:
+    return st.frozensets(st.sampled_from((0, 1338)), max_size=2)
+
+
+def interfaces() -> st.SearchStrategy[frozenset[str]]:
+    return st.sampled_from([frozenset()] * 3 + [frozenset({SECOND_LINK})])
 
 
 def steerings() -> st.SearchStrategy[Steering]:
@@ -123,6 +145,31 @@ def steerings() -> st.SearchStrategy[Steering]:
         exclude_outbound_ports=st.just(frozenset()) | ports(),
         include_inbound_ports=st.none() | ports(),
         exclude_inbound_ports=st.just(Steering().exclude_inbound_ports) | ports(),
+        exclude_interfaces=interfaces(),
+        kubevirt_interfaces=interfaces(),
+        include_owner_groups=st.none() | st.none() | groups(),
+        exclude_owner_groups=st.just(frozenset()) | st.just(frozenset()) | groups(),
+        dns_capture=st.booleans(),
+        dns_servers=st.none()
+        | st.lists(st.sampled_from(RESOLVERS), max_size=3, unique=True).map(tuple),
+        host_loopback_range=st.sampled_from(
+            [IPv4Network(text) for text in ("127.0.0.1/32", "127.0.0.0/24", "127.0.0.0/8")]
+        ),
+        drop_invalid=st.booleans(),
+    )
+
+
+def as_understood(mode: Mode, steering: Steering) -> Steering:
+    """Without what a mode refuses at enrolment."""
+    if mode is Mode.IPTABLES:
+        return steering
+    none: frozenset[str] = frozenset()
+    return replace(
+        steering,
+        exclude_interfaces=none,
+        kubevirt_interfaces=none,
+        dns_capture=False,
+        drop_invalid=False,
     )
 
 
@@ -140,6 +187,7 @@ def outbound_calls(draw: st.DrawFn, mesh: Mesh) -> probes.Call:
             st.sampled_from(own),
             st.sampled_from(LOOPBACK_IPS),
             st.sampled_from((*SERVICE_IPS, *peers)),
+            st.sampled_from((*NEAR_IPS, *FAR_IPS)),
         )
     )
     source = None
@@ -147,17 +195,31 @@ def outbound_calls(draw: st.DrawFn, mesh: Mesh) -> probes.Call:
         # Only what stays in the pod can be sent from a loopback address.
         same = [ip for ip in PASSTHROUGH_SOURCES if ip.version == destination.version]
         source = draw(st.sampled_from([None] * 6 + same))
-    return probes.Call(destination, draw(st.sampled_from((*PORTS, TUNNEL_PORT))), source)
+    port, protocol = draw(ports_and_protocols())
+    return probes.Call(destination, port, source, protocol)
 
 
-#: Rules that these TCP connections of a pod with one interface do not meet.
-ELSEWHERE = {
+def ports_and_protocols() -> st.SearchStrategy[tuple[int, Protocol]]:
+    of_dns = st.tuples(st.just(DNS_PORT), st.sampled_from(Protocol))
+    return st.tuples(st.sampled_from(PORTS), st.just(Protocol.TCP)) | of_dns
+
+
+@st.composite
+def inbound_calls(draw: st.DrawFn, mesh: Mesh) -> probes.Call:
+    destination = draw(st.sampled_from((*ips(mesh.pod), *NEAR_IPS)))
+    port, protocol = draw(ports_and_protocols())
+    return probes.Call(destination, port, protocol=protocol)
+
+
+def by_interface(destination: IPAddress) -> str:
+    """Which of the pod's interfaces leads there, or is there."""
+    return SECOND_LINK if destination in (*NEAR_IPS, *FAR_IPS) else "eth0"
+
+
+#: Rules of options that eBPF mode refuses.
+OF_IPTABLES_ALONE = {
     "outbound.excluded-interface",
-    "outbound.excluded-group",
-    "outbound.group-not-included",
     "outbound.dns",
-    "outbound.not-tcp",
-    "inbound.not-tcp",
     "inbound.excluded-interface",
     "inbound.kubevirt",
     "inbound.kubevirt-included",
@@ -168,6 +230,16 @@ EVERY_RULE = Steering(
     exclude_outbound_cidrs=(IPv4Network("10.96.7.0/24"),),
     include_outbound_ports=frozenset({8080}),
     exclude_outbound_ports=frozenset({443}),
+    include_owner_groups=frozenset({0, 1337, 1338}),
+    exclude_owner_groups=frozenset({1338}),
+    dns_capture=True,
+    dns_servers=RESOLVERS,
+    exclude_interfaces=frozenset({SECOND_LINK}),
+)
+#: Beside that one, because an excluded interface's virtual machines are direct.
+KUBEVIRT = Steering(
+    include_outbound_cidrs=(IPv4Network("10.78.0.0/24"),),
+    kubevirt_interfaces=frozenset({SECOND_LINK}),
 )
 
 
@@ -187,11 +259,38 @@ def calls_for_every_rule(mesh: Mesh) -> list[tuple[Caller, probes.Call]]:
         (app, probes.Call(peer6, 8080)),
         (app, probes.Call(service, 80)),
         (app, probes.Call(peer, 80)),
+        (app, probes.Call(FAR_IPS[0], 80)),
+        (Caller(0, 1338), probes.Call(service, 80)),
+        (Caller(0, 1000), probes.Call(service, 80)),
+        (app, probes.Call(service, DNS_PORT)),
+        (app, probes.Call(service, DNS_PORT, protocol=Protocol.UDP)),
+        (app, probes.Call(peer, DNS_PORT, protocol=Protocol.UDP)),
     ]
 
 
 def reached_for_every_rule(mesh: Mesh) -> list[probes.Call]:
-    return [probes.Call(ip_address(mesh.pod.ip), port) for port in (TUNNEL_PORT, 15020, 80)]
+    own = ip_address(mesh.pod.ip)
+    return [
+        *(probes.Call(own, port) for port in (TUNNEL_PORT, 15020, 80)),
+        probes.Call(own, DNS_PORT, protocol=Protocol.UDP),
+        probes.Call(NEAR_IPS[0], 80),
+    ]
+
+
+def as_connection(
+    direction: Direction, call: probes.Call, own: tuple[IPAddress, ...], uid: int = 0, gid: int = 0
+) -> Connection:
+    return Connection(
+        direction,
+        call.destination,
+        call.port,
+        own,
+        call.source,
+        uid,
+        gid,
+        call.protocol,
+        by_interface(call.destination),
+    )
 
 
 def check(
@@ -210,7 +309,6 @@ def test_kernel_decides_as_the_rules_say(mesh: Mesh, driver: ModeDriver) -> None
     own = mesh.own
     met: Counter[str] = Counter()
     outbound = st.tuples(callers(), outbound_calls(mesh))
-    inbound = st.builds(probes.Call, st.sampled_from(ips(mesh.pod)), st.sampled_from(PORTS))
 
     @settings(
         max_examples=30,
@@ -222,13 +320,15 @@ def test_kernel_decides_as_the_rules_say(mesh: Mesh, driver: ModeDriver) -> None
     @given(
         steerings(),
         st.lists(outbound, min_size=12, max_size=20),
-        st.lists(inbound, min_size=4, max_size=6),
+        st.lists(inbound_calls(mesh), min_size=4, max_size=6),
     )
     @example(EVERY_RULE, calls_for_every_rule(mesh), reached_for_every_rule(mesh))
+    @example(KUBEVIRT, [], [probes.Call(near, TUNNEL_PORT) for near in NEAR_IPS])
     @example(Steering(include_inbound_ports=frozenset({80})), [], [probes.Call(own[0], 443)])
     def hold(
         steering: Steering, out: list[tuple[Caller, probes.Call]], into: list[probes.Call]
     ) -> None:
+        steering = as_understood(driver.mode, steering)
         pod = mesh.enrolled(driver.mode, steering)
         driver.install(pod)
         try:
@@ -246,16 +346,16 @@ def test_kernel_decides_as_the_rules_say(mesh: Mesh, driver: ModeDriver) -> None
             calls = [call for _, call in group]
             outcomes = mesh.pod.call(probes.dial, calls, uid=uid, gid=gid)
             for call, outcome in zip(calls, outcomes, strict=True):
-                connection = Connection(
-                    Direction.OUTBOUND, call.destination, call.port, own, call.source, uid, gid
-                )
+                connection = as_connection(Direction.OUTBOUND, call, own, uid, gid)
                 met[check(steering, connection, outcome, driver.mode)] += 1
         for call, outcome in zip(into, mesh.peer.call(probes.dial, into), strict=True):
-            connection = Connection(Direction.INBOUND, call.destination, call.port, own)
+            connection = as_connection(Direction.INBOUND, call, own)
             met[check(steering, connection, outcome, driver.mode)] += 1
 
     hold()
-    rules = {rule.name for rule in RULES} - ELSEWHERE
+    rules = {rule.name for rule in RULES}
+    if driver.mode is Mode.EBPF:
+        rules -= OF_IPTABLES_ALONE
     assert met.keys() == rules, f"the calls never met {rules - met.keys()}"
 
 

@@ -10,6 +10,7 @@ from ipaddress import IPv4Network, ip_address, ip_network
 
 import probes
 import pytest
+from links import second_link
 from xtables import as_pod, saved
 
 from redirector.lab import LabPod, Node
@@ -192,19 +193,6 @@ def test_host_loopback_range(world: World) -> None:
     with world.steered(host_loopback_range=IPv4Network("127.0.0.0/24")):
         assert verdict("127.0.0.2") == Verdict.DIRECT
         assert verdict("127.0.1.2") == Verdict.INBOUND
-
-
-def second_link(pod: LabPod, name: str, other: LabPod) -> tuple[list[str], list[str]]:
-    """Join two pods by an interface beside the first; the addresses of both ends."""
-    ends = [["10.78.0.1", "fd78::1"], ["10.78.0.2", "fd78::2"]]
-    ip = ["ip", "link", "add", name, "type", "veth", "peer", "name", "far", "netns"]
-    pod.run([*ip, other.netns.name], check=True)
-    for lab, interface, addresses in ((pod, name, ends[0]), (other, "far", ends[1])):
-        for address, length in zip(addresses, (24, 64), strict=True):
-            argv = ["ip", "addr", "add", f"{address}/{length}", "dev", interface]
-            lab.run([*argv, *(["nodad"] if ":" in address else [])], check=True)
-        lab.run(["ip", "link", "set", interface, "up"], check=True)
-    return ends[0], ends[1]
 
 
 def reached(lab: LabPod, destinations: Iterable[str], port: int = 80) -> list[Verdict | str]:
