@@ -4,17 +4,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from redirector import explain, options
+from redirector import explain, options, report
 from redirector.enrollment import Enrollment, default_enrollment
 from redirector.errors import RedirectorError
 from redirector.model import Accelerate, Mode
-from redirector.records import to_json
-from redirector.status import SHORT_CIRCUIT, PodStatus, defect_names
 
 STATE_VARIABLE = "REDIRECTOR_STATE"
 PINS_VARIABLE = "REDIRECTOR_PINS"
@@ -148,65 +146,12 @@ def _check(_arguments: argparse.Namespace, context: Context) -> int:
 
 def _status(arguments: argparse.Namespace, context: Context) -> int:
     node = context.enrollment().node_status(with_maps=False)
-    enrolled = {status.pod.name for status in node.pods}
-    others = {name: text for name, text in node.problems.items() if name not in enrolled}
     if arguments.output == "json":
-        shown = [_status_json(status, node.problems.get(status.pod.name)) for status in node.pods]
-        shown += [
-            {"name": name, "mode": None, "missing": [], "problem": text}
-            for name, text in others.items()
-        ]
-        json.dump(shown, context.out, indent=2)
+        json.dump(report.to_json(node), context.out, indent=2)
         context.out.write("\n")
     else:
-        texts = [_status_text(status, node.problems.get(status.pod.name)) for status in node.pods]
-        texts += [f"{name}  not enrolled\n{_problem(text)}" for name, text in others.items()]
-        context.out.write("".join(texts) or "no pod enrolled\n")
+        context.out.write(report.to_text(node))
     return 1 if node.problems or any(status.missing for status in node.pods) else 0
-
-
-def _problem(text: str) -> str:
-    return f"  NOT AS ASKED: {text}\n"
-
-
-def _status_json(status: PodStatus, problem: str | None) -> dict[str, object]:
-    return to_json(status.pod) | {
-        "problem": problem,
-        "missing": list(status.missing),
-        "kernel_defects": defect_names(status.defects),
-        "counters": {counter.name.lower(): n for counter, n in status.counters.items()},
-        "connections": [
-            {"verdict": tally.outcome.value, "reason": tally.reason, "count": tally.count}
-            for tally in status.tallies
-        ],
-    }
-
-
-def _status_text(status: PodStatus, problem: str | None) -> str:
-    pod = status.pod
-    addresses = " ".join(map(str, pod.addresses))
-    lines = [f"{pod.name}  {pod.mode}  {addresses}"]
-    if pod.mode is Mode.EBPF:
-        lines[0] += f"  accelerate {pod.accelerate}"
-        if status.defects and pod.accelerate is Accelerate.AUTO:
-            names = ", ".join(defect_names(status.defects))
-            lines[0] += f" (off: this kernel is wrong about {names} of redirected bytes)"
-    if status.missing:
-        lines.append(
-            f"  INCOMPLETE: lacks {', '.join(status.missing)}; repair: redirector mode "
-            f"{pod.name} {pod.mode}"
-            if status.repairable
-            else f"  LOST: {', '.join(status.missing)}; take it off: redirector unenroll {pod.name}"
-        )
-    lines += [f"  {name:40}{n:>14}" for name, n in _shown(status) if n]
-    return "\n".join(lines) + "\n" + (_problem(problem) if problem else "")
-
-
-def _shown(status: PodStatus) -> Iterator[tuple[str, int]]:
-    for tally in status.tallies:
-        yield f"{tally.outcome} {tally.reason}", tally.count
-    for counter in SHORT_CIRCUIT:
-        yield counter.name.lower().replace("_", " "), status.counters.get(counter, 0)
 
 
 def _declare_flows(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from redirector import machine, network
-from redirector.datapath.layout import Counter, Defect
+from redirector.datapath.layout import ConnectKind, Counter, Defect
 from redirector.datapath.pins import Datapath
 from redirector.errors import AlreadyEnrolled, InputError, NotEnrolled, RedirectorError
 from redirector.model import Accelerate, Mode, Pod, Steering
@@ -19,7 +19,7 @@ from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables.driver import IptablesMode
 from redirector.records import Records
-from redirector.status import MapFill, NodeStatus, PodStatus
+from redirector.status import Latency, MapFill, NodeStatus, PodStatus
 from redirector.steering import PASSTHROUGH_V6
 
 #: Where the records live; below the directory that the xDS server's socket is in.
@@ -253,10 +253,22 @@ class Enrollment:
             if pod.mode is Mode.EBPF and loaded:
                 counters = self._datapath.maps.counters(pod.netns_cookie, moved)
             found = () if lost and pod.mode is Mode.IPTABLES else driver.tallies(pod)
-            pods.append(PodStatus(pod, missing, counters, defects, lost is None, found))
+            pods.append(
+                PodStatus(
+                    pod, missing, counters, defects, lost is None, found, self._latencies(pod)
+                )
+            )
         fills = self._datapath.maps.fills() if loaded and with_maps else {}
         maps = tuple(MapFill(name, *fill) for name, fill in fills.items())
-        return NodeStatus(tuple(pods), maps, defects, self._records.problems())
+        followers = self._datapath.followers() if with_maps else None
+        following = (followers.sweep(), followers.lost()) if followers else (0, 0)
+        return NodeStatus(tuple(pods), maps, defects, self._records.problems(), *following)
+
+    def _latencies(self, pod: Pod) -> dict[ConnectKind, Latency]:
+        if pod.mode is not Mode.EBPF or not self._datapath.is_loaded():
+            return {}
+        found = self._datapath.maps.latencies(pod.netns_cookie)
+        return {kind: Latency(buckets, us / 1e6) for kind, (buckets, us) in found.items()}
 
     def uninstall(self) -> list[str]:
         """Remove everything this product put into the kernel, and the records. Idempotent.

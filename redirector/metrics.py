@@ -8,9 +8,14 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 
 from prometheus_client import exposition
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.utils import floatToGoString
 
 from redirector.datapath.layout import Counter
 from redirector.model import Mode
@@ -19,6 +24,8 @@ from redirector.status import NodeStatus, Outcome, PodStatus, defect_names
 #: The Content-Type of what `render` answers.
 CONTENT_TYPE = exposition.CONTENT_TYPE_LATEST
 _POD = ("namespace", "pod")
+#: Of the buckets, every second one from 16 µs to 16.8 s: a series each, for every pod.
+_BOUNDS = frozenset(2**exponent / 1e6 for exponent in range(4, 26, 2))
 
 
 def render(status: NodeStatus, others: Iterable[Metric] = ()) -> bytes:
@@ -33,7 +40,9 @@ def families(status: NodeStatus) -> Iterator[Metric]:
     yield _build_info()
     yield from _pods(status)
     yield from _connections(status)
+    yield from _latency(status)
     yield from _short_circuit(status)
+    yield from _events(status)
     yield from _maps(status)
 
 
@@ -111,6 +120,24 @@ def _connections(status: NodeStatus) -> Iterator[Metric]:
     yield passed
 
 
+def _latency(status: NodeStatus) -> Iterator[Metric]:
+    family = HistogramMetricFamily(
+        "redirector_connect_seconds",
+        "Time from SYN to established of the connections that a pod opened (eBPF mode)",
+        labels=(*_POD, "verdict"),
+    )
+    for pod in status.pods:
+        for kind, latency in pod.latencies.items():
+            bounds = [pair for pair in latency.cumulative() if pair[0] in _BOUNDS]
+            buckets = [(floatToGoString(bound), n) for bound, n in bounds]
+            family.add_metric(
+                [*_names(pod), kind.name.lower()],
+                [*buckets, ("+Inf", latency.count)],
+                latency.seconds,
+            )
+    yield family
+
+
 _SHORT_CIRCUIT = (
     (Counter.ACCELERATED, "redirector_accelerated_sockets", "Sockets that were short-circuited"),
     (
@@ -133,6 +160,18 @@ def _short_circuit(status: NodeStatus) -> Iterator[Metric]:
             if counter in pod.counters:
                 family.add_metric(_names(pod), pod.counters[counter])
         yield family
+
+
+def _events(status: NodeStatus) -> Iterator[Metric]:
+    followers = GaugeMetricFamily("redirector_flow_followers", "Processes that follow the flows")
+    followers.add_metric([], status.followers)
+    yield followers
+    lost = CounterMetricFamily(
+        "redirector_flow_events_lost",
+        "Events that found no room in a follower's buffer, since the programs were loaded",
+    )
+    lost.add_metric([], status.events_lost)
+    yield lost
 
 
 def _maps(status: NodeStatus) -> Iterator[Metric]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from redirector.datapath.layout import Counter, Defect
+from redirector.datapath.layout import ConnectKind, Counter, Defect
 from redirector.model import Accelerate, Mode, Pod
 from redirector.steering import RULES, Verdict
 
@@ -31,6 +31,34 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """How long connections took from SYN to established.
+
+    Bucket b counts up to 2^b µs, and what no smaller one did; the last one all that took longer.
+    """
+
+    buckets: tuple[int, ...]
+    seconds: float
+
+    @property
+    def count(self) -> int:
+        """How many connections there were."""
+        return sum(self.buckets)
+
+    def cumulative(self) -> Iterator[tuple[float, int]]:
+        """(seconds, how many took no longer), the last bucket left out."""
+        total = 0
+        for exponent, count in enumerate(self.buckets[:-1]):
+            total += count
+            yield 2**exponent / 1e6, total
+
+    def quantile(self, part: float) -> float:
+        """A bound in seconds that this part of the connections kept; infinity past the buckets."""
+        wanted = part * self.count
+        return next((bound for bound, n in self.cumulative() if n >= wanted), float("inf"))
+
+
+@dataclass(frozen=True)
 class MapFill:
     """How full one of the datapath's maps is."""
 
@@ -54,6 +82,8 @@ class PodStatus:
     repairable: bool
     #: In either mode, by the same names.
     tallies: tuple[Tally, ...] = ()
+    #: By what became of the connections; eBPF mode only.
+    latencies: Mapping[ConnectKind, Latency] = field(default_factory=dict)
 
     @property
     def accelerated(self) -> bool:
@@ -75,6 +105,9 @@ class NodeStatus:
     defects: Defect = field(default_factory=lambda: Defect(0))
     #: What the agent refused or could not do, by pod; such a pod keeps what it has.
     problems: Mapping[str, str] = field(default_factory=dict)
+    #: Who follows the flows, and how many events found no room since the programs were loaded.
+    followers: int = 0
+    events_lost: int = 0
 
 
 #: What acceleration did.

@@ -16,6 +16,7 @@ from redirector.datapath.layout import (
     Address,
     CidrSet,
     CidrValue,
+    ConnectKind,
     Counter,
     Counters,
     Flow,
@@ -45,6 +46,12 @@ _FULL = (errno.E2BIG, errno.ENOSPC)
 _SOCKHASHES = frozenset({"listeners", "sockets"})
 #: The maps that pods and connections fill.
 _FILLING = frozenset({"cidrs", "flows", "members", "pods", "pods_by_address"}) | _SOCKHASHES
+# What `moved` wants of a struct flow.
+_MOVED = struct.Struct(
+    f"={Flow.client_netns.offset}xQ{Flow.bytes.offset - Flow.client_netns.offset - 8}x2Q"
+    f"{Flow.messages.offset - Flow.bytes.offset - 16}x2Q"
+    f"{ctypes.sizeof(Flow) - Flow.messages.offset - 16}x"
+)
 #: netns cookie -> bytes and messages redirected.
 Moved = dict[int, tuple[int, int]]
 
@@ -168,15 +175,26 @@ class Maps:
             raw = libbpf.map_lookup(fd, _key(netns), size * libbpf.possible_cpus()) or b""
         return [Counters.from_buffer_copy(raw, start) for start in range(0, len(raw), size)]
 
+    def latencies(self, netns: int) -> dict[ConnectKind, tuple[tuple[int, ...], int]]:
+        """How long a pod's connections took to be established: struct latency's buckets, and µs."""
+        found = self._counters(netns)
+        return {
+            kind: (
+                tuple(map(sum, zip(*(cpu.connect[kind].bucket for cpu in found), strict=True))),
+                sum(cpu.connect[kind].total_us for cpu in found),
+            )
+            for kind in ConnectKind
+            if found
+        }
+
     def moved(self) -> Moved:
         """What the open flows have redirected, in one pass over them all."""
         found: Moved = {}
-        for opened in self.flows():
-            size, messages = sum(opened.flow.bytes), sum(opened.flow.messages)
-            if messages:
-                netns = opened.flow.client_netns
-                before = found.get(netns, (0, 0))
-                found[netns] = (before[0] + size, before[1] + messages)
+        for _, values in self._flow_batches():
+            for netns, there, back, sent, returned in _MOVED.iter_unpack(values):
+                if sent or returned:
+                    size, messages = found.get(netns, (0, 0))
+                    found[netns] = (size + there + back, messages + sent + returned)
         return found
 
     def flows(self) -> list[OpenFlow]:

@@ -7,11 +7,13 @@ import probes
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from redirector.datapath.layout import ConnectKind
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
 from redirector.metrics import render
 from redirector.model import Mode
+from redirector.options import parse
 from redirector.records import Records
 from redirector.status import Outcome, PodStatus
 from redirector.steering import Verdict
@@ -77,6 +79,26 @@ def test_every_pod_and_map_is_in_the_metrics(
     assert entries["pods"] == 1
     assert entries["pods_by_address"] == len(enrollment.get("shop/a").addresses)
     assert all(0 <= entries[name] < room[name] for name in room)
+
+
+def test_how_long_connect_took_is_counted_by_what_became_of_it(
+    node: Node, enrollment: Enrollment, steered: LabPod
+) -> None:
+    outside = node.pod("outside")
+    probes.start(outside, [(Verdict.DIRECT, EXCLUDED)])
+    steering = parse({"excludeOutboundPorts": str(EXCLUDED)})
+    enrollment.enroll("pod", steered.netns, steered.cgroup, Mode.EBPF, steering=steering)
+    steered.call(probes.dial, [SERVICE] * 5)
+    steered.call(probes.dial, [probes.Call(ip_address(outside.ip), EXCLUDED)] * 3)
+    latencies = told(enrollment).latencies
+    assert {kind: latency.count for kind, latency in latencies.items()} == {
+        ConnectKind.STEERED: 5,
+        ConnectKind.DIRECT: 3,
+    }
+    for latency in latencies.values():
+        # The last bucket has no bound; loopback and veth answer within the others.
+        assert latency.buckets[-1] == 0
+        assert 0 < latency.seconds < latency.count * 16.8
 
 
 def test_nothing_loaded_is_nothing_to_tell(node: Node, tmp_path: Path) -> None:  # noqa: ARG001

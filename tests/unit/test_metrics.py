@@ -7,10 +7,10 @@ from pathlib import Path
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from redirector.datapath.layout import Counter, Defect
+from redirector.datapath.layout import CONNECT_BUCKETS, ConnectKind, Counter, Defect
 from redirector.metrics import render
 from redirector.model import Accelerate, Mode, Pod
-from redirector.status import MapFill, NodeStatus, Outcome, PodStatus, Tally, tallies
+from redirector.status import Latency, MapFill, NodeStatus, Outcome, PodStatus, Tally, tallies
 from redirector.steering import RULES, Verdict
 
 POD = Pod(
@@ -88,6 +88,29 @@ def test_a_pod_in_iptables_mode_has_connections_and_no_short_circuit() -> None:
     accelerated = families["redirector_accelerated_sockets"].samples
     assert [sample.labels["pod"] for sample in accelerated] == ["web"]
     assert value(families, "redirector_pod_missing_parts", **pod) == 2
+
+
+def test_latencies_are_a_histogram() -> None:
+    # 3 within 16 µs, 2 more within 64 µs, one that took longer than all buckets.
+    buckets = [0] * CONNECT_BUCKETS
+    buckets[3], buckets[4], buckets[6], buckets[-1] = 1, 2, 2, 1
+    latency = Latency(tuple(buckets), 31.5)
+    families = parsed(NodeStatus((replace(EBPF, latencies={ConnectKind.STEERED: latency}),)))
+    pod = {"namespace": "shop", "pod": "web", "verdict": "steered"}
+    bucket = "redirector_connect_seconds_bucket"
+    assert value(families, bucket, **pod, le="1.6e-05") == 3
+    assert value(families, bucket, **pod, le="6.4e-05") == 5
+    assert value(families, bucket, **pod, le="16.777216") == 5
+    assert value(families, bucket, **pod, le="+Inf") == 6
+    assert value(families, "redirector_connect_seconds_count", **pod) == 6
+    assert value(families, "redirector_connect_seconds_sum", **pod) == 31.5
+    assert (latency.quantile(0.5), latency.quantile(0.99)) == (16e-6, float("inf"))
+
+
+def test_followers_and_lost_events_are_told() -> None:
+    families = parsed(NodeStatus((), followers=2, events_lost=7))
+    assert value(families, "redirector_flow_followers") == 2
+    assert value(families, "redirector_flow_events_lost_total") == 7
 
 
 def test_the_node_tells_pods_by_mode_and_how_full_its_maps_are() -> None:
