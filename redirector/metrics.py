@@ -15,7 +15,6 @@ from prometheus_client.core import (
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
-from prometheus_client.utils import floatToGoString
 
 from redirector.datapath.layout import Counter
 from redirector.model import Mode
@@ -109,15 +108,23 @@ def _connections(status: NodeStatus) -> Iterator[Metric]:
         "Sockets, or directions of a connection, left to TCP instead of short-circuited, and why",
         labels=(*_POD, "reason"),
     )
+    withheld = CounterMetricFamily(
+        "redirector_withheld_options",
+        "Socket options that short-circuited sockets were not given",
+        labels=(*_POD, "option"),
+    )
     for pod in status.pods:
         for tally in pod.tallies:
             if tally.outcome is Outcome.PASSED:
                 passed.add_metric([*_names(pod), tally.reason], tally.count)
+            elif tally.outcome is Outcome.WITHHELD:
+                withheld.add_metric([*_names(pod), tally.reason], tally.count)
             else:
                 labels = [*_names(pod), pod.pod.mode, tally.outcome, tally.reason]
                 connections.add_metric(labels, tally.count)
     yield connections
     yield passed
+    yield withheld
 
 
 def _latency(status: NodeStatus) -> Iterator[Metric]:
@@ -129,7 +136,7 @@ def _latency(status: NodeStatus) -> Iterator[Metric]:
     for pod in status.pods:
         for kind, latency in pod.latencies.items():
             bounds = [pair for pair in latency.cumulative() if pair[0] in _BOUNDS]
-            buckets = [(floatToGoString(bound), n) for bound, n in bounds]
+            buckets = [(str(bound), n) for bound, n in bounds]
             family.add_metric(
                 [*_names(pod), kind.name.lower()],
                 [*buckets, ("+Inf", latency.count)],

@@ -53,6 +53,9 @@ def test_every_counter_of_connections_is_there_with_its_reason() -> None:
         reason = {**pod, "reason": tally.reason}
         if tally.outcome is Outcome.PASSED:
             assert value(families, "redirector_passed_total", **reason) == tally.count
+        elif tally.outcome is Outcome.WITHHELD:
+            option = {**pod, "option": tally.reason}
+            assert value(families, "redirector_withheld_options_total", **option) == tally.count
         else:
             verdict = {**reason, "mode": "ebpf", "verdict": tally.outcome}
             assert value(families, "redirector_connections_total", **verdict) == tally.count
