@@ -9,7 +9,7 @@ from ipaddress import ip_address
 import pytest
 import traces
 from agents import Ground, Running, until
-from test_enrollment import Phase, Traffic, traffic
+from traffic import Phase, Traffic, traffic
 
 from redirector.enrollment import Enrollment
 from redirector.model import Mode
