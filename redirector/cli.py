@@ -130,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     running = add("run", _run, "keep this node's pods steered as Kubernetes asks for it")
     running.declare = _declare_run
     add("takeover", _takeover, "put every pod on this version's programs, under traffic")
+    awaiting = add("await", _await, "hold a pod's start until its connections are steered")
+    awaiting.declare = _declare_await
     add("uninstall", _uninstall, "remove everything from this machine's kernel")
     shown = add("demo", _demo, "steer real pods through real Envoys and show it")
     shown.declare = _declare_demo
@@ -183,6 +185,18 @@ def _declare_run(parser: argparse.ArgumentParser) -> None:
     from redirector.agent import command
 
     command.add_arguments(parser)
+
+
+def _await(arguments: argparse.Namespace, context: Context) -> int:
+    from redirector import awaiting
+
+    return awaiting.run(arguments, context.out)
+
+
+def _declare_await(parser: argparse.ArgumentParser) -> None:
+    from redirector import awaiting
+
+    awaiting.add_arguments(parser)
 
 
 def _compare(arguments: argparse.Namespace, context: Context) -> int:
