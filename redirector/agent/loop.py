@@ -1,5 +1,6 @@
 """The agent's loop: look, compare, act; again when something changed, and now and then anyway."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +9,7 @@ from typing import Protocol
 
 from redirector import network
 from redirector.agent.execute import Executor
+from redirector.agent.log import say
 from redirector.agent.notes import Notes, Problem, Reason
 from redirector.agent.reconcile import Action, Known, Target, Verb, plan
 from redirector.enrollment import Enrollment
@@ -100,6 +102,8 @@ class Agent:
                 if self._follow(view, resyncing or not self.ready):
                     waits.append(self._clock() + _EXPECTING)
                 self.ready = True
+        if resyncing:
+            self._sweep()
         self.looked = self._clock()
         waits += [failure.until for failure in self.executor.failures.values()]
         return max(0.0, min(waits) - self._clock())
@@ -140,6 +144,13 @@ class Agent:
         for action in actions:
             if not self._stopping:
                 self.executor.carry_out(action)
+
+    def _sweep(self) -> None:
+        """Let go of what an older version's connections no longer need."""
+        try:
+            self._enrollment.sweep()
+        except RedirectorError as error:
+            say(logging.WARNING, "older programs stay", error=error)
 
     def _know(self, pod: PodObject, verdict: Verdict) -> Known:
         place = self._places.find(pod) if isinstance(verdict, Wish) else None

@@ -3,12 +3,16 @@
 The other versions are real ones: copies of this one with something changed.
 """
 
+import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -22,10 +26,11 @@ from typing import Any
 import probes
 import pytest
 import traces
+from sockets import pod_socket
 from traffic import Phase, Traffic, traffic
-from waiting import eventually
+from waiting import PATIENCE_S, eventually
 
-from redirector.datapath.layout import Side
+from redirector.datapath.layout import PodFlag, Side
 from redirector.datapath.pins import Datapath
 from redirector.lab import LabPod, Node
 from redirector.machine import ensure_bpffs
@@ -249,6 +254,70 @@ def test_a_takeover_that_is_killed_can_be_tried_again(node: Node, versions: Vers
         assert is_whole(versions.layout)
         versions.shipped.do("uninstall")
     assert traces.in_pod(there.pod) + traces.in_files(versions.pins, versions.shipped.state) == []
+
+
+def test_a_connection_on_its_way_arrives(node: Node, versions: Versions) -> None:
+    """Its SYN was steered by the older version and comes again, to the newer one's hook."""
+    pod = node.pod("pod")
+    cookie = netns_cookie(pod.netns)
+    newer = Datapath(versions.pins)
+
+    def marked() -> bool:
+        entry = newer.maps.pod(cookie)
+        return entry is not None and bool(entry.flags & PodFlag.TAKEOVER)
+
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(pod_socket(pod, sidecar=True))
+        listener.bind(("0.0.0.0", 15001))
+        listener.listen(0)
+        listener.settimeout(PATIENCE_S)  # a SYN comes again after 1, 3, 7, ... seconds
+        by(versions.layout)(pod)
+        clients = {n: stack.enter_context(pod_socket(pod)) for n in range(2)}
+        for n, client in clients.items():
+            client.setblocking(False)
+            client.connect_ex(("198.51.100.7", 8000 + n))
+        # One fits into the queue of a listener that accepts none yet.
+        assert connected(*clients.values()) == 1
+        versions.shipped.do("takeover")
+        assert marked()
+        originals = set()
+        for _ in clients:
+            accepted = stack.enter_context(listener.accept()[0])
+            raw = accepted.getsockopt(socket.SOL_IP, probes.SO_ORIGINAL_DST, 16)
+            originals.add(struct.unpack_from("!H", raw, 2)[0])
+        assert originals == {8000, 8001}
+        # All have been told of by now.
+        versions.shipped.do("takeover")
+        assert not marked()
+        assert generations(versions) == 2
+        refused = stack.enter_context(pod_socket(pod))
+        assert refused.connect_ex((pod.ip, 15001)) == errno.ECONNREFUSED
+    eventually("the older maps to go", lambda: gone(versions))
+    versions.shipped.do("unenroll", "pod")
+
+
+def connected(*clients: socket.socket) -> int:
+    """How many have an established connection."""
+    tcp_info, established = 11, 1  # linux/tcp.h, include/net/tcp_states.h
+    infos = (client.getsockopt(socket.IPPROTO_TCP, tcp_info, 1) for client in clients)
+    return sum(info[0] == established for info in infos)
+
+
+def gone(versions: Versions) -> bool:
+    versions.shipped.do("takeover")
+    return generations(versions) == 1
+
+
+def test_an_agent_of_another_version_takes_over(node: Node, versions: Versions) -> None:
+    with busy(node, by(versions.shipped)) as there:
+        agent = versions.layout.start("run", "--no-kubernetes")
+        try:
+            eventually("the takeover", lambda: is_whole(versions.layout))
+            there.check()
+        finally:
+            agent.terminate()
+            agent.communicate()
+    versions.layout.do("uninstall")
 
 
 def test_uninstall_finds_what_another_version_left(node: Node, versions: Versions) -> None:
