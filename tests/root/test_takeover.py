@@ -4,9 +4,7 @@ The other versions are real ones: copies of this one with something changed.
 """
 
 import contextlib
-import ctypes
 import errno
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,15 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import probes
 import pytest
 import traces
 from sockets import pod_socket
-from traffic import Phase, Traffic, traffic
+from traffic import Busy, Phase, both_ways, busy_pods
 from waiting import PATIENCE_S, eventually
 
 from redirector.datapath.layout import PodFlag, Side
@@ -35,7 +31,6 @@ from redirector.datapath.pins import Datapath
 from redirector.lab import LabPod, Node
 from redirector.machine import ensure_bpffs
 from redirector.network import netns_cookie
-from redirector.steering import Verdict
 
 pytestmark = pytest.mark.root
 
@@ -126,50 +121,14 @@ FLOW = '    c_name = "flow"\n    _fields_ = ('
 KEY = '    c_name = "flow_key"\n    _fields_ = ('
 
 
-@dataclass(frozen=True)
-class Busy:
-    """An enrolled pod under traffic from and to it."""
-
-    pod: LabPod
-    peer: LabPod
-    flows: tuple[Traffic, ...]
-    moment: Any
-
-    def check(self, rounds: int = 3) -> None:
-        """Until each has opened and asked that often from now on; a new connection is kept."""
-        self.moment.value = ((self.moment.value >> 2) + 1) << 2 | Phase.ENROLLED
-        before = [each.served.value for each in self.flows]
-
-        def flowed() -> bool:
-            for each in self.flows:
-                each.check()
-            return all(
-                each.served.value >= then + rounds
-                for each, then in zip(self.flows, before, strict=True)
-            )
-
-        eventually("traffic in both directions", flowed)
-
-
 @contextmanager
 def busy(node: Node, enroll: Callable[[LabPod], object]) -> Iterator[Busy]:
-    pod, peer = node.pod("pod"), node.pod("peer")
-    probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
-    for each in (pod, peer):
-        probes.start(each, [(Verdict.DIRECT, 80)])
+    """An enrolled pod under traffic from and to it."""
+    pod, peer = busy_pods(node)
     enroll(pod)
-    moment = multiprocessing.get_context("fork").Value(ctypes.c_uint64, Phase.ENROLLED)
-    with (
-        traffic(pod, addresses(peer), Verdict.OUTBOUND, moment, names=True) as outbound,
-        traffic(peer, addresses(pod), Verdict.INBOUND, moment, names=True) as inbound,
-    ):
-        made = Busy(pod, peer, (outbound, inbound), moment)
-        made.check()
+    with both_ways(pod, peer, Phase.ENROLLED, names=True) as made:
+        made.flow()
         yield made
-
-
-def addresses(pod: LabPod) -> list[Any]:
-    return [ip_address(pod.ip), ip_address(pod.ip6)]
 
 
 def by(version: Version) -> Callable[[LabPod], object]:
@@ -216,7 +175,9 @@ def test_versions_take_over_under_traffic(node: Node, versions: Versions) -> Non
             told = version.do("takeover")
             assert "pod pod taken over\n" in told
             assert ("still need an older version's maps" in told) == (standing > 1)
-            there.check()
+            # Connections of this version stay, too, through all that follow.
+            there.enter(Phase.ENROLLED)
+            there.flow()
             assert is_whole(version)
             assert generations(versions) == standing
             now = replies()
@@ -236,7 +197,7 @@ def test_a_takeover_that_is_killed_can_be_tried_again(node: Node, versions: Vers
     """At whatever moment it dies, the pod stays steered by the one version or the other."""
     chance = random.Random(7)
     with busy(node, by(versions.shipped)) as there:
-        for turn in range(9):
+        for turn in range(6):
             version = (versions.layout, versions.shipped, versions.programs)[turn % 3]
             process = version.start("takeover")
             time.sleep(chance.uniform(0.0, 1.2))
@@ -244,13 +205,14 @@ def test_a_takeover_that_is_killed_can_be_tried_again(node: Node, versions: Vers
             target = os.kill if turn % 2 else os.killpg
             target(process.pid, signal.SIGKILL)
             process.communicate()
-            there.check(1)
+            there.enter(Phase.ENROLLED)
+            there.flow(1)
             if turn % 4 == 2:
                 version.do("takeover")
                 assert is_whole(version)
-                there.check(1)
+                there.flow(1)
         versions.layout.do("takeover")
-        there.check()
+        there.flow()
         assert is_whole(versions.layout)
         versions.shipped.do("uninstall")
     assert traces.in_pod(there.pod) + traces.in_files(versions.pins, versions.shipped.state) == []
@@ -313,7 +275,7 @@ def test_an_agent_of_another_version_takes_over(node: Node, versions: Versions) 
         agent = versions.layout.start("run", "--no-kubernetes")
         try:
             eventually("the takeover", lambda: is_whole(versions.layout))
-            there.check()
+            there.flow()
         finally:
             agent.terminate()
             agent.communicate()

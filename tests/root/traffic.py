@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from ipaddress import ip_address
 from typing import Any
 
 import probes
+from waiting import eventually
 
-from redirector.lab import LabPod
+from redirector.lab import LabPod, Node
 from redirector.model import IPAddress
 from redirector.steering import Verdict
 
@@ -106,3 +108,54 @@ def traffic(
         process.kill()
         process.join()
         ours.close()
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A pod under traffic from and to it."""
+
+    pod: LabPod
+    flows: tuple[Traffic, Traffic]
+    moment: Any
+
+    def enter(self, phase: Phase) -> None:
+        """Say where connections may arrive from now on; of each moment new ones are kept."""
+        self.moment.value = ((self.moment.value >> 2) + 1) << 2 | phase
+
+    def flow(self, rounds: int = 3) -> None:
+        """Until each side has opened new ones and used all its open ones that often."""
+        before = [each.served.value for each in self.flows]
+
+        def flowed() -> bool:
+            for each in self.flows:
+                each.check()
+            return all(
+                each.served.value >= then + rounds
+                for each, then in zip(self.flows, before, strict=True)
+            )
+
+        eventually("traffic in both directions", flowed)
+
+
+def busy_pods(node: Node) -> tuple[LabPod, LabPod]:
+    """A pod with sidecar and application, and a peer with an application."""
+    pod, peer = node.pod("pod"), node.pod("peer")
+    probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
+    for each in (pod, peer):
+        probes.start(each, [(Verdict.DIRECT, PORT)])
+    return pod, peer
+
+
+@contextmanager
+def both_ways(pod: LabPod, peer: LabPod, phase: Phase, *, names: bool = False) -> Iterator[Busy]:
+    """Traffic from the pod to the peer and back, by IPv4 and IPv6."""
+    moment = multiprocessing.get_context("fork").Value(ctypes.c_uint64, phase)
+    with (
+        traffic(pod, _addresses(peer), Verdict.OUTBOUND, moment, names=names) as outbound,
+        traffic(peer, _addresses(pod), Verdict.INBOUND, moment, names=names) as inbound,
+    ):
+        yield Busy(pod, (outbound, inbound), moment)
+
+
+def _addresses(pod: LabPod) -> list[IPAddress]:
+    return [ip_address(pod.ip), ip_address(pod.ip6)]
