@@ -90,11 +90,14 @@ def run_in(
 ) -> "subprocess.CompletedProcess[str]":
     """Run a program in the namespace to its end; its output is captured as text.
 
-    Raises OSError when it cannot be started, subprocess.TimeoutExpired after `timeout` seconds.
+    It inherits what was made inheritable (`Records.locked`). Raises OSError when it cannot be
+    started, subprocess.TimeoutExpired after `timeout` seconds.
     """
 
     def run() -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            argv, input=stdin, capture_output=True, text=True, timeout=timeout, close_fds=False
+        )
 
     return within(netns, run)
 

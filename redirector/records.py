@@ -39,6 +39,9 @@ class Records:
                 continue
             with lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                # A program that we run holds it too: should we be killed, the next command waits
+                # for what that one is about to change.
+                os.set_inheritable(lock.fileno(), True)
                 # Whom we waited for may have been `clear`: then this lock is nobody's any more.
                 if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):
                     continue

@@ -17,6 +17,7 @@ from redirector.modes.iptables.programs import (
     read,
     read_packets,
     read_sets,
+    set_names,
 )
 from redirector.modes.iptables.tables import CHAINS, IPV4, IPV6, Family, Table
 from redirector.modes.iptables.transaction import State, all_sets, desired_state, kept_state
@@ -59,7 +60,7 @@ class IptablesMode:
                     commit(pod, family, state, before[family])
             # What made us fail is what the user must hear of.
             with contextlib.suppress(RedirectorError):
-                destroy_sets(pod, read_sets(pod).keys() - old)
+                destroy_sets(pod, set(set_names(pod)) - old)
             raise
         destroy_sets(pod, old - {each.name for each in new})
 
@@ -148,7 +149,7 @@ def _asked(states: Iterable[State]) -> frozenset[str]:
 def _drop_sets(pod: Pod, asked: Collection[str]) -> None:
     """Destroy all sets of ours, also those that an install left when it was killed."""
     try:
-        found = read_sets(pod)
+        found = set_names(pod)
     except (MachineError, DatapathError):
         # Without ipset no set was made.
         if asked or all_sets(desired_state(pod.steering, family) for family in _families()):

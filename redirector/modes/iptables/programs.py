@@ -38,6 +38,12 @@ def read_sets(pod: Pod) -> dict[str, frozenset[str]]:
     return sets.parse(_run(pod, ["ipset", "save"], package="ipset"))
 
 
+def set_names(pod: Pod) -> list[str]:
+    """Return the names of our sets."""
+    names = _run(pod, ["ipset", "list", "-name"], package="ipset").split()
+    return [name for name in names if name.startswith(sets.PREFIX)]
+
+
 def make_sets(pod: Pod, creation: str) -> None:
     _run(pod, ["ipset", "restore"], creation, package="ipset")
 
