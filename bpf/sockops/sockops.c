@@ -97,7 +97,6 @@ ALWAYS void leave_sockhash(struct bpf_sock_ops *ops, struct sock_state *state, s
 	sockets.delete(&flow->socket[state->side & 1]);
 	state->verdict = PASS;
 	state->flags |= FLOW_LEFT;
-	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
 }
 
 // What is in a socket's queue when it leaves the sockhash is lost.
@@ -129,7 +128,8 @@ ALWAYS void streams(struct bpf_sock_ops *ops)
 	struct flow *flow;
 	__u32 theirs;
 
-	if (!state || state->verdict != PASS)
+	// Others may want this callback: it is not turned off for those who have left.
+	if (!state || state->verdict != PASS || state->flags & FLOW_LEFT)
 		return;
 	if (!state->leaving_ns && ops->bytes_acked < MAX_UNREAD)
 		return;

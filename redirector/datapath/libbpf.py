@@ -32,6 +32,7 @@ class AttachType(IntEnum):
 
 BPF_ANY = 0
 BPF_NOEXIST = 1
+BPF_F_ALLOW_MULTI = 2
 
 
 @cache
@@ -70,6 +71,16 @@ def obj_pin(fd: int, path: Path) -> None:
 def prog_attach(prog: int, target: int, kind: AttachType) -> None:
     """Attaches without a link: sockhash verdicts have links only from Linux 6.10 on."""
     _check(_lib().bpf_prog_attach(prog, target, int(kind), 0), f"bpf_prog_attach {kind.name}")
+
+
+def prog_query(target: int, kind: AttachType) -> tuple[int, int]:
+    """How many programs are attached right here, not above, and by which flags."""
+    flags, count = ctypes.c_uint32(), ctypes.c_uint32()
+    _check(
+        _lib().bpf_prog_query(target, int(kind), 0, ctypes.byref(flags), None, ctypes.byref(count)),
+        f"bpf_prog_query {kind.name}",
+    )
+    return count.value, flags.value
 
 
 def link_create(prog: int, target: int, kind: AttachType) -> int:

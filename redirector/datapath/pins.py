@@ -17,6 +17,7 @@ from redirector.datapath.layout import LIMITS, Defect
 from redirector.datapath.libbpf import AttachType, Kind, LinkInfo
 from redirector.datapath.loading import run_loader
 from redirector.datapath.maps import Maps
+from redirector.datapath.neighbours import require_room
 from redirector.datapath.source import SIZES, build_id, layout_id
 from redirector.errors import DatapathError
 
@@ -149,6 +150,8 @@ class Datapath:
             with libbpf.opened(self.programs / hook) as program:
                 if before is None or before.target != target.stat().st_ino:
                     self.detach(pod, hook)
+                    if kind is not AttachType.SK_LOOKUP:
+                        require_room(f"pod {pod}: {hook} on {target}", kind, target)
                     _pin_new_link(program, kind, target, pin)
                 elif before.program != libbpf.object_id(program).id:
                     with libbpf.opened(pin) as link:
