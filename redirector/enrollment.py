@@ -219,6 +219,10 @@ class Enrollment:
         """The records of all enrolled pods, by name."""
         return self._records.all()
 
+    def readable(self) -> list[Pod]:
+        """Those of `pods` whose records can be read."""
+        return self._records.readable()
+
     def keep_problems(self, problems: Mapping[str, str]) -> None:
         """Keep what the agent could not do, by pod, for `status` to tell."""
         self._records.keep_problems(problems)

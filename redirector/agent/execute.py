@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from redirector.agent.log import say
+from redirector.agent.log import LOG, say
 from redirector.agent.reconcile import Action, Verb
 from redirector.enrollment import Enrollment
 from redirector.errors import RedirectorError
@@ -70,7 +70,7 @@ class Executor:
             known = failure is not None and failure.text == text
             self.failures[action.name] = Failure(action, text, backoff, until)
             if not isinstance(error, RedirectorError) and not known:
-                logging.getLogger("redirector.agent").exception("a bug: please report it")
+                LOG.exception("a bug: please report it")
             return
         self.failures.pop(action.name, None)
         self.done[action.verb] += 1

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from redirector import network
 from redirector.agent.execute import Executor
-from redirector.agent.log import say
+from redirector.agent.log import LOG, say
 from redirector.agent.notes import Notes, Problem, Reason
 from redirector.agent.reconcile import Action, Known, Target, Verb, plan
 from redirector.enrollment import Enrollment
@@ -22,6 +22,7 @@ from redirector.model import Mode, Pod
 
 #: Seconds between two looks, however much changes; and while a pod that is asked for is not there.
 _PAUSE, _EXPECTING = 0.05, 0.25
+_AFTER_ERROR = 5.0
 
 
 class Source(Protocol):
@@ -81,7 +82,12 @@ class Agent:
         """Look and act until `stop`."""
         while not self._stopping:
             self._changed.clear()
-            wait = self.step()
+            try:
+                wait = self.step()
+            except Exception as error:
+                # Pods stay steered without us, but an agent that has ended repairs nothing.
+                LOG.exception("a look failed: %s", error)
+                wait = _AFTER_ERROR
             if not self._stopping:
                 self._changed.wait(wait)
             if not self._stopping:
@@ -109,7 +115,7 @@ class Agent:
         return max(0.0, min(waits) - self._clock())
 
     def _keep_whole(self, resyncing: bool) -> None:
-        incomplete = self._incomplete(self._enrollment.pods(), resyncing)
+        incomplete = self._incomplete(self._enrollment.readable(), resyncing)
         self._act(
             [
                 Action(Verb.REPAIR, name, f"lacks {', '.join(parts)}")
@@ -121,7 +127,7 @@ class Agent:
     def _follow(self, view: View, resyncing: bool) -> bool:
         """Return whether a pod that is asked for has no process yet."""
         verdicts = desired(view.pods, view.namespaces, self._settings.default)
-        records = self._enrollment.pods()
+        records = self._enrollment.readable()
         by_hand = {record.name for record in records if not record.uid}
         for name, verdict in verdicts.items():
             if name in by_hand and isinstance(verdict, Wish):

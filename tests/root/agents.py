@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -92,10 +92,10 @@ class Ground:
     pods: dict[str, LabPod] = field(default_factory=dict)
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def start(self, *options: str, kubernetes: bool = True) -> Running:
-        """An agent; it looks at the kernel every half second."""
+    def start(self, *options: str, kubernetes: bool = True, under: Sequence[str] = ()) -> Running:
+        """An agent; it looks at the kernel every half second. `under` is a program to start it."""
         source = ["--api-server", self.server.url, "--node", "node-1"]
-        command = [sys.executable, "-m", "redirector.cli", "run", "--log", "json"]
+        command = [*under, sys.executable, "-m", "redirector.cli", "run", "--log", "json"]
         command += ["--metrics", "127.0.0.1:0", "--cgroup-root", str(self.node.cgroup)]
         command += ["--resync", "0.5", *(source if kubernetes else ["--no-kubernetes"]), *options]
         with self.log.open("w") as log:

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import agent_manifests
 import apiserver
 import pytest
 from agents import PORT, UID, Ground, until
@@ -146,6 +147,32 @@ def test_a_mistyped_annotation_refuses_its_pod(field: Ground) -> None:
     until(lambda: field.records.problems() == {})
     assert field.verdict("bad", peer) is Verdict.OUTBOUND
     assert len(field.server.events) == 2
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_what_its_manifest_grants_is_all_it_needs(field: Ground, mode: Mode) -> None:
+    """Its capabilities, loading the programs included, and its calls of the API server."""
+    peer = field.pod("peer", 0)
+    field.pod("pod", 1)
+    field.pod("bad", 2)
+    field.tell("pod", 1, mode=mode)
+    field.tell("bad", 2, mode="on")
+    field.pins = field.pins.with_name(f"{field.pins.name}-own")
+    try:
+        kept = ",".join(f"+{name.lower()}" for name in agent_manifests.capabilities())
+        agent = field.start(under=["setpriv", f"--bounding-set=-all,{kept}"])
+        field.until_mode("pod", mode)
+        assert field.verdict("pod", peer) is Verdict.OUTBOUND
+        until(lambda: field.server.events)
+        field.pods["pod"].run(["iptables", "-t", "nat", "-F"], check=True)
+        field.tell("pod", 1, mode="none")
+        field.until_mode("pod", None)
+        assert field.verdict("pod", peer) is Verdict.DIRECT
+        asked = {(request.verb, request.resource) for request in field.server.requests}
+        assert asked == agent_manifests.allowed()
+        agent.stop()
+    finally:
+        Datapath(field.pins).unload()
 
 
 def test_an_api_server_that_misbehaves_removes_nothing(field: Ground) -> None:
