@@ -21,7 +21,8 @@ def cgroup2_mount(mountinfo: Path = MOUNTINFO) -> Path:
     """Where the cgroup2 hierarchy is mounted (proc_pid_mountinfo(5)).
 
     On a hybrid machine it is not /sys/fs/cgroup. A mount of a subtree counts only when no mount
-    shows more of the hierarchy. Raises MachineError when there is none.
+    shows more of the hierarchy: in a container, the node's own shows "/.." or the like as its root
+    (cgroup_namespaces(7)). Raises MachineError when there is none.
     """
     found = _mounts("cgroup2", mountinfo)
     if not found:
@@ -29,7 +30,7 @@ def cgroup2_mount(mountinfo: Path = MOUNTINFO) -> Path:
             "cgroup2 is not mounted on this machine; "
             "mount it: mount -t cgroup2 none /sys/fs/cgroup/unified"
         )
-    return min(found, key=lambda mount: len(mount[0]))[1]
+    return min(found, key=lambda mount: (-mount[0].count("/.."), len(mount[0])))[1]
 
 
 def bpffs_mount(mountinfo: Path = MOUNTINFO) -> Path | None:

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from redirector.check import run
-from redirector.machine import BPFFS
+from redirector.lab import Node
+from redirector.machine import BPFFS, cgroup2_mount
 
 pytestmark = pytest.mark.root
 
@@ -18,6 +19,17 @@ def test_this_machine_has_all_that_is_needed() -> None:
     out = io.StringIO()
     assert run(out) == 0, out.getvalue()
     assert "\nwarn " not in out.getvalue()
+
+
+def test_a_container_sees_the_nodes_cgroups(node: Node) -> None:
+    """In a cgroup namespace of its own the node's mount is not the one that begins at `/`."""
+    mount = cgroup2_mount()
+    script = f'echo $$ > {node.cgroup}/cgroup.procs; exec unshare --cgroup --mount "$@"'
+    inner = 'd=$(mktemp -d); mount -t cgroup2 none $d; "$@"; umount $d; rmdir $d'
+    look = "from redirector.machine import *; print(cgroup2_mount())"
+    argv = ["sh", "-c", script, "sh", "sh", "-c", inner, "sh", sys.executable, "-c", look]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert done.stdout.strip() == str(mount), done.stderr
 
 
 def test_bpffs_is_mounted_where_it_is_not() -> None:

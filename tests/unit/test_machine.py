@@ -48,6 +48,13 @@ def test_cgroup2_is_the_mount_of_the_whole_hierarchy(mountinfo: Path) -> None:
     assert cgroup2_mount(mountinfo) == Path("/sys/fs/cgroup/uni fied")
 
 
+def test_in_a_container_cgroup2_is_the_nodes_own(mountinfo: Path) -> None:
+    nodes = "44 30 0:38 /../../.. /host/cgroup rw - cgroup2 cgroup2 rw\n"
+    parents = "45 30 0:38 /.. /mnt/parent rw - cgroup2 cgroup2 rw\n"
+    mountinfo.write_text(HYBRID + nodes + parents)
+    assert cgroup2_mount(mountinfo) == Path("/host/cgroup")
+
+
 def test_no_cgroup2(mountinfo: Path) -> None:
     mountinfo.write_text("".join(HYBRID.splitlines(keepends=True)[:3]))
     with pytest.raises(MachineError, match="mount -t cgroup2"):
