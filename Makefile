@@ -1,7 +1,7 @@
 # Every target does its own set-up, again and again without harm.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernel compare check fmt clean
+.PHONY: help setup demo test test-kernel compare bench-node check fmt clean
 
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -28,6 +28,9 @@ test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulato
 
 compare: setup ## the latency comparison of both modes
 	@$(BIN)/redirector compare $(ARGS)
+
+bench-node: setup ## what enrolled pods cost a node: time, memory, new connections
+	@$(BIN)/python -m redirector.bench.command $(ARGS)
 
 check: setup ## lint, types, import rules, C format (changes nothing)
 	@$(BIN)/ruff check .
