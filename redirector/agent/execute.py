@@ -22,6 +22,8 @@ class Failure:
 
     action: Action
     text: str
+    #: How often in a row.
+    count: int
     backoff: Backoff
     until: float
 
@@ -68,7 +70,8 @@ class Executor:
             if not isinstance(error, RedirectorError):
                 text = f"pod {action.name}: {type(error).__name__}: {error}"
             known = failure is not None and failure.text == text
-            self.failures[action.name] = Failure(action, text, backoff, until)
+            count = failure.count + 1 if failure else 1
+            self.failures[action.name] = Failure(action, text, count, backoff, until)
             if not isinstance(error, RedirectorError) and not known:
                 LOG.exception("a bug: please report it")
             return

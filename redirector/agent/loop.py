@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from redirector import network
 from redirector.agent.execute import Executor
 from redirector.agent.log import LOG, say
 from redirector.agent.notes import Notes, Problem, Reason
@@ -23,6 +22,8 @@ from redirector.model import Mode, Pod
 #: Seconds between two looks, however much changes; and while a pod that is asked for is not there.
 _PAUSE, _EXPECTING = 0.05, 0.25
 _AFTER_ERROR = 5.0
+#: After so long a pod that runs and is not found is a mistake of somebody's.
+_LOST = 10.0
 
 
 class Source(Protocol):
@@ -63,6 +64,8 @@ class Agent:
         self._settings = settings
         self._clock = clock
         self._next_resync = clock()
+        #: Since when (clock) a pod that runs, by UID, has not been found.
+        self._unseen: dict[str, float] = {}
         #: Set, by any thread, when there is something new to look at.
         self._changed = changed
         self._stopping = False
@@ -98,6 +101,7 @@ class Agent:
         resyncing = self._clock() >= self._next_resync
         if resyncing:
             self._next_resync = self._clock() + self._settings.resync
+            self._places.forget()
         waits = [self._next_resync]
         if self._source is None:
             self._keep_whole(resyncing)
@@ -137,13 +141,34 @@ class Agent:
             plan(
                 known,
                 records,
-                {record.name for record in records if populated(record.cgroup)},
+                {r.name for r in records if r.name not in known and populated(r.cgroup)},
                 self._incomplete(records, resyncing),
             )
         )
         refusals = [verdict for verdict in verdicts.values() if isinstance(verdict, Refusal)]
-        self._note(refusals, {pod.full_name: pod for pod in view.pods})
-        return any(isinstance(each.verdict, Wish) and not each.target for each in known.values())
+        expected = [
+            each.verdict.pod
+            for each in known.values()
+            if isinstance(each.verdict, Wish) and each.target is None
+        ]
+        self._note(refusals, {pod.full_name: pod for pod in view.pods}, self._lost(expected))
+        return bool(expected)
+
+    def _lost(self, expected: Iterable[PodObject]) -> list[Problem]:
+        """Those whose containers run, says the API server, and that are not on this node."""
+        now = self._clock()
+        running = [pod for pod in expected if pod.running]
+        self._unseen = {pod.uid: self._unseen.get(pod.uid, now) for pod in running}
+        return [
+            Problem(
+                pod.full_name,
+                Reason.FAILED,
+                f"pod {pod.full_name}: runs on this node, but no cgroup of UID {pod.cgroup_uid} "
+                f"with a network of its own is below {self._places.cgroups}; see --cgroup-root",
+            )
+            for pod in running
+            if now - self._unseen[pod.uid] >= _LOST
+        ]
 
     def _act(self, actions: list[Action]) -> None:
         self.executor.forget_but(action.name for action in actions)
@@ -180,12 +205,20 @@ class Agent:
                 found[record.name] = missing
         return found
 
-    def _note(self, refusals: Iterable[Refusal], pods: Mapping[str, PodObject]) -> None:
+    def _note(
+        self,
+        refusals: Iterable[Refusal],
+        pods: Mapping[str, PodObject],
+        lost: Iterable[Problem] = (),
+    ) -> None:
         problems = [Problem(r.pod.full_name, Reason.REFUSED, r.text) for r in refusals]
         problems += [
             Problem(name, Reason.FAILED, failure.text)
             for name, failure in self.executor.failures.items()
+            # What is put right at the second try is not worth a word.
+            if failure.count > 1
         ]
+        problems += lost
         self.notes.take(problems, pods)
 
     def _tell(self, pod: PodObject, reason: str, text: str) -> None:
@@ -202,16 +235,12 @@ def _taken(wish: Wish) -> Refusal:
     )
 
 
-def _target(wish: Wish, place: Place) -> Target | None:
-    try:
-        cookie = network.netns_cookie(place.netns)
-    except RedirectorError:  # its process has ended meanwhile
-        return None
+def _target(wish: Wish, place: Place) -> Target:
     return Target(
         uid=wish.pod.uid,
         cgroup=place.cgroup,
         netns=place.netns,
-        netns_cookie=cookie,
+        netns_cookie=place.netns_cookie,
         mode=wish.mode,
         accelerate=wish.accelerate,
         steering=wish.steering,

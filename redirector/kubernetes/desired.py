@@ -13,6 +13,8 @@ from redirector.model import Accelerate, Mode, Steering
 MODE, ACCELERATE = "mode", "accelerate"
 #: The value of the mode annotation that asks for no steering.
 NONE = "none"
+#: Kubernetes' own: there the agent's default asks for nothing, only an annotation does.
+SYSTEM = frozenset({"kube-system", "kube-public", "kube-node-lease"})
 _NAMES = (MODE, ACCELERATE, *(option.name for option in options.OPTIONS))
 
 
@@ -61,6 +63,8 @@ def _judge(pod: PodObject, namespace: NamespaceObject | None, default: Mode | No
     inherits = MODE not in pod.annotations
     if inherits and namespace is None:
         return None
+    if pod.namespace in SYSTEM:
+        default = None
     try:
         mode = _mode(pod, namespace if inherits else None, default)
         _check_names(pod)

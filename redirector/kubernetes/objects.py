@@ -31,6 +31,8 @@ class PodObject:
     host_network: bool = False
     #: Whether its containers have ended for good.
     finished: bool = False
+    #: Whether at least one of them runs.
+    running: bool = False
     addresses: tuple[IPAddress, ...] = ()
     #: The UID in its cgroup's name; a static pod's is not that of its mirror.
     cgroup_uid: str = ""
@@ -67,6 +69,7 @@ def read_pod(value: Mapping[str, Any]) -> PodObject:
         annotations=_annotations(metadata),
         host_network=spec.get("hostNetwork") is True,
         finished=status.get("phase") in _FINISHED,
+        running=status.get("phase") == "Running",
         addresses=_addresses(status),
         cgroup_uid=str(_mapping(metadata, "annotations").get(_MIRROR) or uid),
     )

@@ -31,39 +31,62 @@ class Place:
 
     cgroup: Path
     netns: Path
-    #: Of the namespace, while it lives.
+    netns_cookie: int
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """The process that a place was found by, and what was known of the pod then."""
+
+    pid: int
+    started: int
     inode: int
+    addresses: tuple[IPAddress, ...]
+    place: Place
 
 
 class Places:
     """The node's pods. `cgroups` is the cgroup2 mount; `proc` must show the node's processes."""
 
     def __init__(self, cgroups: Path, proc: Path = Path("/proc")) -> None:
-        self._cgroups = cgroups
+        self.cgroups = cgroups
         self._proc = proc
         self._known: dict[str, Path] = {}
+        self._guides: dict[str, _Guide] = {}
 
     def cgroup(self, uid: str) -> Path | None:
         """The directory of a pod's cgroup; None while it has none."""
         uid = _normal(uid)
         known = self._known.get(uid)
         if known is None or not known.is_dir():
-            self._known = dict(_pods(self._cgroups))
+            self._known = dict(_pods(self.cgroups))
             known = self._known.get(uid)
         return known
 
     def find(self, pod: PodObject) -> Place | None:
-        """The pod's place; None until its first process runs in a namespace of its own."""
+        """The pod's place; None until its first process runs in a namespace of its own.
+
+        Cheap while the process lives that it was found by.
+        """
+        guide = self._guides.get(pod.cgroup_uid)
+        if guide is not None and guide.addresses == pod.addresses and self._lives(guide):
+            return guide.place
         cgroup = self.cgroup(pod.cgroup_uid)
-        if cgroup is None:
+        guide = None if cgroup is None else self._guide(cgroup, pod.addresses)
+        if guide is None:
+            self._guides.pop(pod.cgroup_uid, None)
             return None
-        netns = self._netns(cgroup, pod.addresses)
-        return None if netns is None else Place(cgroup, *netns)
+        self._guides[pod.cgroup_uid] = guide
+        return guide.place
+
+    def forget(self) -> None:
+        """Look for every pod anew from now on."""
+        self._guides.clear()
 
     def again(self, record: Pod) -> Path:
         """Another path to an enrolled pod's namespace, should the process of its own have ended."""
         for pid in processes(record.cgroup):
-            path = self._proc / str(pid) / "ns/net"
+            path = self._path(pid)
             try:
                 if network.netns_cookie(path) == record.netns_cookie:
                     return path
@@ -71,25 +94,38 @@ class Places:
                 continue
         return record.netns
 
-    def _netns(self, cgroup: Path, addresses: tuple[IPAddress, ...]) -> tuple[Path, int] | None:
+    def _guide(self, cgroup: Path, addresses: tuple[IPAddress, ...]) -> _Guide | None:
         # The oldest process is the sandbox's own, or of its first container; a container may make
         # namespaces of its own, and a process that entered the node's is nobody's guide.
-        found: dict[int, Path] = {}
+        found: dict[int, tuple[int, int]] = {}
         node = {self._inode(Path("/proc/self/ns/net")), self._inode(self._proc / "1/ns/net")}
-        for pid in sorted(processes(cgroup), key=self._started):
-            path = self._proc / str(pid) / "ns/net"
-            inode = self._inode(path)
+        for started, pid in sorted((self._started(pid), pid) for pid in processes(cgroup)):
+            inode = self._inode(self._path(pid))
             if inode is not None and inode not in node:
-                found.setdefault(inode, path)
-        if len(found) > 1 and addresses:
-            for inode, path in found.items():
-                if self._has(path, addresses):
-                    return path, inode
-        return next(((path, inode) for inode, path in found.items()), None)
+                found.setdefault(inode, (pid, started))
+        several = len(found) > 1 and addresses
+        fitting = [inode for inode in found if several and self._has(found[inode][0], addresses)]
+        for inode in (*fitting, *found):
+            pid, started = found[inode]
+            try:
+                cookie = network.netns_cookie(self._path(pid))
+            except RedirectorError:  # the process has ended meanwhile
+                continue
+            return _Guide(pid, started, inode, addresses, Place(cgroup, self._path(pid), cookie))
+        return None
 
-    def _has(self, netns: Path, addresses: tuple[IPAddress, ...]) -> bool:
+    def _lives(self, guide: _Guide) -> bool:
+        return (
+            self._started(guide.pid) == guide.started
+            and self._inode(self._path(guide.pid)) == guide.inode
+        )
+
+    def _path(self, pid: int) -> Path:
+        return self._proc / str(pid) / "ns/net"
+
+    def _has(self, pid: int, addresses: tuple[IPAddress, ...]) -> bool:
         try:
-            return not set(addresses).isdisjoint(network.addresses(netns))
+            return not set(addresses).isdisjoint(network.addresses(self._path(pid)))
         except RedirectorError:  # its process ended meanwhile
             return False
 
@@ -100,16 +136,13 @@ class Places:
         except OSError:
             return None
 
-    def _started(self, pid: int) -> tuple[int, int]:
-        """When a process began, in clock ticks (field 22 of proc_pid_stat(5)); last when it ended.
-
-        Within a tick by its number.
-        """
+    def _started(self, pid: int) -> int:
+        """When a process began, in clock ticks (proc_pid_stat(5), field 22); last when it ended."""
         try:
             stat = (self._proc / str(pid) / "stat").read_text()
-            return int(stat.rpartition(")")[2].split()[19]), pid
+            return int(stat.rpartition(")")[2].split()[19])
         except (OSError, IndexError, ValueError):
-            return 1 << 63, pid
+            return 1 << 63
 
 
 def processes(cgroup: Path) -> list[int]:

@@ -240,6 +240,19 @@ def test_a_pod_is_found_again_when_its_first_process_ends(field: Ground) -> None
     assert field.verdict("pod", peer) == "ECONNREFUSED"
 
 
+def test_a_pod_that_cannot_be_found_is_told_of(field: Ground) -> None:
+    """Kubelets may have their cgroups elsewhere; that must not look like an idle agent."""
+    field.pod("pod", 1)
+    field.tell("pod", 1, mode="ebpf")
+    elsewhere = field.node.pod("elsewhere").cgroup
+    agent = field.start("--cgroup-root", str(elsewhere))
+    until(field.records.problems, field.log.read_text)
+    (text,) = field.records.problems().values()
+    assert f"no cgroup of UID {UID % 1} with a network of its own is below {elsewhere}" in text
+    assert len(agent.said("--cgroup-root")) == 1
+    assert field.mode("pod") is None
+
+
 def test_a_sandbox_that_is_made_anew(field: Ground) -> None:
     """The same pod in another namespace: its cgroup stays, every process is another."""
     peer = field.pod("peer", 0)

@@ -107,6 +107,15 @@ def test_the_nodes_own_network_is_never_steered() -> None:
     )
 
 
+def test_the_default_is_not_for_the_cluster_itself() -> None:
+    """A cluster whose DNS waits for a sidecar that it does not have is no cluster."""
+    system = replace(pod(), namespace="kube-system")
+    namespaces = {"kube-system": NamespaceObject("kube-system", {})}
+    assert desired([system], namespaces, Mode.EBPF) == {"kube-system/web": Rest.NOT_ASKED}
+    asked = replace(system, annotations={"mode": "ebpf"})
+    assert isinstance(desired([asked], namespaces, None)["kube-system/web"], Wish)
+
+
 def test_a_finished_pod_is_released() -> None:
     for phase in ("Succeeded", "Failed"):
         value = pod_json("web", "uid-1", annotations={"mode": "ebpf"})
