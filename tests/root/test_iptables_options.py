@@ -3,6 +3,7 @@
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from ipaddress import IPv4Network, ip_address, ip_network
 import probes
 import pytest
 from links import second_link
+from waiting import eventually
 from xtables import as_pod, saved
 
 from redirector.lab import LabPod, Node
@@ -155,6 +157,77 @@ def test_a_socket_that_asked_before_follows_every_change(world: World) -> None:
                 assert "REDIRECTOR_DNS" not in saved(world.pod)
                 assert ask_on(one) == Verdict.DIRECT
                 assert probes.echo(kept, b"still here") == b"still here"
+
+
+def test_an_answer_on_its_way_arrives_after_removal(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("redirector.modes.iptables.driver.DRAIN_SECONDS", probes.TIMEOUT)
+    lab, resolver = node.pod("pod"), node.pod("resolver")
+    target = (resolver.ip, 53)
+    pod = as_pod(lab, Steering(dns_capture=True, dns_servers=None))
+
+    def datagrams() -> socket.socket:
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        made.settimeout(probes.TIMEOUT)
+        return made
+
+    with (
+        within(lab.netns, datagrams) as sidecar,
+        within(lab.netns, datagrams) as app,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        sidecar.bind(("127.0.0.1", 15053))
+        DRIVER.install(pod)
+        app.sendto(b"who?", target)
+        _, client = sidecar.recvfrom(100)
+        removal = pool.submit(DRIVER.remove, pod)
+        eventually("the removal of rules", lambda: "REDIRECTOR_OUTPUT" not in saved(lab))
+        assert not removal.done()
+        # Nobody's question is captured any more, though an answer is still awaited.
+        probes.start(resolver, [(Verdict.DIRECT, 53)])
+        assert lab.call(probes.dial, [direct_question(resolver)])[0].verdict == Verdict.DIRECT
+        sidecar.sendto(b"I.", client)
+        assert app.recvfrom(100) == (b"I.", target)
+        removal.result(timeout=probes.TIMEOUT)
+    assert "REDIRECTOR" not in saved(lab)
+
+
+def direct_question(resolver: LabPod) -> probes.Call:
+    return probes.Call(ip_address(resolver.ip), 53, protocol=UDP)
+
+
+def test_dns_over_tcp_that_is_open_survives_removal(world: World) -> None:
+    pod = as_pod(world.pod, Steering(dns_capture=True, dns_servers=world.resolvers))
+    for resolver in (world.resolver.ip, world.resolver.ip6):
+        DRIVER.install(pod)
+        call = probes.Call(ip_address(resolver), 53)
+        connection, arrival = within(world.pod.netns, partial(probes.connect, call))
+        with connection:
+            assert arrival.verdict == Verdict.DNS
+            DRIVER.remove(pod)
+            assert probes.echo(connection, b"still here") == b"still here"
+            assert world.verdicts(resolver) == [Verdict.DIRECT] * 2
+
+
+def test_missing_names_what_of_other_tables_somebody_took_away(world: World) -> None:
+    pod = as_pod(
+        world.pod, Steering(dns_capture=True, dns_servers=world.resolvers, drop_invalid=True)
+    )
+    DRIVER.install(pod)
+    world.pod.run(["iptables", "-t", "raw", "-F", "OUTPUT"], check=True)
+    world.pod.run(["ip6tables", "-t", "raw", "-D", "REDIRECTOR_DNS", "1"], check=True)
+    world.pod.run(["ip6tables", "-t", "mangle", "-F"], check=True)
+    assert DRIVER.missing(pod) == [
+        "IPv4 jump from chain OUTPUT of table raw",
+        "IPv6 rule dns-answer in chain REDIRECTOR_DNS",
+        "IPv6 rule drop-invalid in chain REDIRECTOR_DROP",
+        "IPv6 jump from chain PREROUTING of table mangle",
+    ]
+    DRIVER.install(pod)
+    assert DRIVER.missing(pod) == []
+    DRIVER.remove(pod)
+    assert "REDIRECTOR" not in saved(world.pod)
 
 
 @pytest.mark.parametrize(
