@@ -75,23 +75,30 @@ ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 
 	return SK_DROP;
 }
 
-// An address that enrolment did not find: link-local, or newer. This hook cannot tell the pod by
-// its namespace, hence neither its lists nor its counters. What the pod sends to itself goes on;
-// what comes from outside must not get past the sidecar.
-ALWAYS int unknown_address(const struct flow_key *key)
+// The netns cookie of the pod that this copy of the program is for; no helper tells it here. The
+// mark is replaced before a copy is loaded (redirector/datapath/instructions.py).
+ALWAYS __u64 own_netns(void)
 {
-	bool inside = is_loopback(&key->server) || is_loopback(&key->client) ||
-		      same(&key->server, &key->client);
+	__u64 netns;
 
-	return inside ? SK_PASS : SK_DROP;
+	asm volatile("%0 = %1 ll" : "=r"(netns) : "i"(NETNS_MARK));
+	return netns;
+}
+
+// The kernel drops packets from outside that claim one of our own addresses as source.
+ALWAYS bool is_own(struct address *ip, __u64 netns)
+{
+	__u64 *owner = pods_by_address.lookup(ip);
+
+	return owner && *owner == netns;
 }
 
 ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 {
+	__u64 netns = own_netns();
 	struct flow_key key = {};
 	struct flow *flow;
 	struct pod *pod;
-	__u64 *owner, *sender, netns;
 	bool sidecars;
 
 	if (ctx->protocol != IPPROTO_TCP)
@@ -103,10 +110,9 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 		COPY_WORDS(key.server.word, ctx->local_ip6);
 		COPY_WORDS(key.client.word, ctx->remote_ip6);
 	}
-	owner = pods_by_address.lookup(&key.server);
-	if (!owner)
-		return unknown_address(&key);
-	netns = *owner;
+	// Nobody outside gets there.
+	if (is_loopback(&key.server))
+		return SK_PASS;
 	pod = pods.lookup(&netns);
 	if (!pod)
 		return SK_PASS;
@@ -121,9 +127,8 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 		if (flow && flow->client_netns == netns && flow->flags & FLOW_STEERED)
 			return SK_PASS;
 	}
-	// The kernel drops packets from outside that claim one of our own addresses as source.
-	sender = pods_by_address.lookup(&key.client);
-	if (!is_loopback(&key.client) && (!sender || *sender != netns))
+	if (!is_loopback(&key.client) && !same(&key.client, &key.server) &&
+	    !is_own(&key.client, netns))
 		return from_outside(ctx, pod, netns, &key);
 	// A sidecar that is told of no original destination leads it nowhere.
 	if (!sidecars || pod->flags & POD_TAKEOVER)

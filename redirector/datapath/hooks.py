@@ -16,6 +16,8 @@ CONNECT_HOOKS: tuple[tuple[str, AttachType], ...] = (
     ("connect4", AttachType.CGROUP_INET4_CONNECT),
     ("connect6", AttachType.CGROUP_INET6_CONNECT),
 )
+#: Its program is made for each pod, from the code that is pinned under the hook's name.
+PER_POD = INBOUND_HOOK[0]
 #: What decides about new connections: at any moment of one generation only.
 DECIDING_HOOKS = (INBOUND_HOOK, *CONNECT_HOOKS)
 ALL_HOOKS = (*CGROUP_HOOKS, *DECIDING_HOOKS)

@@ -176,11 +176,20 @@ class _ProgramInfo(ctypes.Structure):
         ("skipped", ctypes.c_uint8 * 44),
         ("nr_map_ids", ctypes.c_uint32),
         ("map_ids", ctypes.c_uint64),
+        ("name", ctypes.c_char * 16),
     )
 
 
-def maps_of(program: int) -> frozenset[int]:
-    """Ids of the maps that the program of this id uses."""
+class ProgramInfo(NamedTuple):
+    """What the kernel knows of a loaded program."""
+
+    name: str
+    maps: frozenset[int]
+    """Ids of those that it uses."""
+
+
+def program_info(program: int) -> ProgramInfo:
+    """Of the program of this id (bpf_prog_get_fd_by_id, bpf_obj_get_info_by_fd)."""
     fd = _check(_lib().bpf_prog_get_fd_by_id(program), f"program {program}")
     try:
         room = (ctypes.c_uint32 * 64)()
@@ -188,9 +197,39 @@ def maps_of(program: int) -> frozenset[int]:
         size = ctypes.c_uint32(ctypes.sizeof(info))
         failed = _lib().bpf_obj_get_info_by_fd(fd, ctypes.byref(info), ctypes.byref(size))
         _check(failed, "program info")
-        return frozenset(room[: info.nr_map_ids])
+        return ProgramInfo(info.name.decode(), frozenset(room[: info.nr_map_ids]))
     finally:
         os.close(fd)
+
+
+class _LoadOptions(ctypes.Structure):
+    """The beginning of struct bpf_prog_load_opts, bpf/bpf.h."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("expected_attach_type", ctypes.c_int),
+    )
+
+
+def prog_load(name: str, kind: int, attach: AttachType, code: bytes) -> int:
+    """A descriptor of the program; `name` has 15 letters at most (bpf_prog_load)."""
+    options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=int(attach))
+    count = ctypes.c_size_t(len(code) // 8)
+    loaded = _lib().bpf_prog_load(kind, name.encode(), b"GPL", code, count, ctypes.byref(options))
+    return _check(loaded, f"bpf_prog_load {name}")
+
+
+def map_create_array(name: str, value: bytes) -> int:
+    """A descriptor of a map that keeps one value (bpf_map_create, BPF_MAP_TYPE_ARRAY)."""
+    array = 2
+    fd = _check(_lib().bpf_map_create(array, name.encode(), 4, len(value), 1, None), f"map {name}")
+    try:
+        map_update(fd, bytes(4), value)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def is_alive(identity: ObjectId) -> bool:

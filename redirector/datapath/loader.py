@@ -20,8 +20,8 @@ from pathlib import Path
 from bcc import BPF, lib
 
 from redirector.datapath import generation, libbpf, selftest
-from redirector.datapath.hooks import SOCKHASH_HOOKS
-from redirector.datapath.instructions import relocated
+from redirector.datapath.hooks import PER_POD, SOCKHASH_HOOKS
+from redirector.datapath.instructions import portable, relocated
 from redirector.datapath.layout import SELF_TEST, About, Defect
 from redirector.datapath.source import (
     SIZES,
@@ -46,6 +46,7 @@ MAPS = (
     "followers",
     "following",
     "lost_events",
+    "arrivals",
 )
 
 
@@ -87,7 +88,7 @@ def load(root: Path, sizes: Mapping[str, int]) -> None:
         if not directory.exists():
             for name, fd in own.items():
                 libbpf.obj_pin(fd, staging / "maps" / name)
-            _pin(programs, staging / "programs" / build_id(sizes).hex())
+            _pin(module, programs, own, staging / "programs" / build_id(sizes).hex())
             libbpf.map_update(own["about"], bytes(4), bytes(about))
             staging.rename(directory)
         else:
@@ -103,7 +104,7 @@ def _replace(
     pinned = {name: libbpf.obj_get(directory / "maps" / name) for name in MAPS}
     programs = _load_programs(module, {fd: pinned[name] for name, fd in own.items()})
     build = bytes(about.sha256).hex()
-    _pin(programs, staging / build)
+    _pin(module, programs, own, staging / build)
     # Links hold their programs; what is pinned serves new ones only.
     shutil.rmtree(directory / "programs")
     staging.rename(directory / "programs")
@@ -144,9 +145,14 @@ def _attach_to_maps(programs: Mapping[str, int], maps: Mapping[str, int]) -> Non
         libbpf.prog_attach(programs[hook], maps["sockets"], kind)
 
 
-def _pin(programs: Mapping[str, int], directory: Path) -> None:
+def _pin(
+    module: BPF, programs: Mapping[str, int], maps: Mapping[str, int], directory: Path
+) -> None:
     directory.mkdir(mode=0o700)
-    for name, fd in programs.items():
+    code = module.dump_func(f"redirector_{PER_POD}".encode())
+    kept = libbpf.map_create_array(PER_POD, portable(code, {fd: name for name, fd in maps.items()}))
+    # Loaded once all the same, so that the kernel's refusal comes before any pod.
+    for name, fd in {**programs, PER_POD: kept}.items():
         libbpf.obj_pin(fd, directory / name)
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from redirector.datapath import libbpf
 from redirector.datapath.followers import Followers
 from redirector.datapath.generation import Generation
-from redirector.datapath.hooks import DECIDING_HOOKS
+from redirector.datapath.hooks import DECIDING_HOOKS, INBOUND_HOOK, PER_POD
+from redirector.datapath.instructions import for_pod
 from redirector.datapath.layout import LIMITS, Defect
 from redirector.datapath.libbpf import AttachType, Kind, LinkInfo
 from redirector.datapath.loading import run_loader
 from redirector.datapath.maps import Maps
-from redirector.datapath.neighbours import require_room
 from redirector.datapath.source import SIZES, build_id, layout_id
 from redirector.errors import DatapathError
 
+_SK_LOOKUP = 30  # enum bpf_prog_type, linux/bpf.h
 _DECIDING = frozenset(hook for hook, _ in DECIDING_HOOKS)
 
 
@@ -139,25 +140,55 @@ class Datapath:
         return sorted({path.name for path in self.root.glob("**/pods/*")})
 
     def attach(self, pod: str, hook: str, kind: AttachType, target: Path) -> None:
-        """Make this version's program run on a cgroup or netns, by a pinned link.
+        """Make this version's program run on a cgroup, by a pinned link.
 
         In the place of an older program, if one of this hook stands: at no moment none or both.
         """
+        if self.is_own(pod, hook) and self.holds(pod, hook, target):
+            return
+        with (
+            _told(f"pod {pod}: {hook} on {target}"),
+            libbpf.opened(self.programs / hook) as program,
+        ):
+            self._place(pod, hook, kind, target, program)
+
+    def attach_inbound(self, pod: str, netns: int, target: Path) -> None:
+        """The same for the inbound hook of a network namespace, whose cookie `netns` is.
+
+        Its program is loaded for this pod alone.
+        """
+        hook, kind = INBOUND_HOOK
+        if self.is_own(pod, hook) and self.holds(pod, hook, target):
+            return
+        with _told(f"pod {pod}: {hook} on {target}"), contextlib.ExitStack() as opened:
+            maps = self.generation.directory / "maps"
+
+            def descriptor(name: str) -> int:
+                return opened.enter_context(libbpf.opened(maps / name))
+
+            code = for_pod(self._kept_code(hook), netns, descriptor)
+            program = libbpf.prog_load(self._program_name, _SK_LOOKUP, kind, code)
+            opened.callback(os.close, program)
+            self._place(pod, hook, kind, target, program)
+
+    def _kept_code(self, hook: str) -> bytes:
+        with libbpf.opened(self.programs / hook) as fd:
+            return libbpf.map_lookup(fd, bytes(4), libbpf.map_info(fd).value_size) or b""
+
+    @property
+    def _program_name(self) -> str:
+        return f"in_{self._build.hex()[:12]}"
+
+    def _place(self, pod: str, hook: str, kind: AttachType, target: Path, program: int) -> None:
         pin = self._pin(pod, hook)
         before = _link(pin)
-        pin.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            with libbpf.opened(self.programs / hook) as program:
-                if before is None or before.target != target.stat().st_ino:
-                    self.detach(pod, hook)
-                    if kind is not AttachType.SK_LOOKUP:
-                        require_room(f"pod {pod}: {hook} on {target}", kind, target)
-                    _pin_new_link(program, kind, target, pin)
-                elif before.program != libbpf.object_id(program).id:
-                    with libbpf.opened(pin) as link:
-                        libbpf.link_update(link, program)
-        except OSError as error:
-            raise DatapathError(f"pod {pod}: {hook} on {target}: {error.strerror}") from error
+        if before is not None and before.target == target.stat().st_ino:
+            with libbpf.opened(pin) as link:
+                libbpf.link_update(link, program)
+        else:
+            self.detach(pod, hook)
+            pin.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _pin_new_link(program, kind, target, pin)
 
     def holds(self, pod: str, hook: str, target: Path) -> bool:
         """Whether the pod's pinned link is attached to this very cgroup or netns."""
@@ -167,11 +198,15 @@ class Datapath:
         return False
 
     def is_own(self, pod: str, hook: str) -> bool:
-        """Whether the pod's link runs the very program that this version would attach."""
+        """Whether the pod's link runs the program that this version would attach."""
         found = _link(self._pin(pod, hook))
+        if found is None:
+            return False
         try:
+            if hook == PER_POD:
+                return libbpf.program_info(found.program).name == self._program_name
             with libbpf.opened(self.programs / hook) as program:
-                return found is not None and found.program == libbpf.object_id(program).id
+                return found.program == libbpf.object_id(program).id
         except OSError:
             return False
 
@@ -180,7 +215,9 @@ class Datapath:
         own = self.generation.pods_map().id
         links = [_link(self._pin(pod, hook)) for hook in sorted(_DECIDING)]
         try:
-            return all(link is not None and own in libbpf.maps_of(link.program) for link in links)
+            return all(
+                link is not None and own in libbpf.program_info(link.program).maps for link in links
+            )
         except OSError as error:
             raise DatapathError(f"pod {pod}: {error.strerror}") from error
 
@@ -219,6 +256,14 @@ class Datapath:
         # What answers for open connections stays with its maps; what decides on new ones moves.
         base = self.root if hook in _DECIDING else self.generation.directory
         return base / "pods" / pod / hook
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DatapathError(f"{what}: {error.strerror}") from error
 
 
 def _link(pin: Path) -> LinkInfo | None:

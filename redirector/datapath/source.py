@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from redirector.datapath.btf import enumerator, member_offset
+from redirector.datapath.instructions import NETNS_MARK
 from redirector.datapath.layout import static_assertions
 from redirector.errors import MachineError
 
@@ -62,6 +63,7 @@ OFFSETS: Mapping[str, tuple[str, ...]] = {
 def translation_unit(sizes: Mapping[str, int]) -> str:
     """All of bpf/sockops, the kernel's own offsets and the layout check, ready for bcc."""
     constants = dict(sizes)
+    constants["NETNS_MARK"] = NETNS_MARK
     constants["MAX_RECEIVE_BUFFER"] = int(TCP_RMEM.read_text().split()[2])
     constants["FLAGS_OFFSET"], constants["ZEROCOPY_BIT"] = zerocopy_flag() or (0, 0)
     constants |= {name: member_offset(*path) or 0 for name, path in OFFSETS.items()}

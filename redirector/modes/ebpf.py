@@ -83,7 +83,7 @@ class EbpfMode:
         with listening_sockets(pod.netns, pod.cgroup, pod.steering.inbound_port) as sockets:
             for family, socket in sockets:
                 self._datapath.maps.put_listener(pod.netns_cookie, family, socket)
-        self._datapath.attach(pins, *INBOUND_HOOK, pod.netns)
+        self._datapath.attach_inbound(pins, pod.netns_cookie, pod.netns)
         for hook, kind in CONNECT_HOOKS:
             self._datapath.attach(pins, hook, kind, pod.cgroup)
 

@@ -101,34 +101,45 @@ def test_a_socket_that_connects_to_itself_leaves_no_flow(pod: LabPod, datapath: 
     assert flows(pod, datapath) == 0
 
 
-def test_a_link_local_address_leads_not_past_the_sidecar(node: Node, pod: LabPod) -> None:
+def test_a_link_local_address_leads_to_the_sidecar(
+    node: Node, pod: LabPod, datapath: Datapath
+) -> None:
+    """Enrolment does not look for such addresses: the hook knows the pod by its namespace."""
     peer = node.pod("peer")
     (address, _), (_, scope) = use_link_local(pod), use_link_local(peer)
-    with (
-        listen(pod, APP, v6=True),
-        pod_socket(peer, family=socket.AF_INET6) as client,
-        pytest.raises(ConnectionRefusedError),
-    ):
-        client.connect((address, APP, 0, scope))
+    with listen(pod, APP, v6=True):
+        with (
+            pod_socket(peer, family=socket.AF_INET6) as client,
+            pytest.raises(ConnectionRefusedError),
+        ):
+            client.connect((address, APP, 0, scope))
+        counters = datapath.maps.counters(netns_cookie(pod.netns))
+        assert counters[Counter.REFUSED_NO_LISTENER] == 1
+        with (
+            listen(pod, INBOUND, v6=True, sidecar=True) as sidecar,
+            pod_socket(peer, family=socket.AF_INET6) as client,
+        ):
+            client.connect((address, APP, 0, scope))
+            server, _ = sidecar.accept()
+            with server:
+                assert server.getsockname()[:2] == (address, APP)
     # The pod itself may still use it.
     with listen(pod, APP, v6=True), pod_socket(pod, family=socket.AF_INET6) as client:
         pod.call(client.connect, (address, APP, 0, link_local(pod)[1]), uid=1337)
 
 
-def test_an_address_newer_than_the_enrolment_leads_not_past_the_sidecar(
-    node: Node, enrollment: Enrollment, pod: LabPod
-) -> None:
+def test_an_address_newer_than_the_enrolment_leads_to_the_sidecar(node: Node, pod: LabPod) -> None:
     peer = node.pod("peer")
     pod.run(["ip", "addr", "add", f"{ADDED}/24", "dev", "eth0"], check=True)
     with listen(pod, APP), listen(pod, INBOUND, sidecar=True) as sidecar:
-        with pod_socket(peer) as client, pytest.raises(ConnectionRefusedError):
-            client.connect((ADDED, APP))
-        enrollment.change_mode("pod", Mode.EBPF)
         with pod_socket(peer) as client:
             client.connect((ADDED, APP))
             server, _ = sidecar.accept()
             with server:
                 assert server.getsockname() == (ADDED, APP)
+        # From itself to itself.
+        with pod_socket(pod) as client:
+            pod.call(client.connect, (ADDED, APP), uid=1337)
 
 
 def test_a_low_ipv6_source_leads_not_past_the_sidecar(node: Node, pod: LabPod) -> None:

@@ -40,7 +40,9 @@ def tried(datapath: Datapath) -> Defect:
         with ExitStack() as stack:
             maps = TrialMaps(
                 *(
-                    stack.enter_context(libbpf.opened(datapath.root / "maps" / name))
+                    stack.enter_context(
+                        libbpf.opened(datapath.generation.directory / "maps" / name)
+                    )
                     for name in ("states", "flows", "sockets")
                 )
             )
@@ -54,8 +56,8 @@ def tried(datapath: Datapath) -> Defect:
 
 def detach(datapath: Datapath, program: str, kind: libbpf.AttachType) -> None:
     with (
-        libbpf.opened(datapath.root / "programs" / program) as fd,
-        libbpf.opened(datapath.root / "maps/sockets") as sockhash,
+        libbpf.opened(datapath.programs / program) as fd,
+        libbpf.opened(datapath.generation.directory / "maps/sockets") as sockhash,
     ):
         assert ctypes.CDLL("libbpf.so.1").bpf_prog_detach2(fd, sockhash, int(kind)) == 0
 
