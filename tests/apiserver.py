@@ -258,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
         start = 0
         if "continue" in query:
             then, _, offset = query["continue"].partition(":")
-            if int(then) <= state.forgotten:
+            if int(then) < state.forgotten:
                 return self._status(410, "the provided continue parameter is too old")
             version, start = then, int(offset)
         end = start + int(query.get("limit", "1000000"))

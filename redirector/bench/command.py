@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from redirector.bench import nodes
+from redirector.bench import agents, nodes
 from redirector.bench.ground import MOST_PODS, Ground, Line
 from redirector.compare.command import choose_cpu
 from redirector.errors import RedirectorError
@@ -16,7 +16,13 @@ from redirector.model import Mode
 
 #: In this order: the first enrols all pods, the last takes them off.
 Part = Callable[[Ground, Mode], Iterator[Line]]
-PARTS: tuple[Part, ...] = (nodes.enrolment, nodes.commands, nodes.connections, nodes.release)
+PARTS: tuple[Part, ...] = (
+    nodes.enrolment,
+    nodes.commands,
+    nodes.connections,
+    agents.agent,
+    nodes.release,
+)
 
 
 def main() -> int:
