@@ -21,7 +21,7 @@ from redirector.modes.iptables.programs import (
 )
 from redirector.modes.iptables.tables import CHAINS, IPV4, IPV6, Family, Table
 from redirector.modes.iptables.transaction import State, all_sets, desired_state, kept_state
-from redirector.modes.iptables.zones import unanswered
+from redirector.modes.iptables.zones import questions
 from redirector.network import is_pods, open_connections, require_netns
 from redirector.status import Outcome, Tally
 from redirector.steering import INBOUND_RULES, OUTBOUND_RULES, Rule, Verdict
@@ -30,6 +30,8 @@ from redirector.steering import INBOUND_RULES, OUTBOUND_RULES, Rule, Verdict
 _LOCALHOST = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 #: How long a sidecar may take to answer what it has been asked.
 DRAIN_SECONDS = 1.0
+#: What it gets for sockets that asked before: whether they wait for another answer is not known.
+GRACE_SECONDS = 0.1
 _IF_INET6 = Path("/proc/net/if_inet6")
 
 
@@ -189,8 +191,11 @@ def _steer_nothing(pod: Pod, family: Family, state: State) -> State:
 
 def _await_answers(pod: Pod) -> None:
     """Wait until the sidecar has answered what was captured, or has had its time."""
-    deadline = time.monotonic() + DRAIN_SECONDS
-    while time.monotonic() < deadline and unanswered(pod.netns, pod.steering.dns_port):
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < DRAIN_SECONDS:
+        asked, unanswered = questions(pod.netns, pod.steering.dns_port)
+        if not unanswered and (not asked or passed > GRACE_SECONDS):
+            return
         time.sleep(0.005)
 
 

@@ -17,6 +17,7 @@ from redirector.modes.iptables.tables import (
     IPV4,
     IPV6,
     KEEP_CHAIN,
+    OUTPUT_CHAIN,
     OWN_CHAINS,
     Family,
     Jump,
@@ -184,9 +185,11 @@ def transaction(now: State, then: State) -> str:
 
     Base chains stay: with them would go the NAT hook, and with it the open connections' NAT.
     """
+    # Each table changes by itself, and what is redirected must never be outside its zone.
+    steers = OUTPUT_CHAIN in then.part(Table.NAT).chains
     return "".join(
         _table_transaction(table, now.part(table), then.part(table))
-        for table in Table
+        for table in (Table if steers else reversed(Table))
         if now.part(table) != then.part(table)
     )
 
