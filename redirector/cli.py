@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from redirector import explain, options, report
-from redirector.enrollment import Enrollment, default_enrollment
+from redirector.enrollment import Enrollment, default_enrollment, require_cgroup
 from redirector.errors import RedirectorError
 from redirector.model import Accelerate, Mode
+from redirector.resolvers import with_resolvers
 
 STATE_VARIABLE = "REDIRECTOR_STATE"
 PINS_VARIABLE = "REDIRECTOR_PINS"
@@ -235,13 +236,15 @@ def _enroll(arguments: argparse.Namespace, context: Context) -> int:
         for option in options.OPTIONS
         if given[option.flag.replace("-", "_")] is not None
     }
-    pod = context.enrollment().enroll(
+    enrollment = context.enrollment()
+    asked = options.parse(values, prefix=options.FLAG)
+    pod = enrollment.enroll(
         arguments.name,
         arguments.netns,
         arguments.cgroup,
         Mode(arguments.mode),
         Accelerate(arguments.accelerate),
-        options.parse(values, prefix=options.FLAG),
+        with_resolvers(arguments.name, asked, arguments.netns, require_cgroup(arguments.cgroup)),
     )
     context.out.write(f"pod {pod.name} enrolled in {pod.mode} mode\n")
     return 0

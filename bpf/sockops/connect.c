@@ -1,90 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
 // connect(): keep the original destination, aim at the sidecar (BPF_CGROUP_INET{4,6}_CONNECT).
-// The order of the rules is that of redirector/steering.py.
-
-// 0 when no range of the set holds the address, else enum cidr_value of the longest that does.
-ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
-{
-	struct cidr_key key = {
-	    .prefixlen = 96 + 128,
-	    .netns_low = netns,
-	    .netns_high = netns >> 32,
-	    .set = set,
-	    .ip = *ip,
-	};
-	__u8 *value = cidrs.lookup(&key);
-
-	return value ? *value : 0;
-}
-
-// What a connection is, as far as the rules ask.
-struct attempt {
-	struct endpoint dst;
-	struct address source; // that it was bound to
-	__u64 netns;
-	struct ids ids;
-	bool own;	// to one of the pod's own addresses
-	bool neighbour; // to an enrolled pod's address, its own included
-};
-
-ALWAYS bool is_self_call(const struct pod *pod, const struct attempt *a)
-{
-	// Only the first of several proxies answers for the pod.
-	return pod->proxy_uids && a->ids.uid == pod->proxy_uid[0] && !is_host(pod, &a->dst.ip) &&
-	       (a->own || is_loopback(&a->dst.ip));
-}
-
-ALWAYS bool is_captured_group(const struct pod *pod, const struct attempt *a, enum rule *rule)
-{
-	*rule = RULE_OUTBOUND_EXCLUDED_GROUP;
-	if (pod->flags & POD_GROUP_EXCLUDED && is_member(a->netns, a->ids.gid, GROUP_EXCLUDE))
-		return false;
-	*rule = RULE_OUTBOUND_GROUP_NOT_INCLUDED;
-	return !(pod->flags & POD_GROUP_LIST) || is_member(a->netns, a->ids.gid, GROUP_INCLUDE);
-}
-
-ALWAYS enum rule application_rule(const struct pod *pod, struct attempt *a)
-{
-	struct endpoint *dst = &a->dst;
-	bool cidrs = pod->flags & POD_HAS_CIDRS;
-
-	if (a->own || is_host(pod, &dst->ip) || is_local(&dst->ip, 6))
-		return RULE_OUTBOUND_APP_LOCAL;
-	// Loopback is captured only where a range inside loopback was named.
-	if (is_v4_loopback(&dst->ip) &&
-	    !(cidrs && cidr_listed(a->netns, &dst->ip, CIDR_INCLUDE) == CIDR_IN_LOOPBACK))
-		return RULE_OUTBOUND_APP_LOCAL;
-	if (cidrs && cidr_listed(a->netns, &dst->ip, CIDR_EXCLUDE))
-		return RULE_OUTBOUND_EXCLUDED_CIDR;
-	if (pod->flags & POD_HAS_PORTS && is_member(a->netns, dst->port, OUTBOUND_PORT_INCLUDE))
-		return RULE_OUTBOUND_INCLUDED_PORT;
-	if (pod->flags & (is_v4(&dst->ip) ? POD_INCLUDE_ALL_V4 : POD_INCLUDE_ALL_V6))
-		return RULE_OUTBOUND_INCLUDED_CIDR;
-	if (cidrs && cidr_listed(a->netns, &dst->ip, CIDR_INCLUDE))
-		return RULE_OUTBOUND_INCLUDED_CIDR;
-	return RULE_OUTBOUND_NOT_INCLUDED;
-}
-
-ALWAYS enum rule outbound_rule(const struct pod *pod, struct attempt *a)
-{
-	enum rule rule;
-
-	if (pod->flags & POD_HAS_PORTS && is_member(a->netns, a->dst.port, OUTBOUND_PORT_EXCLUDE))
-		return RULE_OUTBOUND_EXCLUDED_PORT;
-	// The sidecar's own passthrough to the application.
-	if (is_local(&a->source, 6) && (a->own || is_loopback(&a->dst.ip)))
-		return RULE_OUTBOUND_PASSTHROUGH;
-	if (is_self_call(pod, a))
-		return a->dst.port == TUNNEL_PORT ? RULE_OUTBOUND_PROXY_TUNNEL
-						  : RULE_OUTBOUND_PROXY_SELF;
-	if (is_proxy_uid(pod, a->ids.uid))
-		return RULE_OUTBOUND_PROXY_UID;
-	if (is_proxy_gid(pod, a->ids.gid))
-		return RULE_OUTBOUND_PROXY_GID;
-	if (!is_captured_group(pod, a, &rule))
-		return rule;
-	return application_rule(pod, a);
-}
 
 // A direct connection whose other end may be on this node, and so may be short-circuited: the
 // sidecar's to the application or to another pod.
@@ -94,23 +9,106 @@ ALWAYS bool is_near(enum rule rule, const struct attempt *a)
 	       (rule == RULE_OUTBOUND_PROXY_UID && (a->neighbour || is_loopback(&a->dst.ip)));
 }
 
-// Sets *to where a connection must go instead; leaves it when it is direct.
-ALWAYS void aim(const struct pod *pod, enum rule rule, const struct attempt *a, struct endpoint *to)
+// Where a connection goes instead of its destination.
+struct aim {
+	struct endpoint to;    // port 0: to its destination
+	struct address source; // that it must have there; all zero: what the kernel picks
+};
+
+ALWAYS bool is_unbound(const struct address *source)
 {
+	return is_any(source) || (is_v4(source) && !source->word[3]);
+}
+
+// Whether somebody listens for DNS on this address.
+ALWAYS bool is_served(struct bpf_sock_addr *ctx, const struct address *ip, __u16 port, bool udp)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *listener;
+	__u32 size;
+
+	if (is_v4(ip)) {
+		tuple.ipv4.saddr = tuple.ipv4.daddr = ip->word[3];
+		tuple.ipv4.dport = bpf_htons(port);
+		size = sizeof(tuple.ipv4);
+	} else {
+		COPY_WORDS(tuple.ipv6.saddr, ip->word);
+		COPY_WORDS(tuple.ipv6.daddr, ip->word);
+		tuple.ipv6.dport = bpf_htons(port);
+		size = sizeof(tuple.ipv6);
+	}
+	listener = udp ? bpf_sk_lookup_udp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0)
+		       : bpf_skc_lookup_tcp(ctx, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	if (listener)
+		bpf_sk_release(listener);
+	return listener;
+}
+
+ALWAYS void aim_at_dns(struct bpf_sock_addr *ctx, const struct pod *pod, const struct attempt *a,
+		       struct aim *aim)
+{
+	bool v4 = is_v4(&a->dst.ip);
+	struct address own = v4 ? pod->ip4 : pod->ip6;
+	bool inside = is_loopback(&a->dst.ip) || is_any(&own);
+
+	aim->to.port = pod->dns_port;
+	if (!inside && is_served(ctx, &own, pod->dns_port, a->udp)) {
+		aim->to.ip = own;
+		return;
+	}
+	// As REDIRECT has it: many a sidecar answers DNS on loopback only. What would have left the
+	// pod keeps the source address that it would have had.
+	aim->to.ip = mapped(bpf_htonl(0x7f000001));
+	if (!v4)
+		aim->to.ip = (struct address){{0, 0, 0, bpf_htonl(1)}};
+	if (!inside && is_unbound(&a->source))
+		aim->source = own;
+}
+
+ALWAYS struct aim take_aim(struct bpf_sock_addr *ctx, const struct pod *pod, enum rule rule,
+			   const struct attempt *a)
+{
+	struct aim aim = {};
+
 	switch (rule) {
+	case RULE_OUTBOUND_DNS:
+		aim_at_dns(ctx, pod, a, &aim);
+		return aim;
 	case RULE_OUTBOUND_PROXY_SELF:
-		to->port = pod->inbound_port;
+		aim.to.port = pod->inbound_port;
 		break;
 	case RULE_OUTBOUND_INCLUDED_PORT:
 	case RULE_OUTBOUND_INCLUDED_CIDR:
-		to->port = pod->outbound_port;
+		aim.to.port = pod->outbound_port;
 		break;
 	default:
-		return;
+		return aim;
 	}
 	// The pod's own address, not loopback: the kernel then picks the source address that
 	// iptables REDIRECT would have left, and the sidecar sees the same client.
-	to->ip = is_v4(&a->dst.ip) ? pod->ip4 : pod->ip6;
+	aim.to.ip = is_v4(&a->dst.ip) ? pod->ip4 : pod->ip6;
+	return aim;
+}
+
+ALWAYS __u32 steered_counter(enum rule rule)
+{
+	switch (rule) {
+	case RULE_OUTBOUND_DNS:
+		return STEERED_DNS;
+	case RULE_OUTBOUND_PROXY_SELF:
+		return STEERED_SELF;
+	default:
+		return STEERED_OUTBOUND;
+	}
+}
+
+// Keeps what the sidecar, the application and recvmsg() will ask for.
+ALWAYS void steer(struct sock_state *state, const struct attempt *a, const struct aim *aim)
+{
+	state->flags |= FLOW_STEERED;
+	state->original = a->dst;
+	state->flow.server = aim->to.ip;
+	state->flow.server_port = aim->to.port;
 }
 
 ALWAYS void tell_unkept(const struct attempt *a, enum rule rule)
@@ -127,29 +125,27 @@ ALWAYS void tell_unkept(const struct attempt *a, enum rule rule)
 	tell_refused(&event);
 }
 
-// Answers 1 to let the connect go on, 0 to refuse it. Sets *to where it must go elsewhere.
-ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct endpoint *to)
+// Answers 1 to let the connect go on, 0 to refuse it. Sets *aim to where it must go elsewhere.
+ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct aim *aim)
 {
 	struct sock_state *state;
 	struct pod *pod;
 	enum rule rule;
-	__u64 *owner;
 	bool near = true;
 
 	a->netns = bpf_get_netns_cookie(ctx);
 	pod = pods.lookup(&a->netns);
-	if (!pod || ctx->protocol != IPPROTO_TCP)
+	a->udp = ctx->protocol == IPPROTO_UDP;
+	if (!pod || (a->udp ? !(pod->flags & POD_DNS) : ctx->protocol != IPPROTO_TCP))
 		return 1;
-	a->ids = current_ids();
-	owner = pods_by_address.lookup(&a->dst.ip);
-	a->neighbour = owner;
-	a->own = owner && *owner == a->netns;
+	look_around(a);
 	rule = outbound_rule(pod, a);
-	aim(pod, rule, a, to);
-	if (!to->port) {
-		count_rule(a->netns, rule, COUNTERS);
-		near = pod->flags & POD_ACCELERATE && is_near(rule, a);
-		if (!near && !followed()) {
+	*aim = take_aim(ctx, pod, rule, a);
+	if (!aim->to.port) {
+		if (!a->udp)
+			count_rule(a->netns, rule, COUNTERS);
+		near = !a->udp && pod->flags & POD_ACCELERATE && is_near(rule, a);
+		if (!near && (a->udp || !followed())) {
 			// An earlier connect() of this socket, which failed, may have been steered.
 			states.sk_storage_delete(ctx->sk);
 			return 1;
@@ -160,7 +156,7 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct e
 	if (!state) {
 		// Not accelerated is fine; steered without an original destination is not: it
 		// would slip past the policy.
-		if (!to->port)
+		if (!aim->to.port)
 			return 1;
 		count(a->netns, REFUSED_NO_STATE);
 		tell_unkept(a, rule);
@@ -173,12 +169,10 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct e
 		state->flags |= FLOW_WATCHED;
 	else if (pod->flags & POD_ACCELERATE)
 		state->flags |= FLOW_ACCELERATE;
-	if (!to->port)
+	if (!aim->to.port)
 		return 1;
-	state->flags |= FLOW_STEERED;
-	state->original = a->dst;
-	count_rule(a->netns, rule,
-		   rule == RULE_OUTBOUND_PROXY_SELF ? STEERED_SELF : STEERED_OUTBOUND);
+	steer(state, a, aim);
+	count_rule(a->netns, rule, steered_counter(rule));
 	return 1;
 }
 
@@ -186,8 +180,9 @@ ALWAYS int connect4(struct bpf_sock_addr *ctx)
 {
 	struct attempt a = {
 	    .dst = {.ip = mapped(ctx->user_ip4), .port = bpf_ntohs(ctx->user_port)}};
+	struct sockaddr_in source = {.sin_family = AF_INET};
 	struct bpf_sock *sk = ctx->sk;
-	struct endpoint to = {};
+	struct aim aim = {};
 	int verdict;
 
 	// connect() to 0.0.0.0 means localhost (ip_route_connect).
@@ -195,19 +190,25 @@ ALWAYS int connect4(struct bpf_sock_addr *ctx)
 		a.dst.ip.word[3] = bpf_htonl(0x7f000001);
 	if (sk)
 		a.source = mapped(sk->src_ip4);
-	verdict = decide_connect(ctx, &a, &to);
-	if (to.port) {
-		ctx->user_ip4 = to.ip.word[3];
-		ctx->user_port = bpf_htons(to.port);
+	verdict = decide_connect(ctx, &a, &aim);
+	if (!aim.to.port)
+		return verdict;
+	if (!is_any(&aim.source)) {
+		// Refused when the socket has a port already: the kernel picks loopback then.
+		source.sin_addr.s_addr = aim.source.word[3];
+		bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source));
 	}
+	ctx->user_ip4 = aim.to.ip.word[3];
+	ctx->user_port = bpf_htons(aim.to.port);
 	return verdict;
 }
 
 ALWAYS int connect6(struct bpf_sock_addr *ctx)
 {
 	struct attempt a = {.dst = {.port = bpf_ntohs(ctx->user_port)}};
+	struct sockaddr_in6 source = {.sin6_family = AF_INET6};
 	struct bpf_sock *sk = ctx->sk;
-	struct endpoint to = {};
+	struct aim aim = {};
 	int verdict;
 
 	COPY_WORDS(a.dst.ip.word, ctx->user_ip6);
@@ -217,11 +218,15 @@ ALWAYS int connect6(struct bpf_sock_addr *ctx)
 	if (sk) {
 		COPY_WORDS(a.source.word, sk->src_ip6);
 	}
-	verdict = decide_connect(ctx, &a, &to);
-	if (to.port) {
-		COPY_WORDS(ctx->user_ip6, to.ip.word);
-		ctx->user_port = bpf_htons(to.port);
+	verdict = decide_connect(ctx, &a, &aim);
+	if (!aim.to.port)
+		return verdict;
+	if (!is_any(&aim.source)) {
+		COPY_WORDS(source.sin6_addr.s6_addr32, aim.source.word);
+		bpf_bind(ctx, (struct sockaddr *)&source, sizeof(source));
 	}
+	COPY_WORDS(ctx->user_ip6, aim.to.ip.word);
+	ctx->user_port = bpf_htons(aim.to.port);
 	return verdict;
 }
 

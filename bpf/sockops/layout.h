@@ -96,6 +96,8 @@ enum pod_flag {
 	POD_INBOUND_LIST = 32,	  // only listed inbound ports are captured
 	POD_GROUP_LIST = 64,	  // only listed groups are captured
 	POD_GROUP_EXCLUDED = 128, // look into the members map for excluded groups
+	POD_DNS = 256,		  // capture DNS, of the resolvers in the cidrs trie ...
+	POD_DNS_ANY = 512,	  // ... or of anybody
 	// Connections steered by an older generation may be on their way, their flows in its map.
 	POD_TAKEOVER = 1 << 16,
 };
@@ -131,6 +133,7 @@ enum rule {
 
 #define MAX_PROXY_IDS 4
 #define TUNNEL_PORT 15008 // HBONE: the sidecar's own, never captured
+#define DNS_PORT 53
 
 struct pod {
 	struct address ip4; // mapped; all zero when the pod has none
@@ -158,7 +161,7 @@ struct listener_key {
 	__u32 slot;
 };
 
-enum cidr_set { CIDR_INCLUDE = 0, CIDR_EXCLUDE = 1 };
+enum cidr_set { CIDR_INCLUDE = 0, CIDR_EXCLUDE = 1, CIDR_RESOLVER = 2 };
 
 enum cidr_value { CIDR_LISTED = 1, CIDR_IN_LOOPBACK = 2 };
 
@@ -192,6 +195,7 @@ enum counter {
 	STEERED_OUTBOUND,
 	STEERED_INBOUND,
 	STEERED_SELF,	  // the proxy called its own pod
+	STEERED_DNS,	  // connections, and queries of unconnected sockets
 	ACCELERATED,	  // sockets put into the sockhash
 	REDIRECTED_BYTES, // of connections that have closed; open ones: the flows map
 	REDIRECTED_MESSAGES,

@@ -21,6 +21,15 @@ PER_POD = INBOUND_HOOK[0]
 #: What decides about new connections: at any moment of one generation only.
 DECIDING_HOOKS = (INBOUND_HOOK, *CONNECT_HOOKS)
 ALL_HOOKS = (*CGROUP_HOOKS, *DECIDING_HOOKS)
+#: Of pods whose DNS is captured, beside those: they answer, and decide.
+DNS_ANSWER_HOOKS: tuple[tuple[str, AttachType], ...] = (
+    ("recvmsg4", AttachType.CGROUP_UDP4_RECVMSG),
+    ("recvmsg6", AttachType.CGROUP_UDP6_RECVMSG),
+)
+DNS_QUERY_HOOKS: tuple[tuple[str, AttachType], ...] = (
+    ("sendmsg4", AttachType.CGROUP_UDP4_SENDMSG),
+    ("sendmsg6", AttachType.CGROUP_UDP6_SENDMSG),
+)
 #: Those on the sockhash itself, of all pods.
 SOCKHASH_HOOKS: tuple[tuple[str, AttachType], ...] = (
     ("redirect", AttachType.SK_MSG_VERDICT),

@@ -64,6 +64,10 @@ _A = libbpf.AttachType
 PROGRAMS = (
     Program("connect4", CGROUP_SOCK_ADDR, _A.CGROUP_INET4_CONNECT),
     Program("connect6", CGROUP_SOCK_ADDR, _A.CGROUP_INET6_CONNECT),
+    Program("sendmsg4", CGROUP_SOCK_ADDR, _A.CGROUP_UDP4_SENDMSG),
+    Program("sendmsg6", CGROUP_SOCK_ADDR, _A.CGROUP_UDP6_SENDMSG),
+    Program("recvmsg4", CGROUP_SOCK_ADDR, _A.CGROUP_UDP4_RECVMSG),
+    Program("recvmsg6", CGROUP_SOCK_ADDR, _A.CGROUP_UDP6_RECVMSG),
     Program("getpeername4", CGROUP_SOCK_ADDR, _A.CGROUP_INET4_GETPEERNAME),
     Program("getpeername6", CGROUP_SOCK_ADDR, _A.CGROUP_INET6_GETPEERNAME),
     Program("getsockopt", CGROUP_SOCKOPT, _A.CGROUP_GETSOCKOPT),

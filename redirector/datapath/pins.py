@@ -12,7 +12,7 @@ from pathlib import Path
 from redirector.datapath import libbpf
 from redirector.datapath.followers import Followers
 from redirector.datapath.generation import Generation
-from redirector.datapath.hooks import DECIDING_HOOKS, INBOUND_HOOK, PER_POD
+from redirector.datapath.hooks import DECIDING_HOOKS, DNS_QUERY_HOOKS, INBOUND_HOOK, PER_POD
 from redirector.datapath.instructions import for_pod
 from redirector.datapath.layout import LIMITS, Defect
 from redirector.datapath.libbpf import AttachType, Kind, LinkInfo
@@ -22,7 +22,8 @@ from redirector.datapath.source import SIZES, build_id, layout_id
 from redirector.errors import DatapathError
 
 _SK_LOOKUP = 30  # enum bpf_prog_type, linux/bpf.h
-_DECIDING = frozenset(hook for hook, _ in DECIDING_HOOKS)
+#: What moves from version to version: at any moment of one of them.
+_MOVING = frozenset(hook for hook, _ in (*DECIDING_HOOKS, *DNS_QUERY_HOOKS))
 
 
 class Datapath:
@@ -127,7 +128,7 @@ class Datapath:
                 return
             links = (path for path in self.root.rglob("*") if not path.is_dir())
             # What decides first, so that no connection is steered when its way stands no more.
-            for pin in sorted(links, key=lambda path: path.name not in _DECIDING):
+            for pin in sorted(links, key=lambda path: path.name not in _MOVING):
                 self._detach(pin, f"{pin}")
             shutil.rmtree(self.root, ignore_errors=True)
 
@@ -213,7 +214,7 @@ class Datapath:
     def decides(self, pod: str) -> bool:
         """Whether all that decides on the pod's connections works on this version's maps."""
         own = self.generation.pods_map().id
-        links = [_link(self._pin(pod, hook)) for hook in sorted(_DECIDING)]
+        links = [_link(self._pin(pod, hook)) for hook, _ in DECIDING_HOOKS]
         try:
             return all(
                 link is not None and own in libbpf.program_info(link.program).maps for link in links
@@ -227,7 +228,7 @@ class Datapath:
 
     def forget(self, pod: str) -> None:
         """Remove the pod's links, of whatever version."""
-        for hook, _ in DECIDING_HOOKS:
+        for hook, _ in (*DECIDING_HOOKS, *DNS_QUERY_HOOKS):
             self.detach(pod, hook)
         shutil.rmtree(self.root / "pods" / pod, ignore_errors=True)
         for generation in (self.generation, *self.others()):
@@ -254,7 +255,7 @@ class Datapath:
 
     def _pin(self, pod: str, hook: str) -> Path:
         # What answers for open connections stays with its maps; what decides on new ones moves.
-        base = self.root if hook in _DECIDING else self.generation.directory
+        base = self.root if hook in _MOVING else self.generation.directory
         return base / "pods" / pod / hook
 
 

@@ -3,7 +3,8 @@
 import sys
 import time
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from pathlib import Path
 
 from redirector.datapath.generation import Generation, Standing
 from redirector.datapath.hooks import (
@@ -11,6 +12,8 @@ from redirector.datapath.hooks import (
     CGROUP_HOOKS,
     CONNECT_HOOKS,
     DECIDING_HOOKS,
+    DNS_ANSWER_HOOKS,
+    DNS_QUERY_HOOKS,
     INBOUND_HOOK,
 )
 from redirector.datapath.layout import (
@@ -22,6 +25,7 @@ from redirector.datapath.layout import (
     PodEntry,
     PodFlag,
 )
+from redirector.datapath.libbpf import AttachType
 from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.maps import Lists
 from redirector.datapath.pins import Datapath
@@ -78,19 +82,25 @@ class EbpfMode:
 
     def _attach(self, pod: Pod) -> None:
         pins = pin_name(pod.name)
-        for hook, kind in CGROUP_HOOKS:
-            self._datapath.attach(pins, hook, kind, pod.cgroup)
+        for hook, kind in _hooks(pod):
+            if hook == INBOUND_HOOK[0]:
+                self._publish_listeners(pod)
+                self._datapath.attach_inbound(pins, pod.netns_cookie, pod.netns)
+            else:
+                self._datapath.attach(pins, hook, kind, pod.cgroup)
+        if not pod.steering.dns_capture:
+            for hook, _ in (*DNS_QUERY_HOOKS, *DNS_ANSWER_HOOKS):
+                self._datapath.detach(pins, hook)
+
+    def _publish_listeners(self, pod: Pod) -> None:
         with listening_sockets(pod.netns, pod.cgroup, pod.steering.inbound_port) as sockets:
             for family, socket in sockets:
                 self._datapath.maps.put_listener(pod.netns_cookie, family, socket)
-        self._datapath.attach_inbound(pins, pod.netns_cookie, pod.netns)
-        for hook, kind in CONNECT_HOOKS:
-            self._datapath.attach(pins, hook, kind, pod.cgroup)
 
     def remove(self, pod: Pod, had: Sequence[Pod] = ()) -> None:
         """Detach. What was steered a moment ago still gets its original destination."""
         pins = pin_name(pod.name)
-        for hook, _ in DECIDING_HOOKS:
+        for hook, _ in (*DECIDING_HOOKS, *DNS_QUERY_HOOKS):
             self._datapath.detach(pins, hook)
         self._drain(pod)
         self._datapath.forget(pins)
@@ -145,13 +155,8 @@ class EbpfMode:
         Of a pod that another version steers only this is said, that this one's programs do not.
         """
         pins = pin_name(pod.name)
-        lost = [
-            hook
-            for hook, _ in ALL_HOOKS
-            if not self._datapath.holds(
-                pins, hook, pod.netns if hook == INBOUND_HOOK[0] else pod.cgroup
-            )
-        ]
+        hooks = [hook for hook, _ in _hooks(pod)]
+        lost = [hook for hook in hooks if not self._datapath.holds(pins, hook, _target(pod, hook))]
         loaded = self._datapath.is_loaded()
         if {hook for hook, _ in DECIDING_HOOKS}.isdisjoint(lost) and not (
             loaded and self._datapath.decides(pins)
@@ -161,7 +166,7 @@ class EbpfMode:
             return ["the programs"]
         if self._datapath.maps.pod(pod.netns_cookie) is None:
             lost.append("its entry in the pods map")
-        if not lost and not all(self._datapath.is_own(pins, hook) for hook, _ in ALL_HOOKS):
+        if not lost and not all(self._datapath.is_own(pins, hook) for hook in hooks):
             return [_OWN_PROGRAMS]
         return lost
 
@@ -173,6 +178,17 @@ class EbpfMode:
         return tallies(maps.counters(netns, {}), maps.rules(netns))
 
 
+def _hooks(pod: Pod) -> tuple[tuple[str, AttachType], ...]:
+    """In the order in which they are attached."""
+    if not pod.steering.dns_capture:
+        return ALL_HOOKS
+    return (*CGROUP_HOOKS, *DNS_ANSWER_HOOKS, INBOUND_HOOK, *DNS_QUERY_HOOKS, *CONNECT_HOOKS)
+
+
+def _target(pod: Pod, hook: str) -> Path:
+    return pod.netns if hook == INBOUND_HOOK[0] else pod.cgroup
+
+
 def pin_name(pod: str) -> str:
     """A pod's directory under bpffs, which refuses dots in names (kernel/bpf/inode.c)."""
     return pod.replace("%", "%25").replace(".", "%2e").replace("/", "%2f")
@@ -182,7 +198,6 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
     """The pod as the programs know it. InputError when it does not fit their layout."""
     steering = pod.steering
     for option, used in (
-        ("dnsCapture", steering.dns_capture),
         ("excludeInterfaces", steering.exclude_interfaces),
         ("kubevirtInterfaces", steering.kubevirt_interfaces),
         ("dropInvalid", steering.drop_invalid),
@@ -218,6 +233,10 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
         flags |= PodFlag.GROUP_LIST
     if steering.exclude_owner_groups:
         flags |= PodFlag.GROUP_EXCLUDED
+    if steering.dns_capture:
+        flags |= PodFlag.DNS
+    if steering.dns_servers is None:
+        flags |= PodFlag.DNS_ANY
     ip4 = [ip for ip in pod.addresses if isinstance(ip, IPv4Address)]
     ip6 = [ip for ip in pod.addresses if isinstance(ip, IPv6Address)]
     if not ip4 and not ip6:
@@ -249,6 +268,7 @@ def _lists(pod: Pod) -> Lists:
         cidrs={
             CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
             CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
+            CidrSet.RESOLVER: tuple(map(ip_network, steering.dns_servers or ())),
         },
         members={
             MemberSet.OUTBOUND_PORT_INCLUDE: steering.include_outbound_ports,

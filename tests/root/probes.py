@@ -12,7 +12,7 @@ import os
 import selectors
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from multiprocessing.process import BaseProcess
@@ -102,7 +102,12 @@ def echo(connection: socket.socket, text: bytes) -> bytes:
 def ask(socket_: socket.socket, destination: IPAddress, port: int) -> Arrival:
     """Send a datagram and wait for its answer."""
     socket_.settimeout(TIMEOUT)
-    socket_.sendto(b"?", (str(destination), port))
+    return answer_of(socket_, lambda: socket_.sendto(b"?", (str(destination), port)))
+
+
+def answer_of(socket_: socket.socket, send: Callable[[], object]) -> Arrival:
+    """Send somehow and wait for the answer."""
+    send()
     answer, (address, answered_port, *_) = socket_.recvfrom(4096)
     verdict, client = json.loads(answer)
     source = unmapped(ip_address(address))

@@ -168,7 +168,6 @@ def as_understood(mode: Mode, steering: Steering) -> Steering:
         steering,
         exclude_interfaces=none,
         kubevirt_interfaces=none,
-        dns_capture=False,
         drop_invalid=False,
     )
 
@@ -219,7 +218,6 @@ def by_interface(destination: IPAddress) -> str:
 #: Rules of options that eBPF mode refuses.
 OF_IPTABLES_ALONE = {
     "outbound.excluded-interface",
-    "outbound.dns",
     "inbound.excluded-interface",
     "inbound.kubevirt",
     "inbound.kubevirt-included",
