@@ -201,6 +201,7 @@ enum counter {
 	REDIRECTED_MESSAGES,
 	PASSED_NO_PEER,	    // direction on plain TCP: the peer was not in the sockhash
 	PASSED_UNREAD,	    // direction on plain TCP: the reader left too much unread
+	PASSED_MEMORY,	    // direction on plain TCP: the node's memory for TCP is short
 	PASSED_LEFT,	    // direction on plain TCP: the other end streams, it leaves the sockhash
 	PASSED_FAST_OPEN,   // socket left alone: data went with the SYN
 	PASSED_FULL,	    // socket left alone: no room in the sockhash

@@ -57,6 +57,12 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 		state->leaving_ns = bpf_ktime_get_ns();
 		return pass(state, flow->client_netns, PASSED_UNREAD);
 	}
+	if (memory_is_short(msg->sk)) {
+		flow->verdict[mine] = PASS;
+		flow->passed = PASSED_MEMORY;
+		state->leaving_ns = bpf_ktime_get_ns();
+		return pass(state, flow->client_netns, PASSED_MEMORY);
+	}
 	found = sockets.msg_redirect_hash(msg, &state->peer, BPF_F_INGRESS);
 	if (found != SK_PASS) {
 		flow->verdict[mine] = PASS;

@@ -53,6 +53,27 @@ ALWAYS bool sender_waits(struct bpf_sock *sk)
 	return false;
 }
 
+// Whether TCP's memory on this node, redirected bytes included, comes near the mark where the
+// kernel saves it (net.ipv4.tcp_mem). It then refuses redirected bytes with ENOMEM, and TCP's with
+// EAGAIN.
+ALWAYS bool memory_is_short(struct bpf_sock *sk)
+{
+#if MEMORY_ALLOCATED_OFFSET
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	void *proto, *counter;
+	__s64 pages = 0;
+
+	if (!tp)
+		return false;
+	proto = *(void *volatile *)((char *)tp + PROTO_OFFSET);
+	counter = *(void *volatile *)((char *)proto + MEMORY_ALLOCATED_OFFSET);
+	bpf_probe_read_kernel(&pages, sizeof(pages), counter);
+	return pages > MEMORY_MARK;
+#else
+	return false;
+#endif
+}
+
 #if RMEM_OFFSET
 // What this socket itself has not read yet: redirected bytes are charged to sk_rmem_alloc
 // (sk_psock_skb_ingress / bpf_tcp_ingress).

@@ -16,6 +16,7 @@ from redirector.datapath.layout import static_assertions
 from redirector.errors import MachineError
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "bpf" / "sockops"
+TCP_MEM = Path("/proc/sys/net/ipv4/tcp_mem")
 TCP_RMEM = Path("/proc/sys/net/ipv4/tcp_rmem")
 #: In the order in which they must be compiled.
 FILES = (
@@ -54,6 +55,8 @@ SIZES: Mapping[str, int] = {
 #: is never given back, who connects is known by the real ids, and a FIN counts as a byte.
 OFFSETS: Mapping[str, tuple[str, ...]] = {
     "RMEM_OFFSET": ("sock", "sk_backlog", "rmem_alloc"),
+    "PROTO_OFFSET": ("sock", "__sk_common", "skc_prot"),
+    "MEMORY_ALLOCATED_OFFSET": ("proto", "memory_allocated"),
     "SK_SOCKET_OFFSET": ("sock", "sk_socket"),
     "SOCKET_FLAGS_OFFSET": ("socket", "flags"),
     "CRED_OFFSET": ("task_struct", "cred"),
@@ -67,6 +70,8 @@ def translation_unit(sizes: Mapping[str, int]) -> str:
     constants = dict(sizes)
     constants["NETNS_MARK"] = NETNS_MARK
     constants["MAX_RECEIVE_BUFFER"] = int(TCP_RMEM.read_text().split()[2])
+    low, pressure, _ = map(int, TCP_MEM.read_text().split())
+    constants["MEMORY_MARK"] = (low + pressure) // 2
     constants["FLAGS_OFFSET"], constants["ZEROCOPY_BIT"] = zerocopy_flag() or (0, 0)
     constants |= {name: member_offset(*path) or 0 for name, path in OFFSETS.items()}
     parts = [f"#include <{name}>" for name in INCLUDES]

@@ -1,4 +1,4 @@
-"""The modes that root tests run in; a node with an agent."""
+"""The modes that root tests run in, the pod that most of them need, a node with an agent."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from xtables import FLAVOURS, PROGRAMS
 
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
-from redirector.lab import Node
-from redirector.model import Mode
+from redirector.lab import LabPod, Node
+from redirector.model import Accelerate, Mode
 from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables.driver import IptablesMode
@@ -44,3 +44,11 @@ def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         (tmp_path / name).symlink_to(program)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     return tmp_path
+
+
+@pytest.fixture
+def pod(node: Node, enrollment: Enrollment) -> LabPod:
+    """A pod whose connections are short-circuited, whatever the kernel is wrong about."""
+    made = node.pod("pod")
+    enrollment.enroll("pod", made.netns, made.cgroup, Mode.EBPF, Accelerate.ON)
+    return made

@@ -1,20 +1,15 @@
-"""What the short-circuit promises: the bytes TCP would have delivered, in order, bounded."""
+"""What the short-circuit promises: the bytes that TCP would have delivered, in their order."""
 
-import array
-import fcntl
-import hashlib
 import random
 import secrets
 import select
 import socket
-import termios
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from accelerated import OUTBOUND, SERVICE, counted, pair, readable, receive
 from sockets import connect_as, pod_socket
 
 from redirector.datapath.layout import Counter, Defect
@@ -27,70 +22,6 @@ from redirector.network import netns_cookie
 from redirector.records import Records
 
 pytestmark = pytest.mark.root
-
-SERVICE = ("10.96.1.1", 80)
-OUTBOUND = 15001
-MIB = 1 << 20
-
-
-class Pair:
-    """Both ends of a steered connection, made in a pod's app and sidecar cgroups."""
-
-    def __init__(self, client: socket.socket, server: socket.socket) -> None:
-        self.client, self.server = client, server
-
-
-@contextmanager
-def pair(
-    pod: LabPod, *, defer_accept: bool = False, first: bytes = b"", source_port: int = 0
-) -> Iterator[Pair]:
-    """A connection from the app to a service, accepted by a listener in the sidecar's place.
-
-    With `first`, the client has sent these bytes before the server accepts.
-    """
-    options = [(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)] if defer_accept else []
-    listener = pod_socket(pod, sidecar=True, options=options)
-    listener.bind(("0.0.0.0", OUTBOUND))
-    listener.listen()
-    client = pod_socket(pod)
-    if source_port:
-        client.bind((pod.ip, source_port))
-    client.connect(SERVICE)
-    for piece in (first[i : i + 4] for i in range(0, len(first), 4)):
-        client.sendall(piece)
-        time.sleep(0.02)
-    server, _ = listener.accept()
-    with client, server, listener:
-        for end in (client, server):
-            end.settimeout(10)
-        yield Pair(client, server)
-
-
-@pytest.fixture
-def pod(node: Node, enrollment: Enrollment) -> LabPod:
-    made = node.pod("pod")
-    enrollment.enroll("pod", made.netns, made.cgroup, Mode.EBPF, Accelerate.ON)
-    return made
-
-
-def counted(datapath: Datapath, pod: LabPod) -> dict[Counter, int]:
-    return datapath.maps.counters(netns_cookie(pod.netns))
-
-
-def receive(end: socket.socket, size: int) -> bytes:
-    got = bytearray()
-    while len(got) < size:
-        chunk = end.recv(size - len(got))
-        if not chunk:
-            break
-        got += chunk
-    return bytes(got)
-
-
-def readable(end: socket.socket) -> int:
-    count = array.array("i", [0])
-    fcntl.ioctl(end.fileno(), termios.FIONREAD, count)
-    return count[0]
 
 
 def test_a_conversation_is_short_circuited(pod: LabPod, datapath: Datapath) -> None:
@@ -192,137 +123,6 @@ def test_fionread_is_right_unless_somebody_insists(
         assert readable(ends.server) == 1000
         redirected = counted(datapath, pod)[Counter.REDIRECTED_BYTES]
     assert redirected == (0 if status.defects else 1000)
-
-
-def test_a_stalled_reader_holds_the_sender_back(pod: LabPod, datapath: Datapath) -> None:
-    with pair(pod) as ends:
-        ends.client.setblocking(False)
-        sent = 0
-        with pytest.raises(BlockingIOError):
-            while sent < 64 * MIB:
-                sent += ends.client.send(b"x" * 65536)
-        ends.client.settimeout(10)
-        counters = counted(datapath, pod)
-        assert counters[Counter.REDIRECTED_BYTES] <= MIB
-        assert counters[Counter.PASSED_UNREAD] == 1
-        assert len(receive(ends.server, sent)) == sent
-
-
-def test_a_reply_gives_no_budget_for_bytes_left_unread(pod: LabPod, datapath: Datapath) -> None:
-    """The server talks all the time and never reads: what the client may pile up stays bounded."""
-    with pair(pod) as ends:
-        ends.client.setblocking(False)
-        sent = 0
-        with pytest.raises(BlockingIOError):
-            while sent < 64 * MIB:
-                sent += ends.client.send(b"x" * 16384)
-                ends.server.sendall(b"tick")
-        redirected = counted(datapath, pod)[Counter.REDIRECTED_BYTES]
-        assert redirected <= MIB + sent // 16384 * 4 + 4
-        assert len(receive(ends.server, sent)) == sent
-
-
-def test_requests_and_replies_stay_redirected_for_ever(pod: LabPod, datapath: Datapath) -> None:
-    block = b"x" * 65536
-    with pair(pod) as ends:
-        for _ in range(100):
-            ends.client.sendall(block)
-            assert len(receive(ends.server, len(block))) == len(block)
-            ends.server.sendall(b"ok")
-            receive(ends.client, 2)
-        counters = counted(datapath, pod)
-    assert counters[Counter.REDIRECTED_BYTES] == 100 * (len(block) + 2)
-    assert counters[Counter.PASSED_UNREAD] == 0
-
-
-@pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize("mib", [3, 64, 256])
-def test_a_blocking_reader_waits_after_a_large_upload(pod: LabPod, earlier: bool, mib: int) -> None:
-    """Woken without data, a blocking recv() of a socket in a sockhash answers EAGAIN."""
-    with pair(pod) as ends, ThreadPoolExecutor(1) as server:
-        ends.client.settimeout(None)  # not Python's own poll(): the kernel must wait
-        if earlier:
-            ends.client.sendall(b"ask")
-            receive(ends.server, 3)
-            ends.server.sendall(b"answer")
-            assert receive(ends.client, 6) == b"answer"
-        received = server.submit(_serve_upload, ends.server, mib * MIB)
-        for _ in range(mib):
-            ends.client.sendall(b"x" * MIB)
-        assert ends.client.recv(10) == b"done"
-        assert received.result(10) == mib * MIB
-
-
-def _serve_upload(end: socket.socket, size: int) -> int:
-    got = 0
-    while got < size and (chunk := end.recv(min(MIB, size - got))):
-        got += len(chunk)
-        if got % (16 * MIB) < len(chunk):
-            time.sleep(0.001)
-    time.sleep(0.1)
-    end.sendall(b"done")
-    return got
-
-
-def test_a_blocking_reader_waits_after_its_half_close(pod: LabPod) -> None:
-    with pair(pod) as ends, ThreadPoolExecutor(1) as server:
-        ends.client.settimeout(None)
-        reply = server.submit(_serve_half_closed, ends.server)
-        ends.client.sendall(b"request")
-        ends.client.shutdown(socket.SHUT_WR)
-        assert ends.client.recv(10) == b"reply"
-        assert reply.result(10) == b"request"
-
-
-def _serve_half_closed(end: socket.socket) -> bytes:
-    got = bytearray()
-    while chunk := end.recv(100):
-        got += chunk
-    time.sleep(0.2)  # longer than a delayed ACK of the FIN
-    end.sendall(b"reply")
-    return bytes(got)
-
-
-def test_a_stream_leaves_the_sockhash_and_stays_right(pod: LabPod, datapath: Datapath) -> None:
-    """Both directions after a long upload: plain TCP, in order, nothing redirected any more."""
-    with pair(pod) as ends, ThreadPoolExecutor(1) as server:
-        received = server.submit(receive, ends.server, 32 * MIB)
-        for _ in range(32):
-            ends.client.sendall(b"x" * MIB)
-        assert len(received.result(10)) == 32 * MIB
-        before = counted(datapath, pod)[Counter.REDIRECTED_BYTES]
-        for n in range(50):
-            ends.server.sendall(b"pong%04d" % n)
-            assert receive(ends.client, 8) == b"pong%04d" % n
-            ends.client.sendall(b"ping%04d" % n)
-            assert receive(ends.server, 8) == b"ping%04d" % n
-        counters = counted(datapath, pod)
-    assert counters[Counter.REDIRECTED_BYTES] == before <= MIB
-    assert counters[Counter.PASSED_UNREAD] == 1
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_streams_arrive_intact_over_the_switch_to_tcp(pod: LabPod, seed: int) -> None:
-    """Random write and read sizes, a dawdling reader, several MiB: one change from queue to TCP."""
-    chance = random.Random(seed)
-    payload = chance.randbytes(4 * MIB)
-    with pair(pod) as ends:
-        ends.client.setblocking(False)
-        ends.server.setblocking(False)
-        sent, got = 0, bytearray()
-        deadline = time.monotonic() + 20
-        while len(got) < len(payload) and time.monotonic() < deadline:
-            for _ in range(chance.randrange(20)):
-                try:
-                    sent += ends.client.send(payload[sent : sent + chance.randrange(1, 60_000)])
-                except BlockingIOError:
-                    break
-            for _ in range(chance.randrange(10)):
-                try:
-                    got += ends.server.recv(chance.randrange(1, 40_000))
-                except BlockingIOError:
-                    break
-        assert hashlib.sha256(got).digest() == hashlib.sha256(payload).digest()
 
 
 def test_two_pods_with_the_same_loopback_tuple(

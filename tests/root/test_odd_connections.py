@@ -9,9 +9,7 @@ from sockets import pod_socket
 
 from redirector.datapath.layout import Counter
 from redirector.datapath.pins import Datapath
-from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
-from redirector.model import Accelerate, Mode
 from redirector.network import netns_cookie, within
 
 pytestmark = pytest.mark.root
@@ -23,13 +21,6 @@ SO_ORIGINAL_DST = 80
 ADDED = "10.77.0.99"
 #: A low address that is not loopback's.
 LOW6 = "::1234"
-
-
-@pytest.fixture
-def pod(node: Node, enrollment: Enrollment) -> LabPod:
-    made = node.pod("pod")
-    enrollment.enroll("pod", made.netns, made.cgroup, Mode.EBPF, Accelerate.ON)
-    return made
 
 
 def listen(pod: LabPod, port: int, *, v6: bool = False, sidecar: bool = False) -> socket.socket:
@@ -180,38 +171,3 @@ def test_any_source_address_leads_to_the_outbound_listener(pod: LabPod) -> None:
         with server:
             raw = server.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)
         assert str(ipaddress.IPv6Address(raw[8:24])) == SERVICE6[0]
-
-
-def test_tiny_messages_to_a_stalled_reader_are_bounded(pod: LabPod, datapath: Datapath) -> None:
-    """Each costs the kernel 1 KiB, whatever it holds: bytes alone are no bound."""
-    sent = 10_000
-    with listen(pod, OUTBOUND, sidecar=True) as listener, pod_socket(pod) as client:
-        client.connect(SERVICE)
-        server, _ = listener.accept()
-        with server:
-            for _ in range(sent):
-                client.sendall(b"x")
-                # A reader that talks meanwhile gets no other bound.
-                server.sendall(b"y")
-            counters = datapath.maps.counters(netns_cookie(pod.netns))
-            assert counters[Counter.REDIRECTED_MESSAGES] <= 2 * 4096
-            assert counters[Counter.PASSED_UNREAD] >= 1
-            for end, byte in ((server, b"x"), (client, b"y")):
-                got = b""
-                while len(got) < sent:
-                    got += end.recv(sent)
-                assert got == byte * sent
-
-
-def test_tiny_requests_and_replies_stay_redirected(pod: LabPod, datapath: Datapath) -> None:
-    with listen(pod, OUTBOUND, sidecar=True) as listener, pod_socket(pod) as client:
-        client.connect(SERVICE)
-        server, _ = listener.accept()
-        with server:
-            for _ in range(6000):
-                client.sendall(b"x")
-                assert server.recv(1) == b"x"
-                server.sendall(b"y")
-                assert client.recv(1) == b"y"
-            counters = datapath.maps.counters(netns_cookie(pod.netns))
-    assert counters[Counter.REDIRECTED_MESSAGES] == 12_000
