@@ -80,5 +80,5 @@ class Pod:
     addresses: tuple[IPAddress, ...] = ()
     #: SO_NETNS_COOKIE of `netns`; still known when the namespace is gone.
     netns_cookie: int = 0
-    #: The pod's Kubernetes UID when the agent enrolled it; empty when somebody did by hand.
+    #: The UID by which the kubelet knows it, when the agent enrolled it; empty: by hand.
     uid: str = ""

@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +67,8 @@ class ApiServer:
     faults: dict[tuple[str, str], list[Fault]] = field(default_factory=dict)
     #: Seconds that every answer takes longer.
     slow: float = 0.0
+    #: Speaks TLS by it.
+    tls: ssl.SSLContext | None = None
     #: Versions up to this one are forgotten: 410.
     forgotten: int = 0
 
@@ -98,6 +101,8 @@ class ApiServer:
             allow_reuse_address = True
 
         self._server = Listener(("127.0.0.1", self.port), Handler)
+        if self.tls is not None:
+            self._server.socket = self.tls.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -116,7 +121,7 @@ class ApiServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     @property
     def is_up(self) -> bool:

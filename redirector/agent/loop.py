@@ -163,7 +163,7 @@ class Agent:
             Problem(
                 pod.full_name,
                 Reason.FAILED,
-                f"pod {pod.full_name}: runs on this node, but no cgroup of UID {pod.cgroup_uid} "
+                f"pod {pod.full_name}: runs on this node, but no cgroup of UID {pod.kubelet_uid} "
                 f"with a network of its own is below {self._places.cgroups}; see --cgroup-root",
             )
             for pod in running
@@ -186,8 +186,8 @@ class Agent:
     def _know(self, pod: PodObject, verdict: Verdict) -> Known:
         place = self._places.find(pod) if isinstance(verdict, Wish) else None
         if place is None or not isinstance(verdict, Wish):
-            return Known(pod.uid, verdict)
-        return Known(pod.uid, verdict, _target(verdict, place))
+            return Known(pod.kubelet_uid, verdict)
+        return Known(pod.kubelet_uid, verdict, _target(verdict, place))
 
     def _incomplete(self, records: Iterable[Pod], resyncing: bool) -> dict[str, tuple[str, ...]]:
         """What each lacks; between two comparisons only those are looked at that failed."""
@@ -237,7 +237,7 @@ def _taken(wish: Wish) -> Refusal:
 
 def _target(wish: Wish, place: Place) -> Target:
     return Target(
-        uid=wish.pod.uid,
+        uid=wish.pod.kubelet_uid,
         cgroup=place.cgroup,
         netns=place.netns,
         netns_cookie=place.netns_cookie,

@@ -34,13 +34,21 @@ class PodObject:
     #: Whether at least one of them runs.
     running: bool = False
     addresses: tuple[IPAddress, ...] = ()
-    #: The UID in its cgroup's name; a static pod's is not that of its mirror.
-    cgroup_uid: str = ""
+    #: Of the static pod that this is the mirror of.
+    mirrored: str = ""
 
     @property
     def full_name(self) -> str:
         """The name of its record."""
         return f"{self.namespace}/{self.name}"
+
+    @property
+    def kubelet_uid(self) -> str:
+        """The UID by which the kubelet knows it, and names its cgroup.
+
+        A static pod keeps it when its mirror is deleted and made anew.
+        """
+        return self.mirrored or self.uid
 
 
 @dataclass(frozen=True)
@@ -60,18 +68,17 @@ def read_pod(value: Mapping[str, Any]) -> PodObject:
     """A v1 Pod."""
     metadata = _mapping(value, "metadata")
     spec, status = _mapping(value, "spec"), _mapping(value, "status")
-    uid = _text(metadata, "uid")
     return PodObject(
         namespace=_text(metadata, "namespace"),
         name=_text(metadata, "name"),
-        uid=uid,
+        uid=_text(metadata, "uid"),
         node=str(spec.get("nodeName", "")),
         annotations=_annotations(metadata),
         host_network=spec.get("hostNetwork") is True,
         finished=status.get("phase") in _FINISHED,
         running=status.get("phase") == "Running",
         addresses=_addresses(status),
-        cgroup_uid=str(_mapping(metadata, "annotations").get(_MIRROR) or uid),
+        mirrored=str(_mapping(metadata, "annotations").get(_MIRROR) or ""),
     )
 
 

@@ -68,15 +68,15 @@ class Places:
 
         Cheap while the process lives that it was found by.
         """
-        guide = self._guides.get(pod.cgroup_uid)
+        guide = self._guides.get(pod.kubelet_uid)
         if guide is not None and guide.addresses == pod.addresses and self._lives(guide):
             return guide.place
-        cgroup = self.cgroup(pod.cgroup_uid)
+        cgroup = self.cgroup(pod.kubelet_uid)
         guide = None if cgroup is None else self._guide(cgroup, pod.addresses)
         if guide is None:
-            self._guides.pop(pod.cgroup_uid, None)
+            self._guides.pop(pod.kubelet_uid, None)
             return None
-        self._guides[pod.cgroup_uid] = guide
+        self._guides[pod.kubelet_uid] = guide
         return guide.place
 
     def forget(self) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import agent_manifests
 import apiserver
 import pytest
-from agents import PORT, UID, Ground, until
+from agents import PATIENCE_S, PORT, UID, Ground, until
 from apiserver import Fault
 
 from redirector.datapath.pins import Datapath
@@ -72,7 +74,7 @@ def test_the_end_of_pods(field: Ground) -> None:
     for number, name in enumerate(("deleted", "finished", "again"), 1):
         field.pod(name, number)
         field.tell(name, number, mode="ebpf")
-    field.start()
+    agent = field.start()
     for name in ("deleted", "finished", "again"):
         field.until_mode(name, Mode.EBPF)
 
@@ -86,6 +88,13 @@ def test_the_end_of_pods(field: Ground) -> None:
     empty(field.pods["deleted"].cgroup)
     field.until_mode("deleted", None)
 
+    # A static pod whose mirror is made anew: its UID is another, its cgroup's is not.
+    field.pod("static", 7)
+    for uid in ("mirror-1", "mirror-2"):
+        mirror = apiserver.pod("static", uid, annotations={"mode": "ebpf"})
+        mirror["metadata"]["annotations"]["kubernetes.io/config.mirror"] = UID % 7
+        field.server.put("pods", mirror)
+        field.until_mode("static", Mode.EBPF)
     # Another pod of the same name.
     field.server.delete("pods", "default/again")
     field.pod("other", 9)
@@ -93,6 +102,22 @@ def test_the_end_of_pods(field: Ground) -> None:
     until(lambda: (record := field.record("again")) and record.uid == UID % 9)
     field.until_mode("again", Mode.EBPF)
     assert field.verdict("other", peer) is Verdict.OUTBOUND
+    assert [line["message"] for line in agent.lines() if line.get("pod") == "default/static"] == [
+        "enroll"
+    ]
+
+
+def test_a_pod_that_waits_begins_steered(field: Ground) -> None:
+    """Its first process is the init container that `redirector await` is for."""
+    field.start()
+    pod = field.pod("pod", 1, listen=False)
+    pod.run(["ip", "route", "replace", "default", "via", str(field.node.subnet[1])], check=True)
+    command = [sys.executable, "-m", "redirector.cli", "await"]
+    waiting = pod.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    field.tell("pod", 1, mode="ebpf")
+    out, err = waiting.communicate(timeout=PATIENCE_S)
+    assert (waiting.returncode, err) == (0, "")
+    assert out.startswith("steered after ")
 
 
 def test_a_mistyped_annotation_refuses_its_pod(field: Ground) -> None:

@@ -128,7 +128,7 @@ def test_what_is_kept_of_a_pod() -> None:
     value["metadata"]["annotations"]["kubernetes.io/config.mirror"] = "abc"
     value["status"] = {"podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]}
     found = read_pod(value)
-    assert (found.full_name, found.uid, found.cgroup_uid) == ("default/web", "uid-1", "abc")
+    assert (found.full_name, found.uid, found.kubelet_uid) == ("default/web", "uid-1", "abc")
     assert found.annotations == {"mode": "ebpf"}
     assert found.host_network
     assert list(map(str, found.addresses)) == ["10.0.0.1", "fd00::1"]

@@ -1,11 +1,13 @@
 """The table of objects follows the API server, and survives whatever it does wrong."""
 
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 from apiserver import ApiServer, Fault, namespace, pod
 
 from redirector.errors import ClusterError
@@ -239,6 +241,24 @@ def test_the_token_is_read_anew_and_kept_to_safe_places(server: ApiServer, tmp_p
     assert in_cluster(environment, tmp_path).url == "https://[fd00::1]:6443"
     with pytest.raises(ClusterError, match="--api-server"):
         in_cluster({}, tmp_path)
+
+
+def test_only_the_clusters_own_authority_is_believed(tmp_path: Path) -> None:
+    authority, stranger = trustme.CA(), trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    (tmp_path / "token").write_text("secret")
+    with ApiServer(tls=context) as server:
+        access = Access(server.url, tmp_path / "token", tmp_path / "ca.crt")
+        client = Client(access)
+        stranger.cert_pem.write_to_path(str(tmp_path / "ca.crt"))
+        with pytest.raises(ApiError, match="CERTIFICATE_VERIFY_FAILED"):
+            client.get("/api/v1/pods", {})
+        assert server.requests == []
+        # The authority changes while the agent runs.
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.crt"))
+        assert client.get("/api/v1/pods", {})["kind"] == "PodList"
+        assert server.requests[0].authorization == "Bearer secret"
 
 
 def test_what_the_server_says_is_told(server: ApiServer) -> None:
