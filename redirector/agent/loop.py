@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from redirector.agent.execute import Executor
@@ -17,7 +17,8 @@ from redirector.kubernetes.cluster import View
 from redirector.kubernetes.desired import Refusal, Verdict, Wish, desired
 from redirector.kubernetes.objects import PodObject
 from redirector.kubernetes.places import Place, Places, populated
-from redirector.model import Mode, Pod
+from redirector.model import IPAddress, Mode, Pod, Steering
+from redirector.resolvers import with_resolvers
 
 #: Seconds between two looks, however much changes; and while a pod that is asked for is not there.
 _PAUSE, _EXPECTING = 0.05, 0.25
@@ -66,6 +67,10 @@ class Agent:
         self._next_resync = clock()
         #: Since when (clock) a pod that runs, by UID, has not been found.
         self._unseen: dict[str, float] = {}
+        #: Why one that was found cannot be steered yet, by UID.
+        self._reasons: dict[str, str] = {}
+        #: By UID; read anew with every comparison.
+        self._resolvers: dict[str, tuple[IPAddress, ...] | None] = {}
         #: Set, by any thread, when there is something new to look at.
         self._changed = changed
         self._stopping = False
@@ -102,6 +107,7 @@ class Agent:
         if resyncing:
             self._next_resync = self._clock() + self._settings.resync
             self._places.forget()
+            self._resolvers.clear()
         waits = [self._next_resync]
         if self._source is None:
             self._keep_whole(resyncing)
@@ -136,6 +142,7 @@ class Agent:
         for name, verdict in verdicts.items():
             if name in by_hand and isinstance(verdict, Wish):
                 verdicts[name] = _taken(verdict)
+        self._reasons.clear()
         known = {pod.full_name: self._know(pod, verdicts[pod.full_name]) for pod in view.pods}
         self._act(
             plan(
@@ -155,7 +162,7 @@ class Agent:
         return bool(expected)
 
     def _lost(self, expected: Iterable[PodObject]) -> list[Problem]:
-        """Those whose containers run, says the API server, and that are not on this node."""
+        """Those whose containers run, says the API server, and that cannot be steered yet."""
         now = self._clock()
         running = [pod for pod in expected if pod.running]
         self._unseen = {pod.uid: self._unseen.get(pod.uid, now) for pod in running}
@@ -163,8 +170,10 @@ class Agent:
             Problem(
                 pod.full_name,
                 Reason.FAILED,
-                f"pod {pod.full_name}: runs on this node, but no cgroup of UID {pod.kubelet_uid} "
-                f"with a network of its own is below {self._places.cgroups}; see --cgroup-root",
+                self._reasons.get(pod.uid)
+                or f"pod {pod.full_name}: runs on this node, but no cgroup of UID "
+                f"{pod.kubelet_uid} with a network of its own is below {self._places.cgroups}; "
+                "see --cgroup-root",
             )
             for pod in running
             if now - self._unseen[pod.uid] >= _LOST
@@ -187,7 +196,25 @@ class Agent:
         place = self._places.find(pod) if isinstance(verdict, Wish) else None
         if place is None or not isinstance(verdict, Wish):
             return Known(pod.kubelet_uid, verdict)
-        return Known(pod.kubelet_uid, verdict, _target(verdict, place))
+        try:
+            steering = self._with_resolvers(verdict, place)
+        except RedirectorError as error:
+            # Its first containers may have none: like a pod that has no process yet.
+            self._reasons[pod.uid] = str(error)
+            return Known(pod.kubelet_uid, verdict)
+        return Known(pod.kubelet_uid, verdict, _target(verdict, place, steering))
+
+    def _with_resolvers(self, wish: Wish, place: Place) -> Steering:
+        """The steering asked for, with the pod's own resolvers where it names none."""
+        steering = wish.steering
+        if not steering.dns_capture or steering.dns_servers != ():
+            return steering
+        before = self._resolvers.get(wish.pod.uid)
+        if before is None:
+            name = wish.pod.full_name
+            before = with_resolvers(name, steering, place.netns, place.cgroup).dns_servers
+            self._resolvers[wish.pod.uid] = before
+        return replace(steering, dns_servers=before)
 
     def _incomplete(self, records: Iterable[Pod], resyncing: bool) -> dict[str, tuple[str, ...]]:
         """What each lacks; between two comparisons only those are looked at that failed."""
@@ -235,7 +262,7 @@ def _taken(wish: Wish) -> Refusal:
     )
 
 
-def _target(wish: Wish, place: Place) -> Target:
+def _target(wish: Wish, place: Place, steering: Steering) -> Target:
     return Target(
         uid=wish.pod.kubelet_uid,
         cgroup=place.cgroup,
@@ -243,5 +270,5 @@ def _target(wish: Wish, place: Place) -> Target:
         netns_cookie=place.netns_cookie,
         mode=wish.mode,
         accelerate=wish.accelerate,
-        steering=wish.steering,
+        steering=steering,
     )

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import agent_manifests
@@ -276,6 +278,32 @@ def test_a_pod_that_cannot_be_found_is_told_of(field: Ground) -> None:
     assert f"no cgroup of UID {UID % 1} with a network of its own is below {elsewhere}" in text
     assert len(agent.said("--cgroup-root")) == 1
     assert field.mode("pod") is None
+
+
+def test_resolvers_are_the_pods_own(field: Ground, tmp_path: Path) -> None:
+    """dnsCapture without dnsServers: a pod is steered once a container knows its resolvers."""
+    pod = field.pod("pod", 1, listen=False)
+
+    def container(name: str, begin: str) -> None:
+        script = f"mount -t tmpfs none /etc && {begin} && touch {tmp_path}/{name}; exec sleep 1000"
+        pod.popen(["unshare", "--mount", "sh", "-c", script])
+        until((tmp_path / name).exists)
+
+    container("sandbox", "true")
+    field.tell("pod", 1, mode="iptables", dnsCapture="true")
+    agent = field.start()
+    until(lambda: agent.get("/readyz")[0] == 200)
+    assert field.mode("pod") is None
+    container("app", "echo nameserver 10.96.0.10 > /etc/resolv.conf")
+    field.until_mode("pod", Mode.IPTABLES)
+    record = field.record("pod")
+    assert record is not None
+    assert record.steering.dns_servers == (IPv4Address("10.96.0.10"),)
+    # As asked for: nothing is changed again and again.
+    until(lambda: len(agent.said("enroll")) == 1)
+    looks = record, agent.said("update")
+    time.sleep(1.2)
+    assert (field.record("pod"), agent.said("update")) == looks == (record, [])
 
 
 def test_a_sandbox_that_is_made_anew(field: Ground) -> None:
