@@ -13,7 +13,13 @@ from pathlib import Path
 from redirector import machine, network
 from redirector.datapath.layout import ConnectKind, Counter, Defect
 from redirector.datapath.pins import Datapath
-from redirector.errors import AlreadyEnrolled, InputError, NotEnrolled, RedirectorError
+from redirector.errors import (
+    AlreadyEnrolled,
+    DatapathError,
+    InputError,
+    NotEnrolled,
+    RedirectorError,
+)
 from redirector.model import Accelerate, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
@@ -285,21 +291,28 @@ class Enrollment:
         with self._records.locked():
             for path in self._records.paths():
                 try:
-                    pod = self._records.read(path)
-                except RedirectorError as error:
-                    problems.append(
-                        f"{str(error).partition(';')[0]}; if that pod was in iptables mode, its "
-                        "rules stay: in its namespace, remove the chains REDIRECTOR_* and the sets "
-                        "redirector-* by hand"
-                    )
-                    continue
-                try:
-                    self._remove(pod)
+                    self._uninstall(path)
                 except RedirectorError as error:
                     problems.append(str(error))
             self._datapath.unload()
             self._records.clear()
         return problems
+
+    def _uninstall(self, path: Path) -> None:
+        try:
+            pod = self._records.read(path)
+        except RedirectorError as error:
+            # Another version's, or damaged. Pins are removed all together, rules are not.
+            guess = self._records.guess(path)
+            if guess is None:
+                raise DatapathError(
+                    f"{str(error).partition(';')[0]}; if that pod was in iptables mode, its rules "
+                    "stay: in its namespace, remove the chains REDIRECTOR_* and the sets "
+                    "redirector-* by hand"
+                ) from error
+            self._modes[Mode.IPTABLES].remove(guess)
+        else:
+            self._remove(pod)
 
 
 def _lost(pod: Pod) -> str | None:

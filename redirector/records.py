@@ -15,7 +15,8 @@ from typing import Any
 from redirector.errors import DatapathError
 from redirector.model import Accelerate, Mode, Pod, Steering
 
-_CHANGING = "changing"
+#: Members of a record beside the pod's own.
+_CHANGING, _DEFAULTS, _STEERING_DEFAULTS = "changing", "defaults", "steering_defaults"
 
 
 class Records:
@@ -82,12 +83,28 @@ class Records:
         try:
             data = json.loads(path.read_text())
             data.pop(_CHANGING, None)
+            _forget_defaults(data)
             return from_json(data)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatapathError(
                 f"{path}: is not a record of this version ({error}); remove everything with: "
                 "redirector uninstall"
             ) from error
+
+    @staticmethod
+    def guess(path: Path) -> Pod | None:
+        """What another version's record tells: enough to take the pod off, or None."""
+        try:
+            data = json.loads(path.read_text())
+            return Pod(
+                name=str(data["name"]),
+                netns=Path(data["netns"]),
+                cgroup=Path(data["cgroup"]),
+                mode=Mode.IPTABLES,
+                netns_cookie=int(data["netns_cookie"]),
+            )
+        except (OSError, AttributeError, KeyError, TypeError, ValueError):
+            return None
 
     def had(self, name: str) -> tuple[Pod, ...]:
         """Every form that a pod may have in the kernel: recorded, or begun and interrupted."""
@@ -96,6 +113,8 @@ class Records:
         if pod is None:
             return ()
         begun = json.loads(path.read_text()).get(_CHANGING, ())
+        for form in begun:
+            _forget_defaults(form)
         return tuple(dict.fromkeys((pod, *map(from_json, begun))))
 
     def put(self, pod: Pod, changing: Iterable[Pod] = ()) -> None:
@@ -109,8 +128,8 @@ class Records:
         for key in _keys(pod):
             self._index(key, path)
         staging = path.with_suffix(".new")
-        forms = {_CHANGING: [to_json(form) for form in changing]}
-        staging.write_text(json.dumps(to_json(pod) | forms, indent=2) + "\n")
+        forms = {_CHANGING: [_record(form) for form in changing]}
+        staging.write_text(json.dumps(_record(pod) | forms, indent=2) + "\n")
         staging.rename(path)
 
     def delete(self, name: str) -> None:
@@ -199,6 +218,32 @@ def _netns_key(cookie: int) -> str:
 def _cgroup_key(path: Path) -> str:
     # A path may be longer than a file's name.
     return f"cgroup-{hashlib.sha256(os.fsencode(path)).hexdigest()}"
+
+
+def _record(pod: Pod) -> dict[str, Any]:
+    """With the names of what is as by default: a version that does not know it may ignore it."""
+    return to_json(pod) | {
+        _DEFAULTS: _at_default(pod),
+        _STEERING_DEFAULTS: _at_default(pod.steering),
+    }
+
+
+def _at_default(value: Pod | Steering) -> list[str]:
+    return [
+        field.name
+        for field in dataclasses.fields(value)
+        if field.default is not dataclasses.MISSING and getattr(value, field.name) == field.default
+    ]
+
+
+def _forget_defaults(data: dict[str, Any]) -> None:
+    """Drop what this version does not know, as far as it does not matter."""
+    for fields, names, part in (
+        (dataclasses.fields(Pod), data.pop(_DEFAULTS, ()), data),
+        (dataclasses.fields(Steering), data.pop(_STEERING_DEFAULTS, ()), data["steering"]),
+    ):
+        for name in set(names) - {field.name for field in fields}:
+            part.pop(name, None)
 
 
 def to_json(pod: Pod) -> dict[str, Any]:

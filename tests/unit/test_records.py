@@ -1,10 +1,12 @@
 """Records of enrolled pods: found again by what no two pods may share."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from redirector.errors import DatapathError
 from redirector.model import Mode, Pod
 from redirector.records import Records
 
@@ -84,3 +86,54 @@ def test_clearing_leaves_nothing(records: Records) -> None:
         records.put(pod(records, "a", 1, "x"))
         records.clear()
     assert not records.directory.exists()
+
+
+def edited(records: Records, name: str, **members: object) -> None:
+    path = records.directory / f"{name}.json"
+    data = json.loads(path.read_text())
+    data["steering"] |= members
+    path.write_text(json.dumps(data))
+
+
+def test_a_newer_versions_record_is_read_where_what_is_new_does_not_matter(
+    records: Records,
+) -> None:
+    known = pod(records, "a", 1, "x")
+    records.put(known)
+    edited(records, "a", new_option=[1])
+    with pytest.raises(DatapathError, match="is not a record of this version"):
+        records.get("a")
+    path = records.directory / "a.json"
+    data = json.loads(path.read_text())
+    data["steering_defaults"].append("new_option")
+    path.write_text(json.dumps(data))
+    assert records.get("a") == known
+    assert records.had("a") == (known,)
+
+
+def test_an_older_versions_record_is_read_with_defaults(records: Records) -> None:
+    known = pod(records, "a", 1, "x")
+    records.put(known)
+    path = records.directory / "a.json"
+    data = json.loads(path.read_text())
+    for name in ("changing", "defaults", "steering_defaults", "uid"):
+        del data[name]
+    del data["steering"]["exclude_inbound_ports"]
+    path.write_text(json.dumps(data))
+    assert records.get("a") == known
+
+
+def test_what_another_versions_record_tells_is_enough_to_take_the_pod_off(records: Records) -> None:
+    known = pod(records, "ns/a", 7, "x")
+    records.put(known)
+    (path,) = records.paths()
+    data = json.loads(path.read_text())
+    data["steering"] = "as nobody writes it"
+    path.write_text(json.dumps(data))
+    with pytest.raises(DatapathError):
+        records.read(path)
+    guess = records.guess(path)
+    assert guess is not None
+    assert (guess.name, guess.netns, guess.netns_cookie) == ("ns/a", known.netns, 7)
+    path.write_text("{}")
+    assert records.guess(path) is None
