@@ -53,7 +53,9 @@ def grpc(pods: Mesh, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def iperf(pods: Mesh, folder: Path) -> None:
     argv = [program("iperf3"), "-s", "-p", str(IPERF)]
-    serve(pods.server, argv, folder / "iperf.log", IPERF)
+    # It writes a file in between.
+    environment = {"TMPDIR": str(own_folder(folder / "iperf"))}
+    serve(pods.server, argv, folder / "iperf.log", IPERF, env=environment)
 
 
 def test_scp_both_ways(route: Route, sshd: Path) -> None:
@@ -88,9 +90,8 @@ def test_iperf3(route: Route, options: list[str]) -> None:
     argv = [program("iperf3"), "-c", route.server.ip, "-p", str(IPERF), "-J", "-n", "64M"]
     # Nobody waits for what is on its way when the last byte is sent: some MB on each connection.
     with route.carries(MB, connections=2):
-        done = route.client.run([*argv, *options])
-    told = json.loads(done.stdout)
-    assert "error" not in told
+        told = json.loads(route.client.run([*argv, *options]).stdout)
+        assert "error" not in told, told["error"]
     sums = [part for name, part in told["end"].items() if name.startswith("sum_sent")]
     assert max(part["bytes"] for part in sums) >= 64 << 20
 
@@ -119,4 +120,5 @@ def test_netcat_after_a_half_close(route: Route) -> None:
             route.client.run(argv, stdin=question, stdout=back, check=True)
             assert listener.wait(30) == 0
     for name, file in files.items():
+        assert got[name].stat().st_size == SIZE
         assert sha256(got[name]) == sha256(file)
