@@ -47,9 +47,8 @@ def run(arguments: argparse.Namespace, enrollment: Enrollment, out: TextIO) -> i
         for event in open_now(enrollment, arguments.pod):
             print(show(event), file=out)
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
-        _follow(enrollment, arguments.pod, show, out)
+    with _stopping() as stopping:
+        _follow(enrollment, arguments.pod, show, out, stopping)
     return 0
 
 
@@ -57,8 +56,22 @@ def _json(event: FlowEvent) -> str:
     return json.dumps(event.json())
 
 
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Tells whether a signal has asked to end.
+
+    An exception out of a signal handler could end in libbpf's callback, which swallows it.
+    """
+    asked: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _require_visible(enrollment: Enrollment, name: str | None) -> None:
@@ -127,7 +140,11 @@ class _Names:
 
 
 def _follow(
-    enrollment: Enrollment, name: str | None, show: Callable[[FlowEvent], str], out: TextIO
+    enrollment: Enrollment,
+    name: str | None,
+    show: Callable[[FlowEvent], str],
+    out: TextIO,
+    stopping: Callable[[], bool],
 ) -> None:
     names = _Names(enrollment)
 
@@ -144,7 +161,7 @@ def _follow(
         if events or lost:
             out.flush()
 
-    while True:
+    while not stopping():
         # No pod may be in eBPF mode yet, and another version may take over.
         followers = enrollment.datapath.followers()
         if followers is None:
@@ -152,17 +169,21 @@ def _follow(
             continue
         with followers.follow() as follower:
             try:
-                while enrollment.datapath.followers() == followers:
-                    _read(follower, write)
+                while not stopping() and enrollment.datapath.followers() == followers:
+                    _read(follower, write, stopping)
             finally:
                 with contextlib.suppress(DatapathError):
                     write(follower.read(), follower.lost())
 
 
-def _read(follower: Follower, write: Callable[[list[Event], int], None]) -> None:
+def _read(
+    follower: Follower,
+    write: Callable[[list[Event], int], None],
+    stopping: Callable[[], bool],
+) -> None:
     """For a while."""
     due = time.monotonic() + CHECKS
-    while time.monotonic() < due:
+    while time.monotonic() < due and not stopping():
         events = follower.read()
         if events:
             write(events, 0)
