@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from redirector.bench import agents, nodes
+from redirector.bench import agents, following, nodes
 from redirector.bench.ground import MOST_PODS, Ground, Line
 from redirector.compare.command import choose_cpu
 from redirector.errors import RedirectorError
@@ -20,6 +20,7 @@ PARTS: tuple[Part, ...] = (
     nodes.enrolment,
     nodes.commands,
     nodes.connections,
+    following.following,
     agents.agent,
     nodes.release,
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from redirector import machine
 from redirector.compare.statistics import Spread, spread
-from redirector.compare.topology import LOAD_SCRIPT
+from redirector.compare.topology import LOAD_SCRIPT, tune
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
@@ -97,6 +97,7 @@ class Ground(Closing):
             self.few, self.many = sides
             self.alone, self.among = self.node.pod("alone"), self.node.pod("among")
             for pod in (self.alone, self.among):
+                pod.call(tune)
                 self._serve(pod)
             self.pods = [self.node.pod(f"p{number}") for number in range(pods)]
             undo.pop_all()

@@ -130,7 +130,7 @@ class Topology(Closing):
 
     def _pod(self, name: str) -> LabPod:
         pod = self._node.pod(name)
-        pod.call(_tune)
+        pod.call(tune)
         return pod
 
     def _far_end(self) -> LabPod:
@@ -240,7 +240,7 @@ def _clusters(peer: str, sink: str) -> list[envoy.Json]:
     return [envoy.cluster("peer", peer), envoy.cluster("sink", sink)]
 
 
-def _tune() -> None:
+def tune() -> None:
     """Room for thousands of connections a second, in the pod's own namespace.
 
     Without it a client runs out of local ports, and conntrack out of entries, for those that are

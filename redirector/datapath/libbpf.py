@@ -330,6 +330,22 @@ def map_keys(fd: int, size: int) -> Iterator[bytes]:
     return iter(keys)
 
 
+@contextlib.contextmanager
+def timing_programs() -> Iterator[None]:
+    """Let the kernel time every run of every program until leaving (bpf_enable_stats)."""
+    fd = _check(_lib().bpf_enable_stats(0), "bpf_enable_stats")
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def run_time_ns(program: int) -> int:
+    """How long a program's runs took in all while they were timed (bpf_prog_show_fdinfo)."""
+    rows = Path(f"/proc/self/fdinfo/{program}").read_text().splitlines()
+    return next((int(row.split()[1]) for row in rows if row.startswith("run_time_ns")), 0)
+
+
 #: Entries a call; a hash map wants room for all of a bucket.
 _BATCH = 4096
 

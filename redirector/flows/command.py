@@ -15,7 +15,7 @@ from redirector.datapath.layout import Event
 from redirector.datapath.maps import OpenFlow
 from redirector.enrollment import Enrollment
 from redirector.errors import DatapathError, InputError, RedirectorError
-from redirector.flows.event import Clock, FlowEvent, from_event, from_flow
+from redirector.flows.event import Clock, FlowEvent, from_event, from_flow, to_line
 from redirector.model import Mode, Pod
 
 #: How often the ring buffer is looked into, in seconds: programs do not wake who waits.
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, enrollment: Enrollment, out: TextIO) -> int:
     """Print until there is no more, or until interrupted; the exit code."""
     _require_visible(enrollment, arguments.pod)
-    show = _json if arguments.output == "json" else FlowEvent.text
+    show = to_line if arguments.output == "json" else FlowEvent.text
     if not arguments.follow:
         for event in open_now(enrollment, arguments.pod):
             print(show(event), file=out)
@@ -50,10 +50,6 @@ def run(arguments: argparse.Namespace, enrollment: Enrollment, out: TextIO) -> i
     with _stopping() as stopping:
         _follow(enrollment, arguments.pod, show, out, stopping)
     return 0
-
-
-def _json(event: FlowEvent) -> str:
-    return json.dumps(event.json())
 
 
 @contextlib.contextmanager
@@ -193,6 +189,6 @@ def _read(
 
 
 def _lost(count: int, show: Callable[[FlowEvent], str]) -> str:
-    if show is _json:
+    if show is to_line:
         return json.dumps({"event": "lost", "count": count})
     return f"-- {count} events lost: they came faster than they were read"

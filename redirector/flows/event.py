@@ -3,6 +3,7 @@
 The JSON's schema is in docs/operations.md.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -123,6 +124,11 @@ class FlowEvent:
         if self.accelerated:
             way = f"{self.short_circuited:,} of them short-circuited{why}"
         return f"sent {self.sent:,}, received {self.received:,}, {way}, {self.seconds:.3f} s"
+
+
+def to_line(event: FlowEvent) -> str:
+    """Its JSON, in one line without its end."""
+    return json.dumps(event.json())
 
 
 class Clock:
