@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn, TextIO, TypeVar
 
 from redirector import explain, options, report
 from redirector.enrollment import Enrollment, default_enrollment, require_cgroup
-from redirector.errors import RedirectorError
+from redirector.errors import InputError, RedirectorError
 from redirector.model import Accelerate, Mode
 from redirector.resolvers import with_resolvers
 
@@ -33,6 +33,7 @@ class Context:
         return default_enrollment(Path(state) if state else None, Path(pins) if pins else None)
 
 
+Choice = TypeVar("Choice", Mode, Accelerate)
 Command = Callable[[argparse.Namespace, Context], int]
 
 
@@ -108,15 +109,15 @@ def _parser() -> argparse.ArgumentParser:
 
     modes = [mode.value for mode in Mode]
     enroll = add("enroll", _enroll, "steer a pod's traffic to its sidecar")
-    enroll.add_argument("name", metavar="NAME")
-    enroll.add_argument("--netns", type=Path, required=True, help="the pod's network namespace")
-    enroll.add_argument("--cgroup", type=Path, required=True, help="the pod's cgroup2 directory")
-    enroll.add_argument("--mode", choices=modes, required=True)
+    enroll.add_argument("name", metavar="NAME", nargs="?")
+    enroll.add_argument("--config", type=Path, metavar="FILE", help="YAML or JSON; flags win")
+    enroll.add_argument("--netns", metavar="PATH", help="the pod's network namespace")
+    enroll.add_argument("--cgroup", metavar="PATH", help="the pod's cgroup2 directory")
+    enroll.add_argument("--mode", choices=modes)
     enroll.add_argument(
         "--accelerate",
         choices=[choice.value for choice in Accelerate],
-        default=Accelerate.AUTO.value,
-        help="short-circuit the bytes of steered connections (eBPF mode; default: %(default)s)",
+        help="short-circuit the bytes of steered connections (eBPF mode; default: auto)",
     )
     for option in options.OPTIONS:
         flag = f"{options.FLAG}{option.flag}"
@@ -230,24 +231,46 @@ def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
 
 
 def _enroll(arguments: argparse.Namespace, context: Context) -> int:
+    from redirector import config
+
     given = vars(arguments)
-    values = {
-        option.name: given[option.flag.replace("-", "_")]
-        for option in options.OPTIONS
-        if given[option.flag.replace("-", "_")] is not None
-    }
-    enrollment = context.enrollment()
-    asked = options.parse(values, prefix=options.FLAG)
-    pod = enrollment.enroll(
-        arguments.name,
-        arguments.netns,
-        arguments.cgroup,
-        Mode(arguments.mode),
-        Accelerate(arguments.accelerate),
-        with_resolvers(arguments.name, asked, arguments.netns, require_cgroup(arguments.cgroup)),
+    flags = {name: given[name] for name in config.PLACE}
+    flags |= {option.name: given[option.destination] for option in options.OPTIONS}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    values = config.read(arguments.config) | flags if arguments.config else flags
+
+    def written(name: str) -> str:
+        if name in flags or not arguments.config:
+            return options.written(options.FLAG, name)
+        return f"{arguments.config}: {name}"
+
+    missing = [name for name in ("name", "netns", "cgroup", "mode") if name not in values]
+    if missing:
+        raise InputError(
+            f"enroll: {', '.join(missing)} must be given: as NAME, --netns, --cgroup and --mode, "
+            "or in --config FILE"
+        )
+    steering = options.parse_written(
+        {name: value for name, value in values.items() if name not in config.PLACE}, written
     )
+    mode = _one_of(Mode, written("mode"), values["mode"])
+    accelerate = _one_of(
+        Accelerate, written("accelerate"), values.get("accelerate", Accelerate.AUTO)
+    )
+    netns, cgroup = Path(values["netns"]), Path(values["cgroup"])
+    enrollment = context.enrollment()
+    steering = with_resolvers(values["name"], steering, netns, require_cgroup(cgroup))
+    pod = enrollment.enroll(values["name"], netns, cgroup, mode, accelerate, steering)
     context.out.write(f"pod {pod.name} enrolled in {pod.mode} mode\n")
     return 0
+
+
+def _one_of(kind: type[Choice], option: str, text: str) -> Choice:
+    try:
+        return kind(text)
+    except ValueError:
+        choices = ", ".join(kind)
+        raise InputError(f"{option}: {text!r} is none of {choices}; give one of them") from None
 
 
 def _mode(arguments: argparse.Namespace, context: Context) -> int:

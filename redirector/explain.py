@@ -1,18 +1,29 @@
 """`redirector explain`: what the rules say of a connection, without sending anything."""
 
 import argparse
+from dataclasses import replace
 from ipaddress import ip_address
 
+from redirector import network
 from redirector.errors import InputError
 from redirector.model import IPAddress, Pod
-from redirector.steering import Connection, Direction, Verdict, decide
+from redirector.steering import Connection, Direction, Protocol, Verdict, decide
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `redirector explain`."""
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--to", required=True, metavar="IP:PORT", help="IPv6 as [IP]:PORT")
-    parser.add_argument("--source", metavar="IP", help="the address that the socket is bound to")
+    parser.add_argument("--udp", action="store_true", help="by UDP; TCP if not given")
+    parser.add_argument(
+        "--from", metavar="IP", dest="source", help="the address that the socket is bound to"
+    )
+    parser.add_argument(
+        "--interface",
+        default="",
+        metavar="NAME",
+        help="by which it leaves or comes in (default: by which the pod's routes lead there)",
+    )
     parser.add_argument("--uid", type=int, default=0, help="of who connects (default: %(default)s)")
     parser.add_argument("--gid", type=int, default=0, help="of who connects (default: %(default)s)")
     parser.add_argument(
@@ -28,17 +39,30 @@ def explain(arguments: argparse.Namespace, pod: Pod) -> str:
         destination=destination,
         port=port,
         own=pod.addresses,
-        source=_address("--source", arguments.source) if arguments.source else None,
+        source=_address("--from", arguments.source) if arguments.source else None,
         uid=arguments.uid,
         gid=arguments.gid,
+        protocol=Protocol.UDP if arguments.udp else Protocol.TCP,
+        interface=arguments.interface,
     )
+    if pod.steering.exclude_interfaces and not connection.interface:
+        connection = replace(connection, interface=_interface(pod, connection))
     decision = decide(pod.steering, connection)
     ports = {
         Verdict.OUTBOUND: f"steered to the sidecar's outbound port {pod.steering.outbound_port}",
         Verdict.INBOUND: f"steered to the sidecar's inbound port {pod.steering.inbound_port}",
+        Verdict.DNS: f"steered to the sidecar's DNS port {pod.steering.dns_port}",
         Verdict.DIRECT: "direct",
     }
     return f"{arguments.to}: {ports[decision.verdict]}, by rule {decision.rule} ({pod.mode} mode)"
+
+
+def _interface(pod: Pod, connection: Connection) -> str:
+    if connection.direction is Direction.INBOUND:
+        raise InputError(
+            f"pod {pod.name} has excludeInterfaces: say by which interface it comes in: --interface"
+        )
+    return network.leaves_by(pod.netns, connection.destination)
 
 
 def _endpoint(text: str) -> tuple[IPAddress, int]:

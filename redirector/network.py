@@ -66,6 +66,24 @@ def listening_inodes(netns: Path, port: int) -> dict[int, int]:
     return within(netns, lambda: dict(tcp_diag.listening(port)))
 
 
+def leaves_by(netns: Path, destination: IPAddress) -> str:
+    """Return the interface by which the namespace's routes lead there; empty when none does."""
+
+    def look_up() -> str:
+        from pyroute2 import IPRoute
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        with IPRoute() as ipr:
+            try:
+                (route,) = ipr.route("get", dst=str(destination))
+            except NetlinkError:
+                return ""
+            (link,) = ipr.get_links(route.get_attr("RTA_OIF"))
+            return str(link.get_attr("IFLA_IFNAME"))
+
+    return within(netns, look_up)
+
+
 def is_pods(pod: Pod) -> bool:
     """Return whether the pod's path still leads to the namespace that was enrolled.
 

@@ -34,30 +34,41 @@ class Option:
         """The name in the command line's way, without the dashes."""
         return _flag(self.name)
 
+    @property
+    def destination(self) -> str:
+        """Where argparse keeps it."""
+        return self.flag.replace("-", "_")
+
 
 def parse(values: Mapping[str, str], *, prefix: str = ANNOTATION) -> Steering:
     """Return the Steering that these options ask for; what is not named keeps its default.
 
     Keys are `Option.name`s. InputError names the option, as written with `prefix`, and the value.
     """
+    return parse_written(values, lambda name: written(prefix, name))
+
+
+def parse_written(values: Mapping[str, str], as_written: Callable[[str], str]) -> Steering:
+    """The same, of options that were written in several ways: `as_written` tells how by name."""
     known = {option.name: option for option in OPTIONS}
     fields: dict[str, Any] = {}
     for name, text in values.items():
         if name not in known:
-            raise InputError(f"{_written(prefix, name)}: no such option; {_instead(prefix, name)}")
-        fields[known[name].field] = known[name].read(_written(prefix, name), text)
+            raise InputError(f"{as_written(name)}: no such option; {_instead(name, as_written)}")
+        fields[known[name].field] = known[name].read(as_written(name), text)
     steering = Steering(**fields)
     listeners = [(name, getattr(steering, known[name].field)) for name in _LISTENERS]
     for (one, port), (other, same) in combinations(listeners, 2):
         if port == same:
             raise InputError(
-                f"{_written(prefix, one)} and {_written(prefix, other)} are both {port};"
+                f"{as_written(one)} and {as_written(other)} are both {port};"
                 " the sidecar's listeners need a port each"
             )
     return steering
 
 
-def _written(prefix: str, name: str) -> str:
+def written(prefix: str, name: str) -> str:
+    """How an option is called where options begin with this."""
     return prefix + (_flag(name) if prefix == FLAG else name)
 
 
@@ -65,12 +76,12 @@ def _flag(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
-def _instead(prefix: str, name: str) -> str:
+def _instead(name: str, as_written: Callable[[str], str]) -> str:
     names = {option.name.lower(): option.name for option in OPTIONS}
     close = get_close_matches(name.lower(), names, n=1)
     if close:
-        return f"did you mean {_written(prefix, names[close[0]])}?"
-    return f"there are {', '.join(_written(prefix, option.name) for option in OPTIONS)}"
+        return f"did you mean {as_written(names[close[0]])}?"
+    return f"there are {', '.join(as_written(option.name) for option in OPTIONS)}"
 
 
 def _items(text: str) -> list[str]:

@@ -15,12 +15,19 @@ POD = Pod(
     Path("/run/netns/x"),
     Path("/cgroup/x"),
     Mode.EBPF,
-    steering=Steering(exclude_outbound_ports=frozenset({3306})),
+    steering=Steering(
+        exclude_outbound_ports=frozenset({3306}),
+        exclude_owner_groups=frozenset({7}),
+        exclude_interfaces=frozenset({"eth1"}),
+        dns_capture=True,
+        dns_servers=(ip_address("10.96.0.10"),),
+    ),
     addresses=(ip_address("10.0.0.5"), ip_address("fd00::5")),
 )
 
 
 def ask(*words: str) -> str:
+    words = (*words, "--interface", "eth0") if "--interface" not in words else words
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return explain(parser.parse_args(["demo/web", *words]), POD)
@@ -35,8 +42,20 @@ def ask(*words: str) -> str:
         (["--to", "10.96.0.1:80", "--uid", "1337"], "direct, by rule outbound.proxy-uid"),
         (["--to", "10.0.0.5:80", "--uid", "1337"], "inbound port 15006, by rule outbound.proxy-"),
         (
-            ["--to", "10.0.0.5:80", "--uid", "1337", "--source", "127.0.0.6"],
+            ["--to", "10.0.0.5:80", "--uid", "1337", "--from", "127.0.0.6"],
             "direct, by rule outbound.passthrough",
+        ),
+        (["--to", "10.96.0.10:53", "--udp"], "DNS port 15053, by rule outbound.dns"),
+        (["--to", "10.96.0.10:53"], "DNS port 15053, by rule outbound.dns"),
+        (["--to", "10.96.0.11:53", "--udp"], "direct, by rule outbound.not-tcp"),
+        (["--to", "10.96.0.1:80", "--gid", "7"], "direct, by rule outbound.excluded-group"),
+        (
+            ["--to", "10.96.0.1:80", "--interface", "eth1"],
+            "direct, by rule outbound.excluded-interface",
+        ),
+        (
+            ["--to", "10.0.0.5:80", "--inbound", "--interface", "eth1"],
+            "direct, by rule inbound.excluded-interface",
         ),
         (["--to", "10.0.0.5:8080", "--inbound"], "inbound port 15006, by rule inbound.included-"),
         (["--to", "10.0.0.5:15020", "--inbound"], "direct, by rule inbound.excluded-port"),
@@ -56,7 +75,7 @@ def test_it_names_the_way_and_the_rule(words: list[str], answer: str) -> None:
         (["--to", "10.96.0.1:70000"], "'70000' is not a port"),
         (["--to", "fd96::1:80"], "in brackets"),
         (["--to", "example.com:80"], "names are not looked up"),
-        (["--to", "10.96.0.1:80", "--source", "x"], "--source x: is not an IP address"),
+        (["--to", "10.96.0.1:80", "--from", "x"], "--from x: is not an IP address"),
     ],
 )
 def test_wrong_addresses_are_named(words: list[str], complaint: str) -> None:
