@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 from mesh import Mesh
@@ -10,6 +11,7 @@ from programs import MB, USER, Route, noise, own_folder, program, serve, sha256
 from waiting import eventually
 
 from redirector.datapath.listeners import listening_sockets
+from redirector.lab import LabPod
 
 pytestmark = pytest.mark.root
 
@@ -96,29 +98,29 @@ def test_iperf3(route: Route, options: list[str]) -> None:
     assert max(part["bytes"] for part in sums) >= 64 << 20
 
 
-def test_netcat_after_a_half_close(route: Route) -> None:
-    """Each side sends a file and closes its half; each reads to the end."""
-    files = {name: noise(route.folder / name, SIZE, n) for n, name in enumerate(("up", "down"))}
-    got = {name: route.folder / f"{name}-got" for name in files}
-    with (
-        files["down"].open() as answer,
-        got["up"].open("w") as arrived,
-        files["up"].open() as question,
-        got["down"].open("w") as back,
-    ):
-        listener = route.server.popen(
-            [program("nc"), "-N", "-l", str(NETCAT)], stdin=answer, stdout=arrived
-        )
+@pytest.mark.parametrize("up", [True, False])
+def test_netcat_to_the_end(route: Route, up: bool) -> None:
+    """One side sends a file and closes its half; the other reads to the end."""
+    sender = route.client if up else route.server
+    file, got = noise(route.folder / "netcat", SIZE, int(up)), route.folder / "netcat-got"
 
-        def listens() -> bool:
-            with listening_sockets(route.server.netns, route.server.app, NETCAT) as found:
-                return bool(found)
+    def netcat(pod: LabPod, *arguments: str) -> Popen[bytes]:
+        sends = pod is sender
+        argv = [program("nc"), *(["-N"] if sends else ["-d"]), *arguments]
+        with file.open() as question, got.open("ab") as answer:
+            return pod.popen(
+                argv, stdin=question if sends else None, stdout=None if sends else answer
+            )
 
-        eventually("netcat listening", listens)
-        with route.carries(2 * SIZE):
-            argv = [program("nc"), "-N", route.server.ip, str(NETCAT)]
-            route.client.run(argv, stdin=question, stdout=back, check=True)
-            assert listener.wait(30) == 0
-    for name, file in files.items():
-        assert got[name].stat().st_size == SIZE
-        assert sha256(got[name]) == sha256(file)
+    def listens() -> bool:
+        with listening_sockets(route.server.netns, route.server.app, NETCAT) as found:
+            return bool(found)
+
+    got.unlink(missing_ok=True)
+    server = netcat(route.server, "-l", str(NETCAT))
+    eventually("netcat listening", listens)
+    with route.carries(SIZE):
+        client = netcat(route.client, route.server.ip, str(NETCAT))
+        assert (client.wait(30), server.wait(30)) == (0, 0)
+    assert got.stat().st_size == SIZE
+    assert sha256(got) == sha256(file)
