@@ -4,6 +4,8 @@ import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 from sockets import pod_socket
@@ -14,7 +16,7 @@ from redirector.datapath.source import SIZES
 from redirector.errors import DatapathError
 from redirector.lab import LabPod, Node
 from redirector.machine import ensure_bpffs
-from redirector.model import Accelerate, Mode, Pod
+from redirector.model import Accelerate, Mode, Pod, Steering
 from redirector.modes.ebpf import EbpfMode
 from redirector.network import addresses, netns_cookie
 
@@ -108,15 +110,39 @@ def test_no_room_in_the_sockhash_means_plain_tcp(small: tuple[Datapath, LabPod])
         assert counters[Counter.PASSED_FULL] == 8
 
 
-def test_lists_that_do_not_fit_leave_the_pod_as_it_was(node: Node) -> None:
-    lab = node.pod("pod")
+def test_what_does_not_fit_leaves_no_trace(node: Node) -> None:
+    """Enrolment is refused, the map named, and nothing stays of the pod, nor of its neighbour's."""
+    one, two = node.pod("one"), node.pod("two")
     datapath = Datapath(
-        ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}", {**SIZES, "MAX_MEMBERS": 2}
+        ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}",
+        {**SIZES, "MAX_PODS": 1, "MAX_ADDRESSES": 4, "MAX_CIDRS": 2, "MAX_MEMBERS": 8},
     )
+    pod = described(one)
+    many = tuple(IPv4Network(f"10.0.{n}.0/24") for n in range(3))
+    addresses = (*pod.addresses, *(IPv4Address(f"10.1.0.{n}") for n in range(4)))
     try:
-        with pytest.raises(DatapathError, match=r"map members: .*full"):
-            EbpfMode(datapath).install(described(lab))
-        assert datapath.pods() == []
-        assert datapath.maps.pod(netns_cookie(lab.netns)) is None
+        for name, unfit in (
+            ("cidrs", replace(pod, steering=Steering(exclude_outbound_cidrs=many))),
+            (
+                "members",
+                replace(pod, steering=Steering(exclude_outbound_ports=frozenset(range(9)))),
+            ),
+            ("pods_by_address", replace(pod, addresses=addresses)),
+        ):
+            with pytest.raises(DatapathError, match=rf"map {name}: .*full"):
+                EbpfMode(datapath).install(unfit)
+            assert entries(datapath) == {}, name
+            assert datapath.pods() == []
+        EbpfMode(datapath).install(pod)
+        held = entries(datapath)
+        with pytest.raises(DatapathError, match=r"map (counters|pods): .*full"):
+            EbpfMode(datapath).install(replace(described(two), name="two"))
+        assert entries(datapath) == held
+        assert datapath.pods() == ["pod"]
     finally:
         datapath.unload()
+
+
+def entries(datapath: Datapath) -> dict[str, int]:
+    """How many entries the maps hold that hold any."""
+    return {name: held for name, (held, _) in datapath.maps.fills().items() if held}
