@@ -105,6 +105,10 @@ def _replace(
     module: BPF, own: Mapping[str, int], directory: Path, staging: Path, about: About
 ) -> None:
     """Put the programs in the place of another build's, on the maps that are there."""
+    for name, fd in own.items():
+        if not (directory / "maps" / name).exists():
+            # Of the same layout, but the other build had no need to find it again.
+            libbpf.obj_pin(fd, directory / "maps" / name)
     pinned = {name: libbpf.obj_get(directory / "maps" / name) for name in MAPS}
     programs = _load_programs(module, {fd: pinned[name] for name, fd in own.items()})
     build = bytes(about.sha256).hex()
