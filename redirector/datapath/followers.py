@@ -62,13 +62,17 @@ class Followers:
 
     def lost(self) -> int:
         """How many events found no room, of all followers that ever were."""
-        return sum(self._lost(number) for number in range(MAX_FOLLOWERS))
+        with self._map("lost_events") as fd:
+            return sum(_lost(fd, number) for number in range(MAX_FOLLOWERS))
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep others from changing slots until leaving."""
-        self._slots.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(self._slots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._slots.mkdir(mode=0o700, exist_ok=True)
+            fd = os.open(self._slots, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DatapathError(f"{self._maps}: the programs were unloaded meanwhile") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
@@ -112,18 +116,23 @@ class Followers:
         except OSError as error:
             raise DatapathError(f"following: {error.strerror}") from error
         try:
-            follower = Follower(self, number, ring, self._lost(number))
+            with self._map("lost_events") as fd:
+                follower = Follower(number, ring, os.dup(fd))
+        except BaseException:
+            ring.close()
+            raise
+        try:
             with self._map("followers") as fd:
                 libbpf.map_update(fd, _key(number), ring.fd.to_bytes(4, "little"))
             self._mark(number, used=True)
         except BaseException:
-            ring.close()
+            follower.close()
             raise
         return follower
 
     def _stop(self, number: int, follower: "Follower") -> None:
         # Not when the programs were unloaded meanwhile: their maps are gone.
-        with contextlib.suppress(DatapathError, FileNotFoundError), self._alone():
+        with contextlib.suppress(DatapathError), self._alone():
             self._clear(number)
         follower.close()
 
@@ -139,10 +148,6 @@ class Followers:
             if after != before:
                 libbpf.map_update(fd, bytes(4), after.to_bytes(4, "little"))
 
-    def _lost(self, number: int) -> int:
-        with self._map("lost_events") as fd:
-            return int.from_bytes(libbpf.map_lookup(fd, _key(number), 8) or bytes(8), "little")
-
     @contextlib.contextmanager
     def _map(self, name: str) -> Iterator[int]:
         try:
@@ -155,13 +160,12 @@ class Followers:
 class Follower:
     """One reader of events. Made by `Followers.follow`."""
 
-    def __init__(
-        self, followers: Followers, number: int, ring: libbpf.RingBuffer, lost: int
-    ) -> None:
-        self._followers = followers
+    def __init__(self, number: int, ring: libbpf.RingBuffer, lost_events: int) -> None:
+        """`lost_events`: a descriptor of the map, which may be unpinned meanwhile."""
         self._number = number
         self._ring = ring
-        self._lost = lost
+        self._lost_events = lost_events
+        self._lost = _lost(lost_events, number)
 
     def read(self) -> list[Event]:
         """The events since the last call, oldest first; the programs do not wake who waits."""
@@ -169,12 +173,17 @@ class Follower:
 
     def lost(self) -> int:
         """How many events found no room in this follower's buffer since the last call."""
-        before, self._lost = self._lost, self._followers._lost(self._number)
+        before, self._lost = self._lost, _lost(self._lost_events, self._number)
         return self._lost - before
 
     def close(self) -> None:
         """Give the buffer back."""
         self._ring.close()
+        os.close(self._lost_events)
+
+
+def _lost(fd: int, number: int) -> int:
+    return int.from_bytes(libbpf.map_lookup(fd, _key(number), 8) or bytes(8), "little")
 
 
 def _key(number: int) -> bytes:

@@ -17,6 +17,7 @@ from redirector.enrollment import Enrollment
 from redirector.errors import DatapathError, InputError, RedirectorError
 from redirector.flows.event import Clock, FlowEvent, from_event, from_flow, to_line
 from redirector.model import Mode, Pod
+from redirector.modes.ebpf import pin_name
 
 #: How often the ring buffer is looked into, in seconds: programs do not wake who waits.
 PERIOD = 0.1
@@ -41,14 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, enrollment: Enrollment, out: TextIO) -> int:
     """Print until there is no more, or until interrupted; the exit code."""
-    _require_visible(enrollment, arguments.pod)
+    if arguments.pod is not None:
+        enrollment.get(arguments.pod)
+    unseen = _Unseen(enrollment, arguments.pod)
+    unseen.say()
     show = to_line if arguments.output == "json" else FlowEvent.text
     if not arguments.follow:
         for event in open_now(enrollment, arguments.pod):
             print(show(event), file=out)
         return 0
     with _stopping() as stopping:
-        _follow(enrollment, arguments.pod, show, out, stopping)
+        _follow(enrollment, unseen, arguments.pod, show, out, stopping)
     return 0
 
 
@@ -70,21 +74,49 @@ def _stopping() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _require_visible(enrollment: Enrollment, name: str | None) -> None:
-    """InputError when the pod is not enrolled or not in eBPF mode; says which are not shown."""
-    if name is not None:
-        if enrollment.get(name).mode is Mode.IPTABLES:
-            raise InputError(
-                f"pod {name}: is in iptables mode, in which no program sees its connections; "
-                f"'redirector status' counts them, 'redirector mode {name} ebpf' shows them"
-            )
-        return
-    unseen = [pod.name for pod in enrollment.pods() if pod.mode is Mode.IPTABLES]
-    if unseen:
-        print(
-            f"redirector: pods in iptables mode are not shown: {', '.join(unseen)}",
-            file=sys.stderr,
-        )
+class _Unseen:
+    """The pods whose connections cannot be told, and why; says so once of each, on stderr."""
+
+    def __init__(self, enrollment: Enrollment, name: str | None) -> None:
+        self._enrollment = enrollment
+        self._name = name
+        self._said: set[tuple[str, str]] = set()
+        self._seen: tuple[int, int] | None = None
+        self._due: float | None = None
+
+    def look(self) -> None:
+        """`say`, when pods or programs have changed and have then been left alone for a while."""
+        seen = (self._enrollment.version(), len(self._enrollment.datapath.others()))
+        if seen != self._seen:
+            self._seen, self._due = seen, time.monotonic() + CHECKS
+        elif self._due is not None and time.monotonic() > self._due:
+            self._due = None
+            self.say()
+
+    def say(self) -> None:
+        """Name those that were not named yet. InputError when it is the one that was asked for."""
+        found: dict[str, list[str]] = {}
+        for pod in self._enrollment.pods():
+            why = self._why(pod)
+            if why is None:
+                continue
+            if pod.name == self._name:
+                raise InputError(f"pod {pod.name}: is {why}")
+            if self._name is None and (pod.name, why) not in self._said:
+                self._said.add((pod.name, why))
+                found.setdefault(why, []).append(pod.name)
+        for why, names in found.items():
+            print(f"redirector: not shown, {why}: {', '.join(names)}", file=sys.stderr, flush=True)
+
+    def _why(self, pod: Pod) -> str | None:
+        if pod.mode is Mode.IPTABLES:
+            return "in iptables mode, where 'redirector status' counts connections"
+        datapath = self._enrollment.datapath
+        if datapath.is_loaded() and datapath.decides(pin_name(pod.name)):
+            return None
+        if datapath.others():
+            return "steered by another version's programs until 'redirector takeover'"
+        return "not steered by any program; see 'redirector status'"
 
 
 def open_now(enrollment: Enrollment, name: str | None = None) -> Iterator[FlowEvent]:
@@ -137,6 +169,7 @@ class _Names:
 
 def _follow(
     enrollment: Enrollment,
+    unseen: _Unseen,
     name: str | None,
     show: Callable[[FlowEvent], str],
     out: TextIO,
@@ -160,16 +193,20 @@ def _follow(
     while not stopping():
         # No pod may be in eBPF mode yet, and another version may take over.
         followers = enrollment.datapath.followers()
+        unseen.look()
         if followers is None:
             time.sleep(PERIOD)
             continue
-        with followers.follow() as follower:
-            try:
+        try:
+            with followers.follow() as follower:
                 while not stopping() and enrollment.datapath.followers() == followers:
                     _read(follower, write, stopping)
-            finally:
-                with contextlib.suppress(DatapathError):
-                    write(follower.read(), follower.lost())
+                    unseen.look()
+                write(follower.read(), follower.lost())
+        except DatapathError:
+            # Not when the programs have gone just now.
+            if enrollment.datapath.followers() == followers:
+                raise
 
 
 def _read(

@@ -407,7 +407,10 @@ def test_a_pod_in_iptables_mode_is_said_not_to_be_seen(
     with command(enrollment, datapath) as process:
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (0, "")
-    assert err == "redirector: pods in iptables mode are not shown: demo/other\n"
+    assert err == (
+        "redirector: not shown, in iptables mode, where 'redirector status' counts connections: "
+        "demo/other\n"
+    )
     with command(enrollment, datapath, "--follow", "--pod", "demo/other") as process:
         out, err = process.communicate(timeout=20)
     assert process.returncode == 2

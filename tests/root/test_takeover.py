@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import probes
@@ -280,6 +281,31 @@ def test_an_agent_of_another_version_takes_over(node: Node, versions: Versions) 
             agent.terminate()
             agent.communicate()
     versions.layout.do("uninstall")
+
+
+def test_who_follows_is_told_of_pods_that_another_version_steers(
+    node: Node, versions: Versions
+) -> None:
+    pod = node.pod("pod")
+    by(versions.shipped)(pod)
+    follower = versions.shipped.start("flows", "--follow")
+    try:
+        assert follower.stdout is not None
+        assert follower.stderr is not None
+        versions.layout.do("takeover")
+        told = "redirector: not shown, steered by another version's programs until"
+        assert follower.stderr.readline().startswith(told)
+        versions.shipped.do("takeover")
+        followers = Datapath(versions.pins).followers()
+        assert followers is not None
+        eventually("a follower", lambda: followers.sweep() == 1)
+        pod.call(probes.dial, [probes.Call(ip_address("10.96.1.1"), 80)])
+        assert "10.96.1.1:80  outbound by outbound.included-cidr" in follower.stdout.readline()
+    finally:
+        follower.terminate()
+        out, err = follower.communicate(timeout=20)
+    assert (follower.returncode, out, err) == (0, "", "")
+    versions.shipped.do("uninstall")
 
 
 def test_uninstall_finds_what_another_version_left(node: Node, versions: Versions) -> None:
