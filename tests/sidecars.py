@@ -6,6 +6,7 @@ Field names: envoy.config.bootstrap.v3.Bootstrap.
 
 import http.client
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sockets import pod_socket
@@ -26,11 +27,13 @@ _TYPE = "type.googleapis.com/envoy.extensions."
 class Passthrough:
     """A running sidecar. Made by `start_sidecar`."""
 
-    def __init__(self, pod: LabPod, log: Path) -> None:
+    def __init__(
+        self, pod: LabPod, log: Path, restarts: Sequence[str | Path] = ("--disable-hot-restart",)
+    ) -> None:
         self._pod = pod
         self._log = log
         argv: list[str | Path] = [envoy_binary(), "--config-yaml", json.dumps(_bootstrap(pod.name))]
-        argv += ["--concurrency", "1", "--disable-hot-restart", "--log-level", "warning"]
+        argv += ["--concurrency", "1", "--log-level", "warning", *restarts]
         with log.open("ab") as output:
             self.process = pod.popen(argv, sidecar=True, stdout=output, stderr=output)
 

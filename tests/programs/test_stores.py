@@ -1,8 +1,9 @@
 """Redis and PostgreSQL with their own clients."""
 
 import hashlib
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def redis(pods: Mesh, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgres(pods: Mesh, folder: Path) -> None:
+def postgres(pods: Mesh, folder: Path) -> Iterator[None]:
     root = own_folder(folder / "postgres")
     data = root / "data"
     argv = [program("initdb"), "-D", data, "-U", "test", "-A", "trust", "--no-sync", "--locale=C"]
@@ -38,7 +39,11 @@ def postgres(pods: Mesh, folder: Path) -> None:
     (data / "pg_hba.conf").write_text("host all all all trust\n")
     argv = [program("postgres"), "-D", data, "-F", "-p", str(POSTGRES)]
     argv += ["-c", "listen_addresses=*", "-c", "unix_socket_directories="]
-    serve(pods.server, argv, folder / "postgres.log", POSTGRES, cwd=root)
+    process = serve(pods.server, argv, folder / "postgres.log", POSTGRES, cwd=root)
+    yield
+    # Killed, it would leave its shared memory behind.
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
 
 
 def redis_cli(route: Route, *arguments: str, **options: object) -> str:
