@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import time
 from collections.abc import Collection, Iterator, Mapping
 from enum import IntEnum, StrEnum
 from functools import cache
@@ -252,9 +253,22 @@ def is_alive(identity: ObjectId) -> bool:
     return True
 
 
+#: How long the kernel may take to refill the reserve that maps take their entries from, seconds.
+_REFILL_S, _REFILLS = 0.01, 200
+
+
 def map_update(fd: int, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
-    """bpf_map_update_elem; OSError E2BIG when the map is full."""
-    _check(_lib().bpf_map_update_elem(fd, key, value, ctypes.c_uint64(flags)), "map update")
+    """bpf_map_update_elem; OSError E2BIG when the map is full.
+
+    A map without preallocation takes memory from a reserve that a worker refills (mm/percpu.c,
+    kernel/bpf/memalloc.c): ENOMEM in a rush of entries passes by itself.
+    """
+    for attempt in range(_REFILLS):
+        result = _lib().bpf_map_update_elem(fd, key, value, ctypes.c_uint64(flags))
+        if result != -errno.ENOMEM or attempt == _REFILLS - 1:
+            break
+        time.sleep(_REFILL_S)
+    _check(result, "map update")
 
 
 def map_add(fd: int, key: bytes, value: bytes) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from redirector.datapath import libbpf, source
+from redirector.datapath.layout import PodEntry
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.errors import DatapathError
@@ -97,3 +99,18 @@ def test_lists_of_an_interrupted_change_do_not_stay(
     assert now["members"] == before["members"] + 4
     enrollment.unenroll("pod")
     assert entries(datapath) == before
+
+
+def test_entries_that_come_in_a_rush_find_memory(datapath: Datapath) -> None:
+    """The kernel refills what maps take from in the background; who is faster must wait."""
+    datapath.ensure()
+    # No namespace has such a cookie.
+    rush = range(1 << 60, (1 << 60) + source.SIZES["MAX_PODS"] - 100)
+    try:
+        for cookie in rush:
+            datapath.maps.put_pod(cookie, PodEntry())
+        assert entries(datapath)["pods"] >= len(rush)
+    finally:
+        for name in ("pods", "counters"):
+            with libbpf.opened(datapath.generation.directory / "maps" / name) as fd:
+                libbpf.map_delete_many(fd, [cookie.to_bytes(8, "little") for cookie in rush])
