@@ -6,6 +6,9 @@ from typing import Protocol
 from redirector.model import Mode, Pod
 from redirector.status import Tally
 
+#: How long a sidecar gets, while its pod is released, to answer questions that nobody can count.
+DNS_GRACE_SECONDS = 0.1
+
 
 class ModeDriver(Protocol):
     """Puts a pod's traffic on its sidecar and takes it off again; holds no state of its own.

@@ -31,6 +31,7 @@ from redirector.datapath.maps import Lists
 from redirector.datapath.pins import Datapath
 from redirector.errors import DatapathError, InputError
 from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
+from redirector.modes.base import DNS_GRACE_SECONDS
 from redirector.status import Tally, tallies
 
 #: How long a sidecar may take to ask for the original destination of what it has accepted.
@@ -112,6 +113,9 @@ class EbpfMode:
 
     def _drain(self, pod: Pod) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
+        if pod.steering.dns_capture and self._datapath.is_loaded():
+            entry = self._datapath.maps.pod(pod.netns_cookie)
+            time.sleep(DNS_GRACE_SECONDS if entry is not None else 0)
         while time.monotonic() < deadline and self._unanswered(pod):
             time.sleep(0.005)
 

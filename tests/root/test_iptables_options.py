@@ -159,6 +159,25 @@ def test_a_socket_that_asked_before_follows_every_change(world: World) -> None:
                 assert probes.echo(kept, b"still here") == b"still here"
 
 
+def test_what_was_asked_while_half_the_rules_stood_is_captured_next(world: World) -> None:
+    """Such as by an enrolment that was killed: the zone is there, the redirection is not."""
+    pod = as_pod(world.pod, Steering(dns_capture=True, dns_servers=world.resolvers))
+    zone = ["OUTPUT", "-p", "udp", "--dport", "53", "-j", "CT", "--zone", "15053"]
+    for program, address in (("iptables", world.resolver.ip), ("ip6tables", world.resolver.ip6)):
+        resolver = ip_address(address)
+        family = socket.AF_INET if resolver.version == 4 else socket.AF_INET6
+        with within(world.pod.netns, partial(socket.socket, family, socket.SOCK_DGRAM)) as one:
+            world.pod.run([program, "-t", "raw", "-A", *zone], check=True)
+            # conntrack tracks where a rule needs it.
+            world.pod.run([program, "-t", "nat", "-A", "OUTPUT", "-j", "RETURN"], check=True)
+            assert probes.ask(one, resolver, 53).verdict == Verdict.DIRECT
+            world.pod.run([program, "-t", "raw", "-D", *zone], check=True)
+            DRIVER.install(pod)
+            world.pod.run([program, "-t", "nat", "-D", "OUTPUT", "-j", "RETURN"], check=True)
+            assert probes.ask(one, resolver, 53).verdict == Verdict.DNS
+            DRIVER.remove(pod)
+
+
 def test_an_answer_on_its_way_arrives_after_removal(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

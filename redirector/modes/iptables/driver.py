@@ -9,6 +9,7 @@ from pathlib import Path
 
 from redirector.errors import DatapathError, InputError, MachineError, RedirectorError
 from redirector.model import Mode, Pod
+from redirector.modes.base import DNS_GRACE_SECONDS
 from redirector.modes.iptables import sets
 from redirector.modes.iptables.programs import (
     commit,
@@ -21,7 +22,7 @@ from redirector.modes.iptables.programs import (
 )
 from redirector.modes.iptables.tables import CHAINS, IPV4, IPV6, Family, Table
 from redirector.modes.iptables.transaction import State, all_sets, desired_state, kept_state
-from redirector.modes.iptables.zones import questions
+from redirector.modes.iptables.zones import forget_direct, questions
 from redirector.network import is_pods, open_connections, require_netns
 from redirector.status import Outcome, Tally
 from redirector.steering import INBOUND_RULES, OUTBOUND_RULES, Rule, Verdict
@@ -30,8 +31,6 @@ from redirector.steering import INBOUND_RULES, OUTBOUND_RULES, Rule, Verdict
 _LOCALHOST = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
 #: How long a sidecar may take to answer what it has been asked.
 DRAIN_SECONDS = 1.0
-#: What it gets for sockets that asked before: whether they wait for another answer is not known.
-GRACE_SECONDS = 0.1
 _IF_INET6 = Path("/proc/net/if_inet6")
 
 
@@ -55,6 +54,8 @@ class IptablesMode:
                     # Even a failure may leave one table of two changed.
                     changed.append(family)
                     commit(pod, family, state, desired[family])
+            if any(Table.RAW in desired[family].parts for family in changed):
+                forget_direct(pod.netns, pod.steering.dns_port)
         except RedirectorError:
             for family in changed:
                 state = read(pod, family)
@@ -194,7 +195,7 @@ def _await_answers(pod: Pod) -> None:
     started = time.monotonic()
     while (passed := time.monotonic() - started) < DRAIN_SECONDS:
         asked, unanswered = questions(pod.netns, pod.steering.dns_port)
-        if not unanswered and (not asked or passed > GRACE_SECONDS):
+        if not unanswered and (not asked or passed > DNS_GRACE_SECONDS):
             return
         time.sleep(0.005)
 
