@@ -42,13 +42,15 @@ ALWAYS void count_connect(__u64 netns, __u32 kind, __u32 us)
 {
 	struct counters *c = counters.lookup(&netns);
 	struct latency *latency;
-	__u32 bucket;
+	__u64 bucket;
 
 	if (!c || kind >= CONNECT_KINDS)
 		return;
 	latency = &c->connect[kind];
 	latency->total_us += us;
 	bucket = us > 1 ? bpf_log2l(us - 1) : 0;
+	// Clang would compare another register than it indexes with, and Linux 6.1 refuse that.
+	asm volatile("" : "+r"(bucket));
 	if (bucket >= CONNECT_BUCKETS)
 		bucket = CONNECT_BUCKETS - 1;
 	latency->bucket[bucket]++;

@@ -186,8 +186,8 @@ def _sendfile(made: Trial) -> bool:
         file.flush()
         _redirected(made, server, b"header")
         sent = 0
-        while sent < len(body):
-            sent += os.sendfile(made.client.fileno(), file.fileno(), sent, len(body) - sent)
+        while more := os.sendfile(made.client.fileno(), file.fileno(), sent, len(body) - sent):
+            sent += more
         made.client.sendall(b"trailer")
         return _receive(server, 20_013) == b"header" + body + b"trailer"
 
