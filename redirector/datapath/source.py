@@ -4,19 +4,24 @@ bcc rewrites map operations only in the main file, so the files are joined, each
 that keeps the compiler's messages true.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from redirector import network
 from redirector.datapath.btf import enumerator, member_offset
 from redirector.datapath.instructions import NETNS_MARK
 from redirector.datapath.layout import static_assertions
-from redirector.errors import MachineError
+from redirector.errors import MachineError, RedirectorError
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "bpf" / "sockops"
+#: One for the whole node; the kernel shows it in the node's own network namespace only.
 TCP_MEM = Path("/proc/sys/net/ipv4/tcp_mem")
+#: init's and kthreadd's; either may be out of reach.
+NODE_NETNS = (Path("/proc/1/ns/net"), Path("/proc/2/ns/net"))
 TCP_RMEM = Path("/proc/sys/net/ipv4/tcp_rmem")
 #: In the order in which they must be compiled.
 FILES = (
@@ -70,7 +75,7 @@ def translation_unit(sizes: Mapping[str, int]) -> str:
     constants = dict(sizes)
     constants["NETNS_MARK"] = NETNS_MARK
     constants["MAX_RECEIVE_BUFFER"] = int(TCP_RMEM.read_text().split()[2])
-    low, pressure, _ = map(int, TCP_MEM.read_text().split())
+    low, pressure, _ = map(int, _tcp_mem().split())
     constants["MEMORY_MARK"] = (low + pressure) // 2
     constants["FLAGS_OFFSET"], constants["ZEROCOPY_BIT"] = zerocopy_flag() or (0, 0)
     constants |= {name: member_offset(*path) or 0 for name, path in OFFSETS.items()}
@@ -80,6 +85,18 @@ def translation_unit(sizes: Mapping[str, int]) -> str:
     parts.append('#line 1 "layout.py"')
     parts += static_assertions()
     return "\n".join(parts) + "\n"
+
+
+def _tcp_mem() -> str:
+    if TCP_MEM.exists():
+        return TCP_MEM.read_text()
+    for netns in NODE_NETNS:
+        with contextlib.suppress(OSError, RedirectorError):
+            return network.within(netns, TCP_MEM.read_text)
+    raise MachineError(
+        f"{TCP_MEM}: is told in the node's own network namespace only, and no process there can "
+        "be seen; run this in the node's pid namespace (hostPID) or network"
+    )
 
 
 def zerocopy_flag() -> tuple[int, int] | None:
