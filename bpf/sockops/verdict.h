@@ -53,6 +53,10 @@ ALWAYS bool sender_waits(struct bpf_sock *sk)
 	return false;
 }
 
+// By its number: where bcc may not read /proc/kallsyms (CAP_SYSLOG, kptr_restrict), it takes the
+// kernel for one without bpf_probe_read_kernel and writes another helper instead.
+static long (*read_kernel)(void *, __u32, const void *) = (void *)BPF_FUNC_probe_read_kernel;
+
 // Whether TCP's memory on this node, redirected bytes included, comes near the mark where the
 // kernel saves it (net.ipv4.tcp_mem). It then refuses redirected bytes with ENOMEM, and TCP's with
 // EAGAIN.
@@ -67,7 +71,7 @@ ALWAYS bool memory_is_short(struct bpf_sock *sk)
 		return false;
 	proto = *(void *volatile *)((char *)tp + PROTO_OFFSET);
 	counter = *(void *volatile *)((char *)proto + MEMORY_ALLOCATED_OFFSET);
-	bpf_probe_read_kernel(&pages, sizeof(pages), counter);
+	read_kernel(&pages, sizeof(pages), counter);
 	return pages > MEMORY_MARK;
 #else
 	return false;
