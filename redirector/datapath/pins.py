@@ -18,6 +18,7 @@ from redirector.datapath.layout import LIMITS, Defect
 from redirector.datapath.libbpf import AttachType, Kind, LinkInfo
 from redirector.datapath.loading import run_loader
 from redirector.datapath.maps import Maps
+from redirector.datapath.neighbours import require_room
 from redirector.datapath.source import SIZES, build_id, layout_id
 from redirector.errors import DatapathError
 
@@ -189,6 +190,8 @@ class Datapath:
         else:
             self.detach(pod, hook)
             pin.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if kind is not AttachType.SK_LOOKUP:
+                require_room(f"pod {pod}: {hook} on {target}", kind, target)
             _pin_new_link(program, kind, target, pin)
 
     def holds(self, pod: str, hook: str, target: Path) -> bool:
