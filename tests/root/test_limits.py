@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 from sockets import pod_socket
+from waiting import eventually
 
 from redirector.datapath.layout import Counter
 from redirector.datapath.pins import Datapath
@@ -87,8 +88,13 @@ def test_no_room_for_the_original_destination_refuses(small: tuple[Datapath, Lab
         for _ in kept:
             stack.enter_context(listener.accept()[0])
         kept[0].close()
-        (again,) = connect_many(pod, 1, stack)
-        assert not isinstance(again, int), "a closed connection must give its place back"
+
+        def given_back() -> bool:
+            (again,) = connect_many(pod, 1, stack)
+            return not isinstance(again, int)
+
+        # Once the other end's ACK of the FIN has come in.
+        eventually("the closed connection's place", given_back)
 
 
 @pytest.mark.parametrize("small", [{"MAX_SOCKETS": 4}], indirect=True)
