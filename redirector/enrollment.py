@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from redirector import machine, network
+from redirector import machine, network, routes
 from redirector.datapath.layout import ConnectKind, Counter, Defect
 from redirector.datapath.pins import Datapath
 from redirector.errors import (
@@ -20,7 +20,7 @@ from redirector.errors import (
     NotEnrolled,
     RedirectorError,
 )
-from redirector.model import Accelerate, Mode, Pod, Steering
+from redirector.model import Accelerate, Links, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables.driver import IptablesMode
@@ -70,6 +70,7 @@ class Enrollment:
             accelerate=accelerate,
             steering=steering or Steering(),
             addresses=network.addresses(netns),
+            links=_links(name, netns, mode, steering),
             netns_cookie=network.netns_cookie(netns),
             uid=uid,
         )
@@ -144,7 +145,11 @@ class Enrollment:
                     f"pod {name}: {lost}; take the pod off with 'redirector unenroll {name}' and "
                     "enroll it again"
                 )
-            new = replace(new, addresses=network.addresses(new.netns))
+            new = replace(
+                new,
+                addresses=network.addresses(new.netns),
+                links=_links(name, new.netns, new.mode, new.steering),
+            )
             had = self._records.had(name)
             self._records.put(old, changing=(*had, new))
             self._modes[new.mode].install(new, had)
@@ -313,6 +318,12 @@ class Enrollment:
             self._modes[Mode.IPTABLES].remove(guess)
         else:
             self._remove(pod)
+
+
+def _links(name: str, netns: Path, mode: Mode, steering: Steering | None) -> Links:
+    if mode is not Mode.EBPF or steering is None:
+        return Links()
+    return routes.links(name, netns, steering.exclude_interfaces)
 
 
 def _lost(pod: Pod) -> str | None:

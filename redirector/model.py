@@ -64,6 +64,17 @@ class Steering:
 
 
 @dataclass(frozen=True)
+class Links:
+    """Where the excluded interfaces of a pod are, as its namespace was found."""
+
+    #: Their indexes.
+    excluded: tuple[int, ...] = ()
+    #: What is routed through them, and what is not; the longest prefix says which.
+    through: tuple[IPNetwork, ...] = ()
+    beside: tuple[IPNetwork, ...] = ()
+
+
+@dataclass(frozen=True)
 class Pod:
     """One enrolled pod, as `redirector enroll` was told of it.
 
@@ -78,6 +89,8 @@ class Pod:
     accelerate: Accelerate = Accelerate.AUTO
     steering: Steering = field(default_factory=Steering)
     addresses: tuple[IPAddress, ...] = ()
+    #: Known where a mode needs it.
+    links: Links = Links()
     #: SO_NETNS_COOKIE of `netns`; still known when the namespace is gone.
     netns_cookie: int = 0
     #: The UID by which the kubelet knows it, when the agent enrolled it; empty: by hand.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redirector.errors import DatapathError
-from redirector.model import Accelerate, Mode, Pod, Steering
+from redirector.model import Accelerate, Links, Mode, Pod, Steering
 
 #: Members of a record beside the pod's own.
 _CHANGING, _DEFAULTS, _STEERING_DEFAULTS = "changing", "defaults", "steering_defaults"
@@ -251,12 +251,16 @@ def to_json(pod: Pod) -> dict[str, Any]:
     return {
         field.name: _plain(getattr(pod, field.name))
         for field in dataclasses.fields(pod)
-        if field.name != "steering"
+        if field.name not in ("steering", "links")
     } | {
+        "links": {
+            field.name: _plain(getattr(pod.links, field.name))
+            for field in dataclasses.fields(pod.links)
+        },
         "steering": {
             field.name: _plain(getattr(pod.steering, field.name))
             for field in dataclasses.fields(pod.steering)
-        }
+        },
     }
 
 
@@ -283,7 +287,16 @@ def from_json(data: dict[str, Any]) -> Pod:
             "accelerate": Accelerate(data["accelerate"]),
             "steering": Steering(**steering),
             "addresses": tuple(ip_address(text) for text in data["addresses"]),
+            "links": _links(data.get("links", {})),
         }
+    )
+
+
+def _links(data: dict[str, Any]) -> Links:
+    return Links(
+        tuple(data.get("excluded", ())),
+        tuple(ip_network(text) for text in data.get("through", ())),
+        tuple(ip_network(text) for text in data.get("beside", ())),
     )
 
 

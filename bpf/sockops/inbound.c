@@ -2,8 +2,15 @@
 // A SYN for the pod (BPF_SK_LOOKUP): from outside it goes to the sidecar's inbound listener. No
 // address is rewritten, so the accepted socket's local address is the original destination.
 
-ALWAYS enum rule inbound_rule(const struct pod *pod, __u64 netns, __u16 port)
+ALWAYS enum rule inbound_rule(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 netns)
 {
+	__u16 port = ctx->local_port;
+
+#if HAS_INGRESS_IFINDEX
+	if (pod->flags & POD_INTERFACES &&
+	    is_member(netns, ctx->ingress_ifindex, INTERFACE_EXCLUDE))
+		return RULE_INBOUND_EXCLUDED_INTERFACE;
+#endif
 	if (port == TUNNEL_PORT)
 		return RULE_INBOUND_TUNNEL_PORT;
 	if (pod->flags & POD_INBOUND_LIST)
@@ -57,7 +64,7 @@ ALWAYS void refuse(struct flow_key *key, __u64 netns, __u32 reason)
 ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 netns,
 			struct flow_key *key)
 {
-	enum rule rule = inbound_rule(pod, netns, ctx->local_port);
+	enum rule rule = inbound_rule(ctx, pod, netns);
 
 	note_arrival(key, rule);
 	if (rule != RULE_INBOUND_INCLUDED_PORT) {

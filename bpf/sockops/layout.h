@@ -98,6 +98,7 @@ enum pod_flag {
 	POD_GROUP_EXCLUDED = 128, // look into the members map for excluded groups
 	POD_DNS = 256,		  // capture DNS, of the resolvers in the cidrs trie ...
 	POD_DNS_ANY = 512,	  // ... or of anybody
+	POD_INTERFACES = 1024,	  // some interfaces are excluded
 	// Connections steered by an older generation may be on their way, their flows in its map.
 	POD_TAKEOVER = 1 << 16,
 };
@@ -161,9 +162,20 @@ struct listener_key {
 	__u32 slot;
 };
 
-enum cidr_set { CIDR_INCLUDE = 0, CIDR_EXCLUDE = 1, CIDR_RESOLVER = 2 };
+// Each twice: IPv6 ranges with CIDR_V6, since some of them hold the mapped addresses.
+enum cidr_set {
+	CIDR_INCLUDE = 0,
+	CIDR_EXCLUDE = 1,
+	CIDR_RESOLVER = 2,
+	CIDR_ROUTE = 3, // the main routing table
+	CIDR_V6 = 16,
+};
 
-enum cidr_value { CIDR_LISTED = 1, CIDR_IN_LOOPBACK = 2 };
+enum cidr_value {
+	CIDR_LISTED = 1,
+	CIDR_IN_LOOPBACK = 2,
+	CIDR_BY_EXCLUDED = 3, // routed through an excluded interface
+};
 
 // Longest-prefix key: 96 bits name the pod and the set, then the mapped address.
 struct cidr_key {
@@ -174,7 +186,7 @@ struct cidr_key {
 	struct address ip;
 };
 
-// Sets of numbers: ports, groups.
+// Sets of numbers: ports, groups, interfaces.
 enum member_set {
 	OUTBOUND_PORT_INCLUDE = 0,
 	OUTBOUND_PORT_EXCLUDE = 1,
@@ -182,6 +194,7 @@ enum member_set {
 	INBOUND_PORT_EXCLUDE = 3,
 	GROUP_INCLUDE = 4,
 	GROUP_EXCLUDE = 5,
+	INTERFACE_EXCLUDE = 6, // by index
 };
 
 struct member_key {

@@ -9,7 +9,7 @@ ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
 	    .prefixlen = 96 + 128,
 	    .netns_low = netns,
 	    .netns_high = netns >> 32,
-	    .set = set,
+	    .set = set | (is_v4(ip) ? 0 : CIDR_V6),
 	    .ip = *ip,
 	};
 	__u8 *value = cidrs.lookup(&key);
@@ -23,19 +23,35 @@ struct attempt {
 	struct address source; // that it was bound to
 	__u64 netns;
 	struct ids ids;
+	__u32 device;	// that the socket is bound to, by index
 	bool own;	// to one of the pod's own addresses
 	bool neighbour; // to an enrolled pod's address, its own included
 	bool udp;
 };
 
 // What the caller of a hook does not say: who connects, and whose address it is.
-ALWAYS void look_around(struct attempt *a)
+ALWAYS void look_around(struct bpf_sock_addr *ctx, struct attempt *a)
 {
+	struct bpf_sock *sk = ctx->sk;
 	__u64 *owner = pods_by_address.lookup(&a->dst.ip);
 
 	a->ids = current_ids();
 	a->neighbour = owner;
 	a->own = owner && *owner == a->netns;
+	if (sk)
+		a->device = sk->bound_dev_if;
+}
+
+#define LOOPBACK_INDEX 1
+
+ALWAYS bool leaves_by_excluded(struct attempt *a)
+{
+	if (a->own || is_loopback(&a->dst.ip))
+		return is_member(a->netns, LOOPBACK_INDEX, INTERFACE_EXCLUDE);
+	if (a->device)
+		return is_member(a->netns, a->device, INTERFACE_EXCLUDE);
+	// No helper of these hooks asks the kernel's own table.
+	return cidr_listed(a->netns, &a->dst.ip, CIDR_ROUTE) == CIDR_BY_EXCLUDED;
 }
 
 ALWAYS bool is_self_call(const struct pod *pod, const struct attempt *a)
@@ -89,6 +105,8 @@ ALWAYS enum rule outbound_rule(const struct pod *pod, struct attempt *a)
 {
 	enum rule rule;
 
+	if (pod->flags & POD_INTERFACES && leaves_by_excluded(a))
+		return RULE_OUTBOUND_EXCLUDED_INTERFACE;
 	if (pod->flags & POD_HAS_PORTS && is_member(a->netns, a->dst.port, OUTBOUND_PORT_EXCLUDE))
 		return RULE_OUTBOUND_EXCLUDED_PORT;
 	// The sidecar's own passthrough to the application.

@@ -95,3 +95,8 @@ def _find(lib: ctypes.CDLL, btf: ctypes.c_void_p, kind: int, name: bytes) -> tup
             if inner is not None:
                 return inner[0], bits + inner[1]
     return None
+
+
+def knows_arrival_interface() -> bool:
+    """Whether sk_lookup programs are told it (bpf_sk_lookup.ingress_ifindex, Linux 5.17)."""
+    return member_offset("bpf_sk_lookup_kern", "ingress_ifindex") is not None

@@ -14,6 +14,7 @@ from redirector.model import IPAddress
 from redirector.steering import RULES
 
 MAX_PROXY_IDS = 4
+CIDR_V6 = 16
 LISTENER_SLOTS = 4
 
 
@@ -198,6 +199,7 @@ class PodFlag(IntFlag):
     GROUP_EXCLUDED = 128
     DNS = 256
     DNS_ANY = 512
+    INTERFACES = 1024
     TAKEOVER = 1 << 16
 
 
@@ -239,6 +241,7 @@ class CidrSet(IntEnum):
     INCLUDE = 0
     EXCLUDE = 1
     RESOLVER = 2
+    ROUTE = 3
 
 
 class CidrValue(IntEnum):
@@ -246,6 +249,7 @@ class CidrValue(IntEnum):
 
     LISTED = 1
     IN_LOOPBACK = 2
+    BY_EXCLUDED = 3
 
 
 class CidrKey(Struct):
@@ -270,6 +274,7 @@ class MemberSet(IntEnum):
     INBOUND_PORT_EXCLUDE = 3
     GROUP_INCLUDE = 4
     GROUP_EXCLUDE = 5
+    INTERFACE_EXCLUDE = 6
 
 
 class MemberKey(Struct):
@@ -421,6 +426,7 @@ def static_assertions() -> Iterator[str]:
     for index, rule in enumerate(RULES):
         constant = f"RULE_{re.sub('[.-]', '_', rule.name).upper()}"
         yield f'_Static_assert({constant} == {index}, "value of {constant}");'
+    yield f'_Static_assert(CIDR_V6 == {CIDR_V6}, "family of a set of ranges");'
     yield f'_Static_assert(RULES == {len(RULES)}, "number of rules");'
     yield f'_Static_assert(LISTENER_SLOTS == {LISTENER_SLOTS}, "number of listeners");'
     yield f'_Static_assert(COUNTERS == {len(Counter)}, "number of counters");'

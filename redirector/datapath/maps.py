@@ -11,6 +11,7 @@ from pathlib import Path
 
 from redirector.datapath import libbpf
 from redirector.datapath.layout import (
+    CIDR_V6,
     LISTENER_SLOTS,
     About,
     Address,
@@ -28,7 +29,7 @@ from redirector.datapath.layout import (
     mapped,
 )
 from redirector.errors import DatapathError
-from redirector.model import IPAddress, IPNetwork
+from redirector.model import IPAddress, IPNetwork, Links
 from redirector.steering import RULES
 
 
@@ -63,6 +64,7 @@ class Lists:
     addresses: Collection[IPAddress] = ()
     cidrs: Mapping[CidrSet, Collection[IPNetwork]] = field(default_factory=dict)
     members: Mapping[MemberSet, Collection[int]] = field(default_factory=dict)
+    links: Links = field(default_factory=Links)
 
 
 class Maps:
@@ -251,11 +253,17 @@ def _entries(netns: int, lists: Lists) -> dict[str, dict[bytes, bytes]]:
             _cidr_key(netns, which, network): _IN_LOOPBACK if network.is_loopback else _LISTED
             for which, networks in lists.cidrs.items()
             for network in networks
-        },
+        }
+        | {_cidr_key(netns, CidrSet.ROUTE, to): _LISTED for to in lists.links.beside}
+        | {_cidr_key(netns, CidrSet.ROUTE, to): _BY_EXCLUDED for to in lists.links.through},
         "members": {
             bytes(MemberKey(netns=netns, value=value, set=which)): b"\1"
             for which, values in lists.members.items()
             for value in values
+        }
+        | {
+            bytes(MemberKey(netns=netns, value=index, set=MemberSet.INTERFACE_EXCLUDE)): b"\1"
+            for index in lists.links.excluded
         },
     }
 
@@ -268,7 +276,7 @@ def _keys(netns: int, several: Iterable[Lists]) -> dict[str, set[bytes]]:
     return found
 
 
-_LISTED, _IN_LOOPBACK = bytes([CidrValue.LISTED]), bytes([CidrValue.IN_LOOPBACK])
+_LISTED, _IN_LOOPBACK, _BY_EXCLUDED = (bytes([value]) for value in CidrValue)
 #: struct cidr_key; ten thousand of them are made faster so than field by field.
 _CIDR_KEY = struct.Struct("=IIII16s")
 
@@ -276,7 +284,8 @@ _CIDR_KEY = struct.Struct("=IIII16s")
 def _cidr_key(netns: int, which: CidrSet, network: IPNetwork) -> bytes:
     length = 96 + 128 - network.max_prefixlen + network.prefixlen
     low, high = netns & 0xFFFFFFFF, netns >> 32
-    return _CIDR_KEY.pack(length, low, high, which, mapped(network.network_address))
+    family = CIDR_V6 if network.version == 6 else 0
+    return _CIDR_KEY.pack(length, low, high, which | family, mapped(network.network_address))
 
 
 def _open_flow(keys: bytes, values: bytes, number: int) -> OpenFlow:

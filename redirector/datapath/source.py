@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from redirector import network
-from redirector.datapath.btf import enumerator, member_offset
+from redirector.datapath.btf import enumerator, knows_arrival_interface, member_offset
 from redirector.datapath.instructions import NETNS_MARK
 from redirector.datapath.layout import static_assertions
 from redirector.errors import MachineError, RedirectorError
@@ -78,6 +78,7 @@ def translation_unit(sizes: Mapping[str, int]) -> str:
     low, pressure, _ = map(int, _tcp_mem().split())
     constants["MEMORY_MARK"] = (low + pressure) // 2
     constants["FLAGS_OFFSET"], constants["ZEROCOPY_BIT"] = zerocopy_flag() or (0, 0)
+    constants["HAS_INGRESS_IFINDEX"] = int(knows_arrival_interface())
     constants |= {name: member_offset(*path) or 0 for name, path in OFFSETS.items()}
     parts = [f"#include <{name}>" for name in INCLUDES]
     parts += [f"#define {name} {value}" for name, value in constants.items()]

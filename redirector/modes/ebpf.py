@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 
+from redirector.datapath.btf import knows_arrival_interface
 from redirector.datapath.generation import Generation, Standing
 from redirector.datapath.hooks import (
     ALL_HOOKS,
@@ -202,7 +203,6 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
     """The pod as the programs know it. InputError when it does not fit their layout."""
     steering = pod.steering
     for option, used in (
-        ("excludeInterfaces", steering.exclude_interfaces),
         ("kubevirtInterfaces", steering.kubevirt_interfaces),
         ("dropInvalid", steering.drop_invalid),
     ):
@@ -241,6 +241,13 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
         flags |= PodFlag.DNS
     if steering.dns_servers is None:
         flags |= PodFlag.DNS_ANY
+    if steering.exclude_interfaces:
+        if not knows_arrival_interface():
+            raise InputError(
+                f"pod {pod.name}: excludeInterfaces: this kernel does not tell eBPF by which "
+                "interface a connection comes in (Linux 5.17 does); use --mode iptables"
+            )
+        flags |= PodFlag.INTERFACES
     ip4 = [ip for ip in pod.addresses if isinstance(ip, IPv4Address)]
     ip6 = [ip for ip in pod.addresses if isinstance(ip, IPv6Address)]
     if not ip4 and not ip6:
@@ -269,6 +276,7 @@ def _lists(pod: Pod) -> Lists:
     steering = pod.steering
     return Lists(
         addresses=pod.addresses,
+        links=pod.links,
         cidrs={
             CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
             CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,

@@ -81,7 +81,7 @@ def connect(call: Call) -> tuple[socket.socket, Arrival]:
         if call.source is not None:
             connection.bind((str(call.source), 0))
         connection.connect((str(call.destination), call.port))
-        return connection, _read_arrival(connection)
+        return connection, read_arrival(connection)
     except BaseException:
         connection.close()
         raise
@@ -129,7 +129,7 @@ def _dial(call: Call) -> Arrival | str:
     return arrival
 
 
-def _read_arrival(connection: socket.socket) -> Arrival:
+def read_arrival(connection: socket.socket) -> Arrival:
     line = b""
     while not line.endswith(b"\n"):
         chunk = connection.recv(1)

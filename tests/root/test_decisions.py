@@ -16,6 +16,7 @@ from redirector.lab import LabPod, Node
 from redirector.model import EVERYWHERE, IPAddress, IPNetwork, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
 from redirector.network import addresses, netns_cookie
+from redirector.routes import links
 from redirector.steering import (
     DNS_PORT,
     PASSTHROUGH_SOURCES,
@@ -75,6 +76,7 @@ class Mesh:
             mode,
             steering=steering,
             addresses=self.own,
+            links=links(self.pod.name, self.pod.netns, steering.exclude_interfaces),
             netns_cookie=netns_cookie(self.pod.netns),
         )
 
@@ -166,7 +168,6 @@ def as_understood(mode: Mode, steering: Steering) -> Steering:
     none: frozenset[str] = frozenset()
     return replace(
         steering,
-        exclude_interfaces=none,
         kubevirt_interfaces=none,
         drop_invalid=False,
     )
@@ -217,8 +218,6 @@ def by_interface(destination: IPAddress) -> str:
 
 #: Rules of options that eBPF mode refuses.
 OF_IPTABLES_ALONE = {
-    "outbound.excluded-interface",
-    "inbound.excluded-interface",
     "inbound.kubevirt",
     "inbound.kubevirt-included",
 }
