@@ -15,6 +15,13 @@ struct aim {
 	struct address source; // that it must have there; all zero: what the kernel picks
 };
 
+ALWAYS struct address loopback_of(bool v4)
+{
+	struct address v6 = {{0, 0, 0, bpf_htonl(1)}};
+
+	return v4 ? mapped(bpf_htonl(0x7f000001)) : v6;
+}
+
 ALWAYS bool is_unbound(const struct address *source)
 {
 	return is_any(source) || (is_v4(source) && !source->word[3]);
@@ -48,6 +55,7 @@ ALWAYS void aim_at_dns(struct bpf_sock_addr *ctx, const struct pod *pod, const s
 		       struct aim *aim)
 {
 	bool v4 = is_v4(&a->dst.ip);
+	struct address loopback = loopback_of(v4);
 	struct address own = v4 ? pod->ip4 : pod->ip6;
 	bool inside = is_loopback(&a->dst.ip) || is_any(&own);
 
@@ -58,9 +66,7 @@ ALWAYS void aim_at_dns(struct bpf_sock_addr *ctx, const struct pod *pod, const s
 	}
 	// As REDIRECT has it: many a sidecar answers DNS on loopback only. What would have left the
 	// pod keeps the source address that it would have had.
-	aim->to.ip = mapped(bpf_htonl(0x7f000001));
-	if (!v4)
-		aim->to.ip = (struct address){{0, 0, 0, bpf_htonl(1)}};
+	aim->to.ip = loopback;
 	if (!inside && is_unbound(&a->source))
 		aim->source = own;
 }
@@ -84,9 +90,14 @@ ALWAYS struct aim take_aim(struct bpf_sock_addr *ctx, const struct pod *pod, enu
 	default:
 		return aim;
 	}
-	// The pod's own address, not loopback: the kernel then picks the source address that
-	// iptables REDIRECT would have left, and the sidecar sees the same client.
+	// One of the pod's own addresses, not loopback unless it asked for that: the kernel then
+	// picks the source address that iptables REDIRECT would have left, and the sidecar sees the
+	// same client.
 	aim.to.ip = is_v4(&a->dst.ip) ? pod->ip4 : pod->ip6;
+	if (a->own)
+		aim.to.ip = a->dst.ip;
+	else if (is_loopback(&a->dst.ip))
+		aim.to.ip = loopback_of(is_v4(&a->dst.ip));
 	return aim;
 }
 
