@@ -128,7 +128,9 @@ def test_curl_to_nginx_in_chunks(route: Route, nginx: Path) -> None:
     url = f"http://{route.server.ip}:{NGINX}/up/chunked"
     argv = ["sh", "-c", 'cat "$1" | "$2" -sSf --max-time 30 -H Expect: -T - "$3"', "sh"]
     with route.carries(BIG):
-        route.client.run([*argv, nginx / "big", program("curl"), url], check=True)
+        done = route.client.run([*argv, nginx / "big", program("curl"), url])
+        log = (route.folder / "nginx.log").read_text()
+        assert done.returncode == 0, f"{done.stderr}{log}"
     assert sha256(stored) == sha256(nginx / "big")
 
 
