@@ -263,7 +263,7 @@ class Enrollment:
         for pod in self.pods():
             lost = _lost(pod)
             driver = self._modes[pod.mode]
-            missing = self.missing(pod)
+            missing = (lost,) if lost else tuple(driver.missing(pod))
             counters: dict[Counter, int] = {}
             if pod.mode is Mode.EBPF and loaded:
                 counters = self._datapath.maps.counters(pod.netns_cookie, moved)

@@ -36,6 +36,7 @@ class Datapath:
     def __init__(self, root: Path, sizes: Mapping[str, int] = SIZES) -> None:
         self.root = root
         self._sizes = sizes
+        self._ids: tuple[int, Mapping[str, int]] = (0, {})
 
     # -- as a whole
 
@@ -146,7 +147,7 @@ class Datapath:
 
         In the place of an older program, if one of this hook stands: at no moment none or both.
         """
-        if self.is_own(pod, hook) and self.holds(pod, hook, target):
+        if self.is_own(pod, hook, target):
             return
         with (
             _told(f"pod {pod}: {hook} on {target}"),
@@ -160,7 +161,7 @@ class Datapath:
         Its program is loaded for this pod alone.
         """
         hook, kind = INBOUND_HOOK
-        if self.is_own(pod, hook) and self.holds(pod, hook, target):
+        if self.is_own(pod, hook, target):
             return
         with _told(f"pod {pod}: {hook} on {target}"), contextlib.ExitStack() as opened:
             maps = self.generation.directory / "maps"
@@ -201,18 +202,31 @@ class Datapath:
             return found is not None and found.target == target.stat().st_ino
         return False
 
-    def is_own(self, pod: str, hook: str) -> bool:
-        """Whether the pod's link runs the program that this version would attach."""
+    def is_own(self, pod: str, hook: str, target: Path | None = None) -> bool:
+        """Whether the pod's link runs the program that this version would attach, and to `target`.
+
+        Without `target` it may be attached to anything.
+        """
         found = _link(self._pin(pod, hook))
-        if found is None:
-            return False
         try:
+            if found is None or (target is not None and found.target != target.stat().st_ino):
+                return False
             if hook == PER_POD:
                 return libbpf.program_info(found.program).name == self._program_name
-            with libbpf.opened(self.programs / hook) as program:
-                return found.program == libbpf.object_id(program).id
+            return found.program == self._own_ids().get(hook)
         except OSError:
             return False
+
+    def _own_ids(self) -> Mapping[str, int]:
+        """This version's programs, looked up once for each load."""
+        load = self.programs.stat().st_ino
+        if self._ids[0] != load:
+            ids: dict[str, int] = {}
+            for pin in self.programs.iterdir():
+                with libbpf.opened(pin) as program:
+                    ids[pin.name] = libbpf.object_id(program).id
+            self._ids = (load, ids)
+        return self._ids[1]
 
     def decides(self, pod: str) -> bool:
         """Whether all that decides on the pod's connections works on this version's maps."""

@@ -161,6 +161,9 @@ class EbpfMode:
         """
         pins = pin_name(pod.name)
         hooks = [hook for hook, _ in _hooks(pod)]
+        entered = self._datapath.is_loaded() and self._datapath.maps.pod(pod.netns_cookie)
+        if entered and all(self._datapath.is_own(pins, h, _target(pod, h)) for h in hooks):
+            return []
         lost = [hook for hook in hooks if not self._datapath.holds(pins, hook, _target(pod, hook))]
         loaded = self._datapath.is_loaded()
         if {hook for hook, _ in DECIDING_HOOKS}.isdisjoint(lost) and not (
