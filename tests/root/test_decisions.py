@@ -121,6 +121,8 @@ def cidrs() -> st.SearchStrategy[tuple[IPNetwork, ...]]:
         IPv4Network("10.78.0.0/24"),
         IPv6Network("fd00::/8"),
         IPv6Network("fd78::/64"),
+        # Holds ::ffff:0:0/96, as which the kernel may know IPv4.
+        IPv6Network("::/1"),
         IPv6Network("::1/128"),
     )
     return st.lists(st.sampled_from(choice), max_size=3, unique=True).map(tuple)
