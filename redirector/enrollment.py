@@ -22,6 +22,7 @@ from redirector.errors import (
 )
 from redirector.model import Accelerate, Links, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
+from redirector.modes.closed import SETTLED_NS, forget_closed
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables.driver import IptablesMode
 from redirector.records import Records
@@ -184,6 +185,14 @@ class Enrollment:
         """Let go of what older versions' connections no longer need; every verb does so, too."""
         with self._records.locked():
             self._sweep()
+
+    def forget_closed(self, settled_ns: int = SETTLED_NS) -> int:
+        """Delete flows whose close somebody else's program kept from us; return how many."""
+        if not self._datapath.is_loaded():
+            return 0
+        with self._records.locked():
+            pods = [pod for pod in self.readable() if pod.mode is Mode.EBPF]
+            return forget_closed(self._datapath.maps, pods, settled_ns)
 
     def _sweep(self) -> None:
         if self._datapath.others():

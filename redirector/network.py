@@ -61,6 +61,11 @@ def open_connections(netns: Path, ports: Collection[int]) -> frozenset[tuple[IPA
     return within(netns, lambda: frozenset(tcp_diag.open_connections(ports)))
 
 
+def open_ends(netns: Path) -> frozenset[tcp_diag.Ends]:
+    """Return both ends of every TCP connection that is open in the namespace."""
+    return within(netns, lambda: frozenset(tcp_diag.open_ends()))
+
+
 def listening_inodes(netns: Path, port: int) -> dict[int, int]:
     """Return inode -> address family of every socket that listens on this TCP port."""
     return within(netns, lambda: dict(tcp_diag.listening(port)))

@@ -56,6 +56,11 @@ def open_connections(ports: Collection[int]) -> Iterator[tuple[IPAddress, int]]:
         yield from ((found.local, port) for found in _sockets(_OPEN, port))
 
 
+def open_ends() -> Iterator[Ends]:
+    """Both ends of each open connection."""
+    yield from (found.ends for found in _sockets(_OPEN, 0))
+
+
 def listening(port: int) -> Iterator[tuple[int, int]]:
     """Inode and address family of each socket that listens on a port."""
     yield from ((found.inode, found.family) for found in _sockets(_LISTEN, port))

@@ -186,11 +186,13 @@ class Agent:
                 self.executor.carry_out(action)
 
     def _sweep(self) -> None:
-        """Let go of what an older version's connections no longer need."""
+        """Let go of what no connection needs any more."""
         try:
             self._enrollment.sweep()
+            if forgotten := self._enrollment.forget_closed():
+                say(logging.INFO, "forgot flows of closed connections", number=forgotten)
         except RedirectorError as error:
-            say(logging.WARNING, "older programs stay", error=error)
+            say(logging.WARNING, "what has ended stays", error=error)
 
     def _know(self, pod: PodObject, verdict: Verdict) -> Known:
         place = self._places.find(pod) if isinstance(verdict, Wish) else None

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import socket
 import struct
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,28 @@ class Maps:
             }
             found += (_open_flow(keys, values, number) for number in sorted(numbers))
         return found
+
+    def opened_before(self, moment_ns: int) -> dict[int, list[tuple[bytes, int]]]:
+        """By the pod that opened them, key and id of the flows older than this (CLOCK_MONOTONIC).
+
+        Bytes, because there may be as many as the map has room for.
+        """
+        found: dict[int, list[tuple[bytes, int]]] = defaultdict(list)
+        key_size, size = ctypes.sizeof(FlowKey), ctypes.sizeof(Flow)
+        for keys, values in self._flow_batches():
+            for number in range(len(values) // size):
+                flow = Flow.from_buffer_copy(values, number * size)
+                if flow.opened_ns < moment_ns:
+                    key = keys[number * key_size : (number + 1) * key_size]
+                    found[flow.client_netns].append((key, flow.id))
+        return found
+
+    def forget_flow(self, key: bytes, flow_id: int) -> bool:
+        """Delete a flow, unless another connection has its tuple by now."""
+        with self._map("flows") as fd:
+            value = libbpf.map_lookup(fd, key, ctypes.sizeof(Flow))
+            same = value is not None and Flow.from_buffer_copy(value).id == flow_id
+            return same and libbpf.map_delete(fd, key)
 
     def _flow_batches(self) -> Iterator[tuple[bytes, bytes]]:
         with self._map("flows") as fd:

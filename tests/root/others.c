@@ -71,6 +71,14 @@ int other_sockops(struct bpf_sock_ops *ops)
 	return 1;
 }
 
+// Leaves no callback to those who asked before it.
+int other_deaf_sockops(struct bpf_sock_ops *ops)
+{
+	if (ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
+		bpf_sock_ops_cb_flags_set(ops, 0);
+	return 1;
+}
+
 int other_sk_lookup(struct bpf_sk_lookup *ctx)
 {
 	saw(LOOKUP);

@@ -25,6 +25,7 @@ PROGRAMS: dict[str, tuple[int, AttachType | None]] = {
     "connect4": (18, AttachType.CGROUP_INET4_CONNECT),
     "getsockopt": (25, AttachType.CGROUP_GETSOCKOPT),
     "sockops": (13, AttachType.CGROUP_SOCK_OPS),
+    "deaf_sockops": (13, AttachType.CGROUP_SOCK_OPS),
     "sk_lookup": (30, AttachType.SK_LOOKUP),
     "ingress": (3, None),
     "egress": (3, None),

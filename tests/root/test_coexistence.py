@@ -231,6 +231,23 @@ def test_on_the_interface(world: World, way: str, first: bool) -> None:
     assert world.ran(world.inbound) >= both
 
 
+def test_a_close_that_they_kept_from_us_is_found(world: World, datapath: Datapath) -> None:
+    """A program that sets a socket's callback flags anew takes ours away."""
+    pod = world.pod
+    world.enroll(WAYS["ebpf-accelerated"])
+    netns = netns_cookie(pod.netns)
+    with world.others.attached("deaf_sockops", pod.cgroup, Flag.MULTI):
+        with pod_socket(pod) as open_one:
+            open_one.connect((world.peer.ip, PORT))
+            world.dial(world.peer.ip)
+            assert len(datapath.maps.flows_of(netns)) == 2
+            assert world.enrollment.forget_closed() == 0, "both are young"
+            assert world.enrollment.forget_closed(settled_ns=0) == 1
+            assert len(datapath.maps.flows_of(netns)) == 1
+        assert world.enrollment.forget_closed(settled_ns=0) == 1
+    assert not datapath.maps.flows_of(netns)
+
+
 def test_a_callback_of_theirs_outlives_our_use_of_it(world: World) -> None:
     """Both ask for the round-trip callback; we need it no more once a stream has left us."""
     pod = world.peer
