@@ -267,6 +267,7 @@ struct event {
 	__u8 kind;   // enum event_kind
 	__u8 reason; // enum counter: why it was refused or went to TCP
 	__u32 sides; // of its ends, how many entered the sockhash
+	__u32 pad;
 };
 
 #define MAX_FOLLOWERS 8

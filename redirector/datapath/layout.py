@@ -371,6 +371,7 @@ class Event(Struct):
         ("kind", ctypes.c_uint8),
         ("reason", ctypes.c_uint8),
         ("sides", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
     )
 
 
