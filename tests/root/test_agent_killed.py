@@ -36,6 +36,7 @@ def wait_for(agent: Running, flow: Traffic) -> None:
 def test_kills_at_random_points(field: Ground, enrollment: Enrollment) -> None:
     """While annotations change, and so the mode; kept connections and new ones never notice."""
     pod, peer = field.pod("pod", 1), field.pod("peer", 0)
+    field.pod("last", 3)
     # Asked for and taken back, round by round, so that kills meet enrolments and removals, too.
     field.pod("guest", 2)
     moment = multiprocessing.get_context("fork").Value(ctypes.c_uint64, Phase.ENROLLED)
@@ -63,6 +64,9 @@ def test_kills_at_random_points(field: Ground, enrollment: Enrollment) -> None:
             wait_for(agent, flow)
         field.tell("pod", 1, mode="iptables")
         field.tell("guest", 2, mode="none")
+        # Who sees this one has seen all the above, and does it last.
+        field.tell("last", 3, mode="iptables")
+        field.until_mode("last", Mode.IPTABLES)
         field.until_mode("pod", Mode.IPTABLES)
         field.until_mode("guest", None)
         for unfinished in (enrollment.missing, enrollment.interrupted):
