@@ -117,11 +117,10 @@ ALWAYS bool never_redirected(struct sock_state *state, struct flow *flow, __u32 
 
 // An ACK has come in. A socket of the sockhash whose blocking recv() is woken without data answers
 // EAGAIN (tcp_bpf_recvmsg_parser waits once), and a sender that has waited for room is woken so
-// when its buffer drains. So it leaves the sockhash while it waits: a recv() that is blocked
-// meanwhile would answer EAGAIN, too, and who is in send() is not in recv(). It must be certain
-// that nothing is on its way to its queue: because nothing ever was, or because the peer has since
-// been passing for a second, or has read more TCP bytes than its buffer holds; its earlier send()
-// has ended then.
+// when its buffer drains. So who streams leaves the sockhash, but not while somebody is blocked in
+// recv(), which would answer EAGAIN, too. It must be certain that nothing is on its way to its
+// queue: because nothing ever was, or because the peer has since been passing for a second, or has
+// read more TCP bytes than its buffer holds; its earlier send() has ended then.
 ALWAYS void streams(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
@@ -133,7 +132,7 @@ ALWAYS void streams(struct bpf_sock_ops *ops)
 		return;
 	if (!state->leaving_ns && ops->bytes_acked < MAX_UNREAD)
 		return;
-	if (!ops->sk || !sender_waits(ops->sk))
+	if (!ops->sk || !no_reader_blocks(ops->sk))
 		return;
 	flow = flows.lookup(&state->flow);
 	if (!flow)

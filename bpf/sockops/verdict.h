@@ -36,21 +36,29 @@ ALWAYS bool wants_zerocopy(struct bpf_sock *sk)
 }
 
 #define SOCK_NOSPACE_BIT 2 // linux/net.h
+#define NONBLOCK 04000	   // O_NONBLOCK, asm-generic/fcntl.h
 
-// Whether a sender waits for room in this socket's buffer.
-ALWAYS bool sender_waits(struct bpf_sock *sk)
+// Whether it is certain that nobody is blocked in recv(): a sender waits for room, or the socket
+// does not block, or nobody waits for it at all.
+ALWAYS bool no_reader_blocks(struct bpf_sock *sk)
 {
-#if SK_SOCKET_OFFSET
+#if WAIT_HEAD_OFFSET
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
-	void *file;
+	char *socket, *file, *head;
 
-	if (tp) {
-		file = *(void *volatile *)((char *)tp + SK_SOCKET_OFFSET);
-		return *(volatile __u64 *)((char *)file + SOCKET_FLAGS_OFFSET) >> SOCK_NOSPACE_BIT &
-		       1;
-	}
-#endif
+	if (!tp)
+		return false;
+	socket = *(char *volatile *)((char *)tp + SK_SOCKET_OFFSET);
+	if (*(volatile __u64 *)(socket + SOCKET_FLAGS_OFFSET) >> SOCK_NOSPACE_BIT & 1)
+		return true;
+	file = *(char *volatile *)(socket + SOCKET_FILE_OFFSET);
+	if (*(volatile __u32 *)(file + FILE_FLAGS_OFFSET) & NONBLOCK)
+		return true;
+	head = socket + SOCKET_WQ_OFFSET + WQ_WAIT_OFFSET + WAIT_HEAD_OFFSET;
+	return *(char *volatile *)head == head;
+#else
 	return false;
+#endif
 }
 
 // By its number: where bcc may not read /proc/kallsyms (CAP_SYSLOG, kptr_restrict), it takes the
