@@ -37,6 +37,9 @@ from redirector.status import Tally, tallies
 
 #: How long a sidecar may take to ask for the original destination of what it has accepted.
 DRAIN_SECONDS = 1.0
+#: A connect() that was aimed at the sidecar just before the hooks went is no flow until its SYN is
+#: sent; its process may have lost the CPU in between.
+SYN_GRACE_SECONDS = 0.1
 _OWN_PROGRAMS = "this version's programs"
 
 
@@ -114,9 +117,8 @@ class EbpfMode:
 
     def _drain(self, pod: Pod) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
-        if pod.steering.dns_capture and self._datapath.is_loaded():
-            entry = self._datapath.maps.pod(pod.netns_cookie)
-            time.sleep(DNS_GRACE_SECONDS if entry is not None else 0)
+        if self._datapath.is_loaded() and self._datapath.maps.pod(pod.netns_cookie) is not None:
+            time.sleep(DNS_GRACE_SECONDS if pod.steering.dns_capture else SYN_GRACE_SECONDS)
         while time.monotonic() < deadline and self._unanswered(pod):
             time.sleep(0.005)
 
