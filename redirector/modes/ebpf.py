@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 
+from redirector import network
 from redirector.datapath.btf import knows_arrival_interface
 from redirector.datapath.generation import Generation, Standing
 from redirector.datapath.hooks import (
@@ -157,7 +158,7 @@ class EbpfMode:
                 generation.withdraw(pod)
 
     def missing(self, pod: Pod) -> list[str]:
-        """Name the hooks that do not hold, and the pod's entry if the programs lack it.
+        """Name the hooks that do not hold, and what the maps lack: its entry, its new addresses.
 
         Of a pod that another version steers only this is said, that this one's programs do not.
         """
@@ -165,7 +166,7 @@ class EbpfMode:
         hooks = [hook for hook, _ in _hooks(pod)]
         entered = self._datapath.is_loaded() and self._datapath.maps.pod(pod.netns_cookie)
         if entered and all(self._datapath.is_own(pins, h, _target(pod, h)) for h in hooks):
-            return []
+            return _unknown_addresses(pod)
         lost = [hook for hook in hooks if not self._datapath.holds(pins, hook, _target(pod, hook))]
         loaded = self._datapath.is_loaded()
         if {hook for hook, _ in DECIDING_HOOKS}.isdisjoint(lost) and not (
@@ -193,6 +194,15 @@ def _hooks(pod: Pod) -> tuple[tuple[str, AttachType], ...]:
     if not pod.steering.dns_capture:
         return ALL_HOOKS
     return (*CGROUP_HOOKS, *DNS_ANSWER_HOOKS, INBOUND_HOOK, *DNS_QUERY_HOOKS, *CONNECT_HOOKS)
+
+
+def _unknown_addresses(pod: Pod) -> list[str]:
+    """What the namespace has by now and the programs do not know; nothing while it has none."""
+    found, known = network.addresses(pod.netns), set(pod.addresses)
+    if not found or set(found) == known:
+        return []
+    new = [f"its address {ip}" for ip in found if ip not in known]
+    return new or ["addresses as they are by now"]
 
 
 def _target(pod: Pod, hook: str) -> Path:

@@ -173,6 +173,31 @@ def test_another_path_of_the_namespace_keeps_a_pod_repairable(
     assert enrollment.missing(updated) == ()
 
 
+def test_an_address_that_comes_later_is_told_and_taken_up(
+    node: Node, enrollment: Enrollment, datapath: Datapath
+) -> None:
+    pod = node.pod("pod")
+    probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
+    probes.start(pod, [(Verdict.DIRECT, PORT)])
+    enrolled = enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+    assert enrollment.missing(enrolled) == ()
+    late = ip_address("fd77::7")
+    change = ["ip", "-6", "addr", "add", f"{late}/64", "dev", "eth0", "nodad"]
+    pod.run(change, check=True)
+    assert enrollment.missing(enrolled) == ("its address fd77::7",)
+    taken, problems = enrollment.take_over()
+    assert ([each.name for each in taken], problems) == (["pod"], [])
+    assert late in enrollment.get("pod").addresses
+    assert enrollment.missing(enrollment.get("pod")) == ()
+    # What the sidecar asks of it comes back through the inbound policy, as of any own address.
+    (told,) = pod.call(probes.dial, [probes.Call(late, PORT)], sidecar=True)
+    assert told.verdict is Verdict.INBOUND
+    pod.run([*change[:3], "del", *change[4:-1]], check=True)
+    assert enrollment.missing(enrollment.get("pod")) == ("addresses as they are by now",)
+    enrollment.update("pod")
+    assert enrollment.missing(enrollment.get("pod")) == ()
+
+
 def test_pods_do_not_share_a_cgroup(node: Node, enrollment: Enrollment) -> None:
     """The programs of both would run for one connection; the second would lose its destination."""
     pod, peer = node.pod("pod"), node.pod("peer")
