@@ -173,9 +173,7 @@ def test_another_path_of_the_namespace_keeps_a_pod_repairable(
     assert enrollment.missing(updated) == ()
 
 
-def test_an_address_that_comes_later_is_told_and_taken_up(
-    node: Node, enrollment: Enrollment, datapath: Datapath
-) -> None:
+def test_an_address_that_comes_later_is_taken_up(node: Node, enrollment: Enrollment) -> None:
     pod = node.pod("pod")
     probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
     probes.start(pod, [(Verdict.DIRECT, PORT)])
