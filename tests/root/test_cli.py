@@ -398,7 +398,7 @@ def test_a_mode_that_cannot_hold_the_pod_leaves_it_in_the_other(
 
 AS_NOBODY = """
 import os, sys
-from redirector import cli
+from redirector import cli, config  # its rooms, while the clone can be read
 os.seteuid(65534)
 sys.exit(cli.main(sys.argv[1:]))
 """
