@@ -49,8 +49,9 @@ class Connection:
     """A connection as its first packet shows it.
 
     `own` are the pod's addresses. `source` is the address it was bound to, if any. `uid` and `gid`
-    are the effective ones of the connecting process; inbound they mean nothing. `interface` is the
-    one that it leaves by (lo, when it stays in the pod) or comes in by; empty when nobody knows.
+    are the effective ones of the process that made the socket; inbound they mean nothing.
+    `interface` is the one that it leaves by (lo, when it stays in the pod) or comes in by; empty
+    when nobody knows.
     """
 
     direction: Direction
@@ -117,13 +118,16 @@ def _as_routed(destination: IPAddress, source: IPAddress | None) -> IPAddress:
     """Return where connecting to the unspecified address leads.
 
     To the bound address or localhost in IPv4 (ip_route_output_key_hash_rcu), to localhost in IPv6
-    (tcp_v6_connect).
+    (tcp_v6_connect), of the family that the socket is bound to.
     """
     if not destination.is_unspecified:
         return destination
+    bound_v4 = source is not None and source.version == 4
     if destination.version == 6:
-        return IPv6Address("::1")
-    return IPv4Address("127.0.0.1") if source is None or source.is_unspecified else source
+        return IPv4Address("127.0.0.1") if bound_v4 else LOCALHOST_V6
+    if source is None or not bound_v4 or source.is_unspecified:
+        return IPv4Address("127.0.0.1")
+    return source
 
 
 def unmapped(address: IPAddress) -> IPAddress:

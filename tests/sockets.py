@@ -10,10 +10,11 @@ def pod_socket(
     pod: LabPod,
     *,
     sidecar: bool = False,
+    uid: int | None = None,
     family: int = socket.AF_INET,
     options: Iterable[tuple[int, int, int]] = (),
 ) -> socket.socket:
-    """A TCP socket made by a process of the pod; connecting it is the caller's, as root."""
+    """A TCP socket made by a process of the pod, which owns it whoever connects it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
     def make_and_send() -> None:
@@ -24,15 +25,8 @@ def pod_socket(
             socket.send_fds(theirs, [b"s"], [made.fileno()])
 
     with ours, theirs:
-        pod.call(make_and_send, sidecar=sidecar)
+        pod.call(make_and_send, sidecar=sidecar, uid=uid)
         _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
     made = socket.socket(fileno=descriptors[0])
     made.settimeout(10)
     return made
-
-
-def connect_as(
-    pod: LabPod, client: socket.socket, to: tuple[str, int], *, uid: int = 0, gid: int = 0
-) -> None:
-    """Connect a socket as another user of the pod; the rules look at who calls connect()."""
-    pod.call(client.connect, to, uid=uid, gid=gid)

@@ -13,6 +13,10 @@
 		(TO)[3] = (FROM)[3];                                                               \
 	} while (0)
 
+// By its number: where bcc may not read /proc/kallsyms (CAP_SYSLOG, kptr_restrict), it takes the
+// kernel for one without bpf_probe_read_kernel and writes another helper instead.
+static long (*read_kernel)(void *, __u32, const void *) = (void *)BPF_FUNC_probe_read_kernel;
+
 ALWAYS void count_by(__u64 netns, __u32 which, __u64 amount)
 {
 	struct counters *c = counters.lookup(&netns);
@@ -145,6 +149,27 @@ ALWAYS struct ids current_ids(void)
 	__u64 real = bpf_get_current_uid_gid();
 	struct ids ids = {.uid = real, .gid = real >> 32};
 
+	return ids;
+}
+
+// Who owns the socket of connect() or sendmsg(), as xt_owner knows it: who made its file. Another
+// may use it since: a descriptor that was handed over, a process that has changed its ids.
+ALWAYS struct ids owner_ids(struct bpf_sock_addr *ctx)
+{
+	struct ids ids = current_ids();
+#if SK_SOCKET_OFFSET && SOCKET_FILE_OFFSET && FILE_CRED_OFFSET && FSUID_OFFSET && FSGID_OFFSET
+	struct ids owner;
+	char *at;
+
+	// Sockets of the kernel's own (subflows of MPTCP) have no file.
+	if (!read_kernel(&at, sizeof(at), (char *)ctx + SOCK_ADDR_SK_OFFSET) &&
+	    !read_kernel(&at, sizeof(at), at + SK_SOCKET_OFFSET) && at &&
+	    !read_kernel(&at, sizeof(at), at + SOCKET_FILE_OFFSET) && at &&
+	    !read_kernel(&at, sizeof(at), at + FILE_CRED_OFFSET) && at &&
+	    !read_kernel(&owner.uid, sizeof(owner.uid), at + FSUID_OFFSET) &&
+	    !read_kernel(&owner.gid, sizeof(owner.gid), at + FSGID_OFFSET))
+		return owner;
+#endif
 	return ids;
 }
 

@@ -15,16 +15,23 @@ struct aim {
 	struct address source; // that it must have there; all zero: what the kernel picks
 };
 
-ALWAYS struct address loopback_of(bool v4)
+// Multicast, or all of a link: no TCP connection goes there.
+ALWAYS bool is_many(const struct address *a)
 {
-	struct address v6 = {{0, 0, 0, bpf_htonl(1)}};
+	__u32 high = bpf_ntohl(a->word[3]) >> 28;
 
-	return v4 ? mapped(bpf_htonl(0x7f000001)) : v6;
+	if (is_v4(a))
+		return high == 0xe || a->word[3] == 0xffffffff;
+	return bpf_ntohl(a->word[0]) >> 24 == 0xff;
 }
 
-ALWAYS bool is_unbound(const struct address *source)
+// Where connect() answers ENETUNREACH, as it does without a route: 255.255.255.255 or ff02::1
+// (tcp_v4_connect, tcp_v6_connect). A pod without an address of a family has no way out by it.
+ALWAYS struct address nowhere(bool v4)
 {
-	return is_any(source) || (is_v4(source) && !source->word[3]);
+	struct address v6 = {{bpf_htonl(0xff020000), 0, 0, bpf_htonl(1)}};
+
+	return v4 ? mapped(0xffffffff) : v6;
 }
 
 // Whether somebody listens for DNS on this address.
@@ -98,6 +105,8 @@ ALWAYS struct aim take_aim(struct bpf_sock_addr *ctx, const struct pod *pod, enu
 		aim.to.ip = a->dst.ip;
 	else if (is_loopback(&a->dst.ip))
 		aim.to.ip = loopback_of(is_v4(&a->dst.ip));
+	else if (is_any(&aim.to.ip) || is_many(&a->dst.ip))
+		aim.to.ip = nowhere(is_v4(&a->dst.ip));
 	return aim;
 }
 
@@ -152,6 +161,11 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct a
 	look_around(ctx, a);
 	rule = outbound_rule(pod, a);
 	*aim = take_aim(ctx, pod, rule, a);
+	if (!a->udp && is_many(&aim->to.ip)) {
+		count_rule(a->netns, rule, COUNTERS);
+		states.sk_storage_delete(ctx->sk);
+		return 1;
+	}
 	if (!aim->to.port) {
 		if (!a->udp)
 			count_rule(a->netns, rule, COUNTERS);
@@ -196,11 +210,9 @@ ALWAYS int connect4(struct bpf_sock_addr *ctx)
 	struct aim aim = {};
 	int verdict;
 
-	// connect() to 0.0.0.0 means localhost (ip_route_connect).
-	if (!ctx->user_ip4)
-		a.dst.ip.word[3] = bpf_htonl(0x7f000001);
 	if (sk)
 		a.source = mapped(sk->src_ip4);
+	settle_unspecified(&a);
 	verdict = decide_connect(ctx, &a, &aim);
 	if (!aim.to.port)
 		return verdict;
@@ -223,12 +235,10 @@ ALWAYS int connect6(struct bpf_sock_addr *ctx)
 	int verdict;
 
 	COPY_WORDS(a.dst.ip.word, ctx->user_ip6);
-	// connect() to :: means loopback (ipv6: tcp_v6_connect).
-	if (is_any(&a.dst.ip))
-		a.dst.ip.word[3] = bpf_htonl(1);
 	if (sk) {
 		COPY_WORDS(a.source.word, sk->src_ip6);
 	}
+	settle_unspecified(&a);
 	verdict = decide_connect(ctx, &a, &aim);
 	if (!aim.to.port)
 		return verdict;

@@ -40,8 +40,7 @@ ALWAYS int sendmsg4(struct bpf_sock_addr *ctx)
 	struct aim aim = {};
 	int verdict;
 
-	if (!ctx->user_ip4)
-		a.dst.ip.word[3] = bpf_htonl(0x7f000001);
+	settle_unspecified(&a);
 	verdict = decide_query(ctx, &a, &aim);
 	if (aim.to.port) {
 		ctx->user_ip4 = aim.to.ip.word[3];
@@ -60,8 +59,7 @@ ALWAYS int sendmsg6(struct bpf_sock_addr *ctx)
 
 	COPY_WORDS(a.dst.ip.word, ctx->user_ip6);
 	COPY_WORDS(a.source.word, ctx->msg_src_ip6);
-	if (is_any(&a.dst.ip))
-		a.dst.ip.word[3] = bpf_htonl(1);
+	settle_unspecified(&a);
 	verdict = decide_query(ctx, &a, &aim);
 	if (aim.to.port) {
 		COPY_WORDS(ctx->user_ip6, aim.to.ip.word);

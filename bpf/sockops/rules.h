@@ -35,11 +35,33 @@ ALWAYS void look_around(struct bpf_sock_addr *ctx, struct attempt *a)
 	struct bpf_sock *sk = ctx->sk;
 	__u64 *owner = pods_by_address.lookup(&a->dst.ip);
 
-	a->ids = current_ids();
+	a->ids = owner_ids(ctx);
 	a->neighbour = owner;
 	a->own = owner && *owner == a->netns;
 	if (sk)
 		a->device = sk->bound_dev_if;
+}
+
+ALWAYS struct address loopback_of(bool v4)
+{
+	struct address v6 = {{0, 0, 0, bpf_htonl(1)}};
+
+	return v4 ? mapped(bpf_htonl(0x7f000001)) : v6;
+}
+
+ALWAYS bool is_unbound(const struct address *source)
+{
+	return is_any(source) || (is_v4(source) && !source->word[3]);
+}
+
+// Where the unspecified address leads: to localhost (tcp_v6_connect) or, in IPv4, to the address
+// that the socket is bound to, if any (ip_route_output_key_hash_rcu).
+ALWAYS void settle_unspecified(struct attempt *a)
+{
+	if (is_any(&a->dst.ip))
+		a->dst.ip = loopback_of(is_v4(&a->source));
+	else if (is_v4(&a->dst.ip) && !a->dst.ip.word[3])
+		a->dst.ip = is_v4(&a->source) && a->source.word[3] ? a->source : loopback_of(true);
 }
 
 #define LOOPBACK_INDEX 1

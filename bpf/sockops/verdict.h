@@ -61,10 +61,6 @@ ALWAYS bool no_reader_blocks(struct bpf_sock *sk)
 #endif
 }
 
-// By its number: where bcc may not read /proc/kallsyms (CAP_SYSLOG, kptr_restrict), it takes the
-// kernel for one without bpf_probe_read_kernel and writes another helper instead.
-static long (*read_kernel)(void *, __u32, const void *) = (void *)BPF_FUNC_probe_read_kernel;
-
 // Whether TCP's memory on this node, redirected bytes included, comes near the mark where the
 // kernel saves it (net.ipv4.tcp_mem). It then refuses redirected bytes with ENOMEM, and TCP's with
 // EAGAIN.

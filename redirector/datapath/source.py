@@ -69,6 +69,8 @@ OFFSETS: Mapping[str, tuple[str, ...]] = {
     "WQ_WAIT_OFFSET": ("socket_wq", "wait"),
     "WAIT_HEAD_OFFSET": ("wait_queue_head", "head"),
     "FILE_FLAGS_OFFSET": ("file", "f_flags"),
+    "SOCK_ADDR_SK_OFFSET": ("bpf_sock_addr_kern", "sk"),
+    "FILE_CRED_OFFSET": ("file", "f_cred"),
     "CRED_OFFSET": ("task_struct", "cred"),
     "FSUID_OFFSET": ("cred", "fsuid"),
     "FSGID_OFFSET": ("cred", "fsgid"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerated import OUTBOUND, SERVICE, counted, pair, readable, receive
-from sockets import connect_as, pod_socket
+from sockets import pod_socket
 
 from redirector.datapath.layout import Counter, Defect
 from redirector.datapath.pins import Datapath
@@ -138,7 +138,7 @@ def test_two_pods_with_the_same_loopback_tuple(
         listener.listen()
         client = pod_socket(pod, sidecar=True)
         client.bind(("127.0.0.1", 40_000))
-        connect_as(pod, client, ("127.0.0.1", 8080), uid=1337, gid=1337)
+        client.connect(("127.0.0.1", 8080))
         server, _ = listener.accept()
         listener.close()
         for end in (client, server):

@@ -1,6 +1,7 @@
-"""Who connects: the effective user and group count, not the real nor the supplementary ones."""
+"""Who owns a socket: the effective user and group of who made it, not the real nor others."""
 
 import os
+import socket
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -27,6 +28,26 @@ def dial_as(user: int, group: int, others: list[int], call: probes.Call) -> prob
     os.setresuid(-1, user, -1)
     (outcome,) = probes.dial([call])
     return outcome
+
+
+def dial_by_another(maker: int, caller: int, call: probes.Call) -> str:
+    """Make a socket as one user and connect it as another; who accepted the connection."""
+    os.setresuid(-1, maker, -1)
+    with socket.socket() as connection:
+        os.setresuid(-1, 0, -1)
+        os.setresuid(-1, caller, -1)
+        connection.settimeout(probes.TIMEOUT)
+        connection.connect((str(call.destination), call.port))
+        return probes.read_arrival(connection).verdict
+
+
+def ask_by_another(maker: int, caller: int, call: probes.Call) -> str:
+    """The same with a datagram."""
+    os.setresuid(-1, maker, -1)
+    with socket.socket(type=socket.SOCK_DGRAM) as asking:
+        os.setresuid(-1, 0, -1)
+        os.setresuid(-1, caller, -1)
+        return probes.ask(asking, call.destination, call.port).verdict
 
 
 @pytest.mark.parametrize(
@@ -74,3 +95,20 @@ def test_the_effective_ids_count(
             assert outcome.verdict == verdict, (user, group, others)
     finally:
         driver.remove(pod)
+
+
+def test_who_made_the_socket_owns_it(node: Node, driver: ModeDriver) -> None:
+    pod, peer = node.pod("pod"), node.pod("peer")
+    query = probes.Call(ip_address(peer.ip), 53)
+    probes.start(peer, [(DIRECT, SERVICE.port), (DIRECT, query.port)])
+    probes.start(pod, [(OUTBOUND, 15001), (Verdict.DNS, 15053)], sidecar=True)
+    enrolled = replace(as_pod(pod, Steering(dns_capture=True, dns_servers=None)), mode=driver.mode)
+    web = replace(SERVICE, destination=query.destination)
+    driver.install(enrolled)
+    try:
+        assert pod.call(dial_by_another, 0, PROXY, web) == OUTBOUND
+        assert pod.call(dial_by_another, PROXY, 0, web) == DIRECT
+        assert pod.call(ask_by_another, 0, PROXY, query) == Verdict.DNS
+        assert pod.call(ask_by_another, PROXY, 0, query) == DIRECT
+    finally:
+        driver.remove(enrolled)

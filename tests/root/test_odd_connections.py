@@ -115,8 +115,11 @@ def test_a_link_local_address_leads_to_the_sidecar(
             with server:
                 assert server.getsockname()[:2] == (address, APP)
     # The pod itself may still use it.
-    with listen(pod, APP, v6=True), pod_socket(pod, family=socket.AF_INET6) as client:
-        pod.call(client.connect, (address, APP, 0, link_local(pod)[1]), uid=1337)
+    with (
+        listen(pod, APP, v6=True),
+        pod_socket(pod, uid=1337, family=socket.AF_INET6) as client,
+    ):
+        client.connect((address, APP, 0, link_local(pod)[1]))
 
 
 def test_an_address_newer_than_the_enrolment_leads_to_the_sidecar(node: Node, pod: LabPod) -> None:
@@ -129,8 +132,8 @@ def test_an_address_newer_than_the_enrolment_leads_to_the_sidecar(node: Node, po
             with server:
                 assert server.getsockname() == (ADDED, APP)
         # From itself to itself.
-        with pod_socket(pod) as client:
-            pod.call(client.connect, (ADDED, APP), uid=1337)
+        with pod_socket(pod, uid=1337) as client:
+            client.connect((ADDED, APP))
 
 
 def test_a_low_ipv6_source_leads_not_past_the_sidecar(node: Node, pod: LabPod) -> None:

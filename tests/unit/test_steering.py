@@ -119,6 +119,8 @@ def test_passthrough_is_direct_only_within_the_pod(source: str, own: str) -> Non
 def test_unspecified_destination_is_the_bound_address() -> None:
     assert outbound({}, "0.0.0.0", uid=PROXY, source="10.77.0.10").verdict == INBOUND
     assert outbound({}, "0.0.0.0", uid=PROXY, source="0.0.0.0").verdict == DIRECT
+    assert outbound({}, "::", uid=PROXY, source="::ffff:10.77.0.10").verdict == DIRECT
+    assert outbound({}, "::ffff:0.0.0.0", uid=PROXY, source="::ffff:10.77.0.10").verdict == INBOUND
 
 
 @pytest.mark.parametrize(
