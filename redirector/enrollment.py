@@ -25,7 +25,7 @@ from redirector.modes.base import ModeDriver
 from redirector.modes.closed import SETTLED_NS, forget_closed
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables.driver import IptablesMode
-from redirector.records import Records
+from redirector.records import Records, name_of
 from redirector.status import Latency, MapFill, NodeStatus, PodStatus
 from redirector.steering import PASSTHROUGH_V6
 
@@ -170,7 +170,8 @@ class Enrollment:
         """
         taken: list[Pod] = []
         problems: list[str] = []
-        for pod in self.pods():
+        problems += self._records.damaged().values()
+        for pod in self.readable():
             try:
                 if self.missing(pod):
                     taken.append(self.update(pod.name))
@@ -203,9 +204,17 @@ class Enrollment:
         return len(self._datapath.others())
 
     def unenroll(self, name: str) -> None:
-        """Make a pod's new connections direct; open ones go on."""
+        """Make a pod's new connections direct; open ones go on.
+
+        Of a pod whose record is damaged: as far as its name and what is left of the record tell.
+        """
         with self._records.locked():
-            self._remove(self.get(name))
+            try:
+                pod = self.get(name)
+            except DatapathError as error:
+                self._remove_damaged(name, error)
+            else:
+                self._remove(pod)
             self._sweep()
 
     def _remove(self, pod: Pod) -> None:
@@ -213,16 +222,14 @@ class Enrollment:
         had = self._records.had(pod.name)
         for driver in self._modes.values():
             driver.remove(pod, had)
-        with contextlib.suppress(InputError):  # the namespace is gone
-            if network.is_pods(pod):
-                network.take_off_loopback(pod.netns, PASSTHROUGH_V6)
+        _restore_loopback(pod)
         self._records.delete(pod.name)
 
     def get(self, name: str) -> Pod:
         """The record of one pod. NotEnrolled names those that are."""
         pod = self._records.get(name)
         if pod is None:
-            known = ", ".join(other.name for other in self._records.all()) or "none"
+            known = ", ".join(self._records.names()) or "none"
             raise NotEnrolled(f"pod {name}: is not enrolled; enrolled are: {known}")
         return pod
 
@@ -269,7 +276,7 @@ class Enrollment:
         defects = self._datapath.defects() if loaded else Defect(0)
         moved = self._datapath.maps.moved() if loaded else {}
         pods = []
-        for pod in self.pods():
+        for pod in self.readable():
             lost = _lost(pod)
             driver = self._modes[pod.mode]
             missing = (lost,) if lost else tuple(driver.missing(pod))
@@ -286,7 +293,8 @@ class Enrollment:
         maps = tuple(MapFill(name, *fill) for name, fill in fills.items())
         followers = self._datapath.followers() if with_maps else None
         following = (followers.sweep(), followers.lost()) if followers else (0, 0)
-        return NodeStatus(tuple(pods), maps, defects, self._records.problems(), *following)
+        problems = self._records.problems() | self._records.damaged()
+        return NodeStatus(tuple(pods), maps, defects, problems, *following)
 
     def _latencies(self, pod: Pod) -> dict[ConnectKind, Latency]:
         if pod.mode is not Mode.EBPF or not self._datapath.is_loaded():
@@ -315,18 +323,31 @@ class Enrollment:
     def _uninstall(self, path: Path) -> None:
         try:
             pod = self._records.read(path)
-        except RedirectorError as error:
-            # Another version's, or damaged. Pins are removed all together, rules are not.
-            guess = self._records.guess(path)
-            if guess is None:
-                raise DatapathError(
-                    f"{str(error).partition(';')[0]}; if that pod was in iptables mode, its rules "
-                    "stay: in its namespace, remove the chains REDIRECTOR_* and the sets "
-                    "redirector-* by hand"
-                ) from error
-            self._modes[Mode.IPTABLES].remove(guess)
+        except DatapathError as error:
+            self._remove_damaged(name_of(path), error)
         else:
             self._remove(pod)
+
+    def _remove_damaged(self, name: str, error: DatapathError) -> None:
+        guess = self._records.guess(name)
+        cookies = [*self._records.cookies(name), *([guess.netns_cookie] if guess else [])]
+        self._ebpf.remove_unknown(name, cookies)
+        if guess is not None:
+            self._modes[Mode.IPTABLES].remove(guess)
+            _restore_loopback(guess)
+        self._records.delete(name)
+        if guess is None:
+            raise DatapathError(
+                f"{str(error).partition(';')[0]}; if that pod was in iptables mode, its rules "
+                "stay: in its namespace, remove the chains REDIRECTOR_* and the sets "
+                "redirector-* by hand"
+            ) from error
+
+
+def _restore_loopback(pod: Pod) -> None:
+    with contextlib.suppress(InputError):  # the namespace is gone
+        if network.is_pods(pod):
+            network.take_off_loopback(pod.netns, PASSTHROUGH_V6)
 
 
 def _links(name: str, netns: Path, mode: Mode, steering: Steering | None) -> Links:

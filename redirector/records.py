@@ -61,6 +61,20 @@ class Records:
                 found.append(self.read(path))
         return found
 
+    def damaged(self) -> dict[str, str]:
+        """By pod, why a record cannot be read: another version's, or damaged."""
+        found: dict[str, str] = {}
+        for path in self.paths():
+            try:
+                self.read(path)
+            except DatapathError as error:
+                found[name_of(path)] = str(error)
+        return found
+
+    def names(self) -> list[str]:
+        """The pods that have a record, which may be damaged."""
+        return [name_of(path) for path in self.paths()]
+
     def paths(self) -> list[Path]:
         """The files of all records, by name."""
         return sorted(self.directory.glob("*.json"))
@@ -87,17 +101,16 @@ class Records:
             return from_json(data)
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatapathError(
-                f"{path}: is not a record of this version ({error}); remove everything with: "
-                "redirector uninstall"
+                f"{path}: is not a record of this version ({error}); take the pod off with "
+                f"'redirector unenroll {name_of(path)}'"
             ) from error
 
-    @staticmethod
-    def guess(path: Path) -> Pod | None:
+    def guess(self, name: str) -> Pod | None:
         """What another version's record tells: enough to take the pod off, or None."""
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(self._path(name).read_text())
             return Pod(
-                name=str(data["name"]),
+                name=name,
                 netns=Path(data["netns"]),
                 cgroup=Path(data["cgroup"]),
                 mode=Mode.IPTABLES,
@@ -135,12 +148,23 @@ class Records:
     def delete(self, name: str) -> None:
         """Forget a record; one that is not there is no error."""
         path = self._path(name)
-        with contextlib.suppress(DatapathError):
-            for key in _keys(self.read(path)):
-                entry = self._entries / key
-                if entry.is_symlink() and entry.readlink().name == path.name:
-                    entry.unlink()
+        try:
+            entries = [self._entries / key for key in _keys(self.read(path))]
+        except DatapathError:
+            entries = self._entries_of(path)
+        for entry in entries:
+            if entry.is_symlink() and entry.readlink().name == path.name:
+                entry.unlink()
         path.unlink(missing_ok=True)
+
+    def cookies(self, name: str) -> list[int]:
+        """The netns cookies that a pod was recorded with, told without its record."""
+        found = (entry.name.partition("netns-")[2] for entry in self._entries_of(self._path(name)))
+        return [int(cookie) for cookie in found if cookie.isdecimal()]
+
+    def _entries_of(self, path: Path) -> list[Path]:
+        entries = self._entries.iterdir() if self._entries.is_dir() else ()
+        return [each for each in entries if each.is_symlink() and each.readlink().name == path.name]
 
     def near(self, pod: Pod) -> Iterator[Pod]:
         """The records with this name, this network namespace, or a cgroup above or below.
@@ -205,6 +229,11 @@ class Records:
     def _path(self, name: str) -> Path:
         # A name may hold a slash ("namespace/pod"), a file's name may not.
         return self.directory / f"{name.replace('%', '%25').replace('/', '%2f')}.json"
+
+
+def name_of(path: Path) -> str:
+    """The pod whose record a file is."""
+    return path.stem.replace("%2f", "/").replace("%25", "%")
 
 
 def _keys(pod: Pod) -> tuple[str, str]:

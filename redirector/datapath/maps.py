@@ -136,6 +136,18 @@ class Maps:
                     keys = {key for key in keys if libbpf.map_lookup(fd, key, 8) == _key(netns)}
                 libbpf.map_delete_many(fd, keys)
 
+    def drop_all(self, netns: int) -> None:
+        """Take off every list of a pod whose lists nobody knows any more."""
+        for name, offset in (("cidrs", 4), ("members", MemberKey.netns.offset)):
+            with self._map(name) as fd:
+                keys = list(libbpf.map_keys(fd, libbpf.map_info(fd).key_size))
+                mine = {key for key in keys if key[offset : offset + 8] == _key(netns)}
+                libbpf.map_delete_many(fd, mine)
+        with self._map("pods_by_address") as fd:
+            keys = list(libbpf.map_keys(fd, libbpf.map_info(fd).key_size))
+            mine = {key for key in keys if libbpf.map_lookup(fd, key, 8) == _key(netns)}
+            libbpf.map_delete_many(fd, mine)
+
     def put_listener(self, netns: int, family: int, listener: int) -> None:
         """Make a listening socket's descriptor one of the pod's inbound listeners of its family.
 

@@ -96,7 +96,7 @@ class _Unseen:
     def say(self) -> None:
         """Name those that were not named yet. InputError when it is the one that was asked for."""
         found: dict[str, list[str]] = {}
-        for pod in self._enrollment.pods():
+        for pod in self._enrollment.readable():
             why = self._why(pod)
             if why is None:
                 continue
@@ -124,7 +124,7 @@ def open_now(enrollment: Enrollment, name: str | None = None) -> Iterator[FlowEv
     datapath = enrollment.datapath
     if not datapath.is_loaded():
         return
-    pods = {pod.netns_cookie: pod for pod in enrollment.pods()}
+    pods = {pod.netns_cookie: pod for pod in enrollment.readable()}
     names = {cookie: pod.name for cookie, pod in pods.items()}
     now = time.monotonic_ns()
     clock = Clock(time.time_ns(), now)
@@ -164,7 +164,7 @@ class _Names:
         version = self._enrollment.version()
         if version != self._version:
             self._version = version
-            self.names |= {pod.netns_cookie: pod.name for pod in self._enrollment.pods()}
+            self.names |= {pod.netns_cookie: pod.name for pod in self._enrollment.readable()}
 
 
 def _follow(

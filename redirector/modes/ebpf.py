@@ -116,6 +116,14 @@ class EbpfMode:
             self._datapath.maps.delete_pod(pod.netns_cookie)
             self._datapath.maps.drop(pod.netns_cookie, map(_lists, (pod, *had)))
 
+    def remove_unknown(self, name: str, cookies: Sequence[int]) -> None:
+        """The same for a pod of which only this is known."""
+        self._datapath.forget(pin_name(name))
+        if self._datapath.is_loaded():
+            for cookie in cookies:
+                self._datapath.maps.delete_pod(cookie)
+                self._datapath.maps.drop_all(cookie)
+
     def _drain(self, pod: Pod) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
         if self._datapath.is_loaded() and self._datapath.maps.pod(pod.netns_cookie) is not None:

@@ -27,6 +27,7 @@ from redirector.datapath.hooks import ALL_HOOKS
 from redirector.datapath.pins import Datapath
 from redirector.lab import LabPod, Node
 from redirector.machine import cgroup2_mount, ensure_bpffs
+from redirector.network import netns_cookie
 from redirector.steering import Verdict
 
 pytestmark = pytest.mark.root
@@ -220,6 +221,48 @@ def test_uninstall_removes_what_is_whole_when_something_is_not(
     refused(redirector.call("uninstall"), 1, str(record), "chains REDIRECTOR_* and")
     assert redirector.left(damaged, whole) == []
     assert redirector.do("uninstall") == "nothing of redirector is left\n"
+
+
+@pytest.mark.parametrize("left", ["", "{}", "half"])
+def test_a_damaged_record_is_told_and_hinders_no_other_pod(
+    loaded: Redirector, node: Node, datapath: Datapath, left: str
+) -> None:
+    damaged, whole = node.pod("damaged"), node.pod("whole")
+    for name, lab in (("a/damaged", damaged), ("whole", whole)):
+        loaded.do("enroll", name, *options(lab), "--exclude-outbound-ip-ranges", "10.96.0.0/16")
+    cookie = netns_cookie(damaged.netns)
+    record = loaded.records / "a%2fdamaged.json"
+    half = left == "half"
+    if half:
+        left = json.dumps(json.loads(record.read_text()) | {"steering": None})
+    record.write_text(left)
+    for command in (["status"], ["takeover"]):
+        done = loaded.call(*command)
+        assert done.returncode == 1, command
+        assert f"{record}: is not a record" in done.stdout + done.stderr, command
+        assert "redirector unenroll a/damaged" in done.stdout + done.stderr, command
+    assert "whole" in loaded.call("status").stdout
+    assert "whole" in loaded.do("metrics")
+    loaded.do("flows")
+    for mode in ("iptables", "ebpf"):
+        loaded.do("mode", "whole", mode)
+    refused(loaded.call("mode", "a/damaged", "ebpf"), 4, str(record))
+    refused(loaded.call("enroll", "second", *options(damaged)), 4, str(record))
+    refused(loaded.call("unenroll", "none"), 2, "enrolled are: a/damaged, whole")
+    loaded.do("unenroll", "whole")
+    loaded.do("enroll", "whole", *options(whole))
+
+    done = loaded.call("unenroll", "a/damaged")
+    assert done.returncode == (0 if half else 4), done.stderr
+    assert traces.in_pod(damaged) == []
+    assert datapath.maps.pod(cookie) is None
+    # What the damaged record told of excluded ranges is forgotten, too.
+    others = ("--exclude-outbound-ip-ranges", "10.97.0.0/16")
+    loaded.do("enroll", "a/damaged", *options(damaged), *others)
+    probes.start(damaged, [(Verdict.OUTBOUND, 15001)], sidecar=True)
+    (outcome,) = damaged.call(probes.dial, [SERVICE])
+    assert isinstance(outcome, probes.Arrival), outcome
+    loaded.do("status")
 
 
 def test_unenroll_of_a_pod_that_is_gone(

@@ -132,8 +132,12 @@ def test_what_another_versions_record_tells_is_enough_to_take_the_pod_off(record
     path.write_text(json.dumps(data))
     with pytest.raises(DatapathError):
         records.read(path)
-    guess = records.guess(path)
+    guess = records.guess("ns/a")
     assert guess is not None
     assert (guess.name, guess.netns, guess.netns_cookie) == ("ns/a", known.netns, 7)
+    assert list(records.damaged()) == records.names() == ["ns/a"]
     path.write_text("{}")
-    assert records.guess(path) is None
+    assert records.cookies("ns/a") == [7]
+    assert records.guess("ns/a") is None
+    records.delete("ns/a")
+    assert (records.paths(), records.cookies("ns/a")) == ([], [])
