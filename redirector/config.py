@@ -24,6 +24,8 @@ def read(path: Path) -> dict[str, str]:
             found = yaml.load(file.read(_MOST_BYTES), Loader=_loader())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give a file in YAML or JSON") from None
+    except RecursionError:
+        raise InputError(f"{path}: is neither YAML nor JSON: lists too deep in lists") from None
     except (yaml.YAMLError, ValueError) as error:
         told = " ".join(str(error).split())
         raise InputError(f"{path}: is neither YAML nor JSON: {told}") from None
@@ -32,15 +34,36 @@ def read(path: Path) -> dict[str, str]:
     return {_key(path, key): _text(path, str(key), value) for key, value in found.items()}
 
 
+_NULL_ONLY = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _loader() -> type[yaml.SafeLoader]:
     class Loader(yaml.SafeLoader):
-        """The last of two equal keys would win without a word."""
+        """Scalars stay as they are written: to YAML 1.1, 22:30 is 1350 and 010 is 8.
+
+        The last of two equal keys would win without a word. Lists that hold themselves, or grow
+        with every alias, are no setting.
+        """
+
+        yaml_implicit_resolvers = _NULL_ONLY
+
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(problem="aliases are not read")
+            return super().compose_node(parent, index)
 
         def construct_mapping(
             self, node: yaml.MappingNode, deep: bool = False
         ) -> dict[object, object]:
             seen = set()
             for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(
+                        problem="a key must be a word", problem_mark=key.start_mark
+                    )
                 if key.value in seen:
                     raise yaml.MarkedYAMLError(
                         problem=f"key {key.value} is there twice", problem_mark=key.start_mark
@@ -64,9 +87,7 @@ def _key(path: Path, key: object) -> str:
 def _text(path: Path, key: str, value: object) -> str:
     if isinstance(value, list):
         return ",".join(_text(path, key, item) for item in value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float | str):
-        return str(value)
+    if isinstance(value, str):
+        return value
     what = "has no value" if value is None else f"{value!r} is not a value"
     raise InputError(f"{path}: {key}: {what}; give a word, a number, or a list of them")

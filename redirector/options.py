@@ -10,7 +10,7 @@ from typing import Any
 
 from redirector.errors import InputError
 from redirector.model import EVERYWHERE, IPAddress, IPNetwork, Steering
-from redirector.steering import unmapped
+from redirector.steering import TUNNEL_PORT, unmapped
 
 #: What options of a pod's annotations and of the command line begin with.
 ANNOTATION, FLAG = "redirector.io/", "--"
@@ -58,6 +58,12 @@ def parse_written(values: Mapping[str, str], as_written: Callable[[str], str]) -
         fields[known[name].field] = known[name].read(as_written(name), text)
     steering = Steering(**fields)
     listeners = [(name, getattr(steering, known[name].field)) for name in _LISTENERS]
+    for name, port in listeners:
+        if port == TUNNEL_PORT:
+            raise InputError(
+                f"{as_written(name)}: {port} is the tunnel's port, which is never captured; "
+                "give another one"
+            )
     for (one, port), (other, same) in combinations(listeners, 2):
         if port == same:
             raise InputError(

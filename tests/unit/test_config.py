@@ -41,6 +41,16 @@ dnsCapture: true
     }
 
 
+def test_numbers_are_what_is_written(file: Path) -> None:
+    file.write_text("dnsPort: 22:30\nproxyUID: [010, 0x10, 1_0]\ndnsCapture: yes\nname: 1.0\n")
+    assert read(file) == {
+        "dnsPort": "22:30",
+        "proxyUID": "010,0x10,1_0",
+        "dnsCapture": "yes",
+        "name": "1.0",
+    }
+
+
 def test_json_is_read_too(file: Path) -> None:
     file.write_text('{"cgroup": "/x", "excludeInterfaces": ["eth1"], "dnsCapture": false}')
     assert read(file) == {"cgroup": "/x", "excludeInterfaces": "eth1", "dnsCapture": "false"}
@@ -63,9 +73,14 @@ def test_every_option_may_be_there(file: Path) -> None:
         ("proxyUid: 1\n", "proxyUid: no such key; did you mean proxyUID?"),
         ("1: 2\n", "1: no such key; there are name, netns, "),
         ("mode:\n", "mode: has no value; give a word, a number, or a list of them"),
-        ("excludeOutboundPorts: {a: 1}\n", "excludeOutboundPorts: {'a': 1} is not a value"),
+        ("excludeOutboundPorts: {a: 1}\n", "excludeOutboundPorts: {'a': '1'} is not a value"),
         ("excludeOutboundPorts: [[80], null]\n", "excludeOutboundPorts: has no value"),
         ("\0", "is neither YAML nor JSON"),
+        ("includeOutboundPorts: &x [80, *x]\n", "aliases are not read"),
+        ("? [a, b]\n: 1\n", "a key must be a word"),
+        ("? {a: b}\n: 1\n", "a key must be a word"),
+        ("includeOutboundPorts: " + "[" * 5000, "lists too deep in lists"),
+        ("includeOutboundPorts: !!python/object:os.system x\n", "is neither YAML nor JSON"),
     ],
 )
 def test_what_is_wrong_names_file_key_and_value(file: Path, text: str, told: str) -> None:

@@ -84,6 +84,7 @@ def test_all_options() -> None:
         ("includeInboundPorts", "80,,443", "'' is not a port"),
         ("excludeInboundPorts", "٨٠", "'٨٠' is not a port"),
         ("outboundPort", "-1", "'-1' is not a port"),
+        ("inboundPort", "15008", "15008 is the tunnel's port, which is never captured"),
         ("proxyUID", "envoy", "'envoy' is not a user or group id; give a number from 0 to"),
         ("proxyUID", "4294967295", "'4294967295' is not a user or group id"),
         ("includeOutboundIPRanges", "10.0.0.0/33", "'10.0.0.0/33' is not an IP range; give an"),
