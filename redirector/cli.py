@@ -13,6 +13,7 @@ from redirector import explain, options, report
 from redirector.enrollment import Enrollment, default_enrollment, require_cgroup
 from redirector.errors import InputError, RedirectorError
 from redirector.model import Accelerate, Mode
+from redirector.processes import outside
 from redirector.resolvers import with_resolvers
 
 STATE_VARIABLE = "REDIRECTOR_STATE"
@@ -262,6 +263,13 @@ def _enroll(arguments: argparse.Namespace, context: Context) -> int:
     steering = with_resolvers(values["name"], steering, netns, require_cgroup(cgroup))
     pod = enrollment.enroll(values["name"], netns, cgroup, mode, accelerate, steering)
     context.out.write(f"pod {pod.name} enrolled in {pod.mode} mode\n")
+    strangers = outside(pod.netns, pod.cgroup)
+    if strangers and pod.mode is Mode.EBPF:
+        print(
+            f"redirector: pod {pod.name}: processes of its network namespace are outside of "
+            f"{pod.cgroup}, so what they open is direct: {', '.join(map(str, strangers))}",
+            file=sys.stderr,
+        )
     return 0
 
 

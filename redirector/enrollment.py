@@ -25,6 +25,7 @@ from redirector.modes.base import ModeDriver
 from redirector.modes.closed import SETTLED_NS, forget_closed
 from redirector.modes.ebpf import EbpfMode
 from redirector.modes.iptables.driver import IptablesMode
+from redirector.processes import require_fit
 from redirector.records import Records, name_of
 from redirector.status import Latency, MapFill, NodeStatus, PodStatus
 from redirector.steering import PASSTHROUGH_V6
@@ -75,8 +76,10 @@ class Enrollment:
             netns_cookie=network.netns_cookie(netns),
             uid=uid,
         )
+        require_fit(name, pod.netns, pod.cgroup)
         with self._records.locked():
             self._require_new(pod)
+            self._require_addresses(pod)
             self._records.put(pod)
             try:
                 # 127.0.0.6 is loopback by itself, ::6 must be made so.
@@ -108,6 +111,22 @@ class Enrollment:
                     f"pod {pod.name}: cgroup {pod.cgroup} overlaps {other.cgroup}, which is "
                     f"enrolled as pod {other.name}; give each pod its own, or take that one off "
                     f"with 'redirector unenroll {other.name}'"
+                )
+
+    def _require_addresses(self, pod: Pod) -> None:
+        """The programs find a connection's server by its address: of two pods, one would lose."""
+        if pod.mode is not Mode.EBPF:
+            return
+        for other in self._records.at_addresses(pod):
+            if _lost(other):
+                continue
+            # An address that the other has given up meanwhile is free.
+            shared = set(pod.addresses).intersection(network.addresses(other.netns))
+            if shared:
+                raise AlreadyEnrolled(
+                    f"pod {pod.name}: address {', '.join(sorted(map(str, shared)))} is that of "
+                    f"pod {other.name}, too; use --mode iptables, or take that one off with "
+                    f"'redirector unenroll {other.name}'"
                 )
 
     def change_mode(self, name: str, mode: Mode) -> Pod:
@@ -151,6 +170,8 @@ class Enrollment:
                 addresses=network.addresses(new.netns),
                 links=_links(name, new.netns, new.mode, new.steering),
             )
+            if new.mode is not old.mode:
+                self._require_addresses(new)
             had = self._records.had(name)
             self._records.put(old, changing=(*had, new))
             self._modes[new.mode].install(new, had)

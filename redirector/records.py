@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redirector.errors import DatapathError
-from redirector.model import Accelerate, Links, Mode, Pod, Steering
+from redirector.model import Accelerate, IPAddress, Links, Mode, Pod, Steering
 
 #: Members of a record beside the pod's own.
 _CHANGING, _DEFAULTS, _STEERING_DEFAULTS = "changing", "defaults", "steering_defaults"
@@ -136,6 +136,9 @@ class Records:
         `changing` are forms that the pod is about to get, or may have got before.
         """
         path = self._path(pod.name)
+        known = None
+        with contextlib.suppress(DatapathError):
+            known = self.get(pod.name)
         # First, because an index entry without a record is harmless, and the opposite is not.
         self._complete_index()
         for key in _keys(pod):
@@ -144,6 +147,8 @@ class Records:
         forms = {_CHANGING: [_record(form) for form in changing]}
         staging.write_text(json.dumps(_record(pod) | forms, indent=2) + "\n")
         staging.rename(path)
+        stale = set(_keys(known)) - set(_keys(pod)) if known else ()
+        self._unindex([self._entries / key for key in stale], path)
 
     def delete(self, name: str) -> None:
         """Forget a record; one that is not there is no error."""
@@ -152,10 +157,15 @@ class Records:
             entries = [self._entries / key for key in _keys(self.read(path))]
         except DatapathError:
             entries = self._entries_of(path)
+        self._unindex(entries, path)
+        path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _unindex(entries: Iterable[Path], path: Path) -> None:
         for entry in entries:
+            # Another pod may have taken it over.
             if entry.is_symlink() and entry.readlink().name == path.name:
                 entry.unlink()
-        path.unlink(missing_ok=True)
 
     def cookies(self, name: str) -> list[int]:
         """The netns cookies that a pod was recorded with, told without its record."""
@@ -178,6 +188,18 @@ class Records:
         for path in (self._path(pod.name), *(self._entries / entry for entry in entries)):
             if path.exists():
                 yield self.read(path.resolve())
+
+    def at_addresses(self, pod: Pod) -> list[Pod]:
+        """The other pods in eBPF mode recorded with an address of this one, if they can be read."""
+        self._complete_index()
+        entries = (self._entries / _address_key(address) for address in pod.addresses)
+        found: dict[str, Pod] = {}
+        for path in {entry.resolve() for entry in entries if entry.exists()}:
+            with contextlib.suppress(DatapathError):
+                other = self.read(path)
+                found[other.name] = other
+        found.pop(pod.name, None)
+        return list(found.values())
 
     def _complete_index(self) -> None:
         """Index what an earlier version recorded, which had none."""
@@ -236,8 +258,14 @@ def name_of(path: Path) -> str:
     return path.stem.replace("%2f", "/").replace("%25", "%")
 
 
-def _keys(pod: Pod) -> tuple[str, str]:
-    return _netns_key(pod.netns_cookie), _cgroup_key(pod.cgroup)
+def _keys(pod: Pod) -> tuple[str, ...]:
+    # In iptables mode several pods may have one; an entry has room for one.
+    addresses = map(_address_key, pod.addresses if pod.mode is Mode.EBPF else ())
+    return (_netns_key(pod.netns_cookie), _cgroup_key(pod.cgroup), *addresses)
+
+
+def _address_key(address: IPAddress) -> str:
+    return f"address-{address}"
 
 
 def _netns_key(cookie: int) -> str:

@@ -20,6 +20,7 @@ from redirector import network
 from redirector.errors import RedirectorError
 from redirector.kubernetes.objects import PodObject
 from redirector.model import IPAddress, Pod
+from redirector.processes import processes
 
 _TREE = re.compile(r"kube.*|burstable|besteffort|.*-(burstable|besteffort)\.slice")
 _POD = re.compile(r"(?:.*-)?pod([0-9a-fA-F_-]+)(?:\.slice)?")
@@ -143,18 +144,6 @@ class Places:
             return int(stat.rpartition(")")[2].split()[19])
         except (OSError, IndexError, ValueError):
             return 1 << 63
-
-
-def processes(cgroup: Path) -> list[int]:
-    """The pids in a cgroup and below it."""
-    found: list[int] = []
-    for directory, _, _ in os.walk(cgroup):
-        try:
-            text = (Path(directory) / "cgroup.procs").read_text()
-        except OSError:  # gone meanwhile, or threaded
-            continue
-        found += map(int, text.split())
-    return found
 
 
 def populated(cgroup: Path) -> bool:

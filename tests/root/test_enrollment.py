@@ -206,6 +206,51 @@ def test_pods_do_not_share_a_cgroup(node: Node, enrollment: Enrollment) -> None:
     enrollment.enroll("peer", peer.netns, peer.cgroup, Mode.EBPF)
 
 
+def test_a_cgroup_and_a_namespace_are_of_one_pod(node: Node, enrollment: Enrollment) -> None:
+    pod, peer = node.pod("pod"), node.pod("peer")
+    pod.popen(["sleep", "1000"])
+    stranger = peer.popen(["sleep", "1000"])
+    for own in (Path("/proc/self/ns/net"), Path(f"/proc/{os.getpid()}/ns/net")):
+        with pytest.raises(InputError, match=f"pod pod: netns {own}: is the node's own"):
+            enrollment.enroll("pod", own, pod.cgroup, Mode.IPTABLES)
+    for wrong in (peer.cgroup, peer.app):
+        with pytest.raises(InputError, match=rf"cgroup {wrong}: none of its .* {stranger.pid}\)"):
+            enrollment.enroll("pod", pod.netns, wrong, Mode.EBPF)
+    assert traces.in_pod(pod) == traces.in_pod(peer) == []
+    # Nobody is in it yet: who comes may be of the pod.
+    enrollment.enroll("pod", pod.netns, pod.sidecar, Mode.EBPF)
+
+
+def test_two_pods_at_one_address_are_not_both_in_ebpf_mode(
+    node: Node, enrollment: Enrollment
+) -> None:
+    """The programs find the server of a connection by its address."""
+    pod, peer = node.pod("pod"), node.pod("peer")
+
+    def change(verb: str, each: LabPod) -> None:
+        device = ["dev", "eth0"] if each is pod else ["dev", "lo"]
+        prefix = "24" if each is pod else "32"
+        ip = ["ip", "-n", each.netns.name, "address", verb, f"{pod.ip}/{prefix}", *device]
+        subprocess.run(ip, check=True)
+
+    change("add", peer)
+    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+    told = f"pod peer: address {pod.ip} is that of pod pod, too"
+    with pytest.raises(AlreadyEnrolled, match=told):
+        enrollment.enroll("peer", peer.netns, peer.cgroup, Mode.EBPF)
+    assert traces.in_pod(peer) == []
+    enrollment.enroll("peer", peer.netns, peer.cgroup, Mode.IPTABLES)
+    with pytest.raises(AlreadyEnrolled, match=told):
+        enrollment.change_mode("peer", Mode.EBPF)
+    assert {each.name: enrollment.missing(each) for each in enrollment.pods()} == {
+        "peer": (),
+        "pod": (),
+    }
+    # A forerunner's address goes to its successor before we hear of its end.
+    change("delete", pod)
+    enrollment.change_mode("peer", Mode.EBPF)
+
+
 def test_another_namespace_under_the_path_is_left_alone(node: Node, enrollment: Enrollment) -> None:
     """A pod is made anew under the same path while its forerunner is still enrolled."""
     old, new = node.pod("old"), node.pod("new")

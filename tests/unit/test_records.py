@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,19 @@ def test_only_pods_that_share_something_are_near(records: Records) -> None:
     assert near(records, pod(records, "new", 9, "x")) == {"a", "b"}
     records.delete("b")
     assert near(records, pod(records, "new", 2, "x")) == {"a"}
+
+
+def test_pods_are_found_by_the_addresses_that_they_have_now(records: Records) -> None:
+    first, second = ip_address("10.0.0.1"), ip_address("fd00::1")
+    known = replace(pod(records, "a", 1, "x"), addresses=(first, second))
+    asked = replace(pod(records, "new", 2, "y"), addresses=(second,))
+    records.put(known)
+    assert records.at_addresses(asked) == [known]
+    assert records.at_addresses(known) == []
+    records.put(replace(known, addresses=(first,)))
+    assert records.at_addresses(asked) == []
+    records.delete("a")
+    assert list((records.directory / "index").iterdir()) == []
 
 
 def test_a_pod_that_takes_anothers_place_keeps_its_own_entries(records: Records) -> None:
@@ -75,6 +89,7 @@ def test_how_many_others_there_are_does_not_matter(
         return count
 
     records.put(pod(records, "first", 1, "all/first"))
+    records.put(pod(records, "another", 998, "all/another"))
     few = reads()
     for n in range(2, 60):
         records.put(pod(records, f"p{n}", n, f"all/p{n}"))

@@ -1,0 +1,60 @@
+"""Which processes a pod has, and whether they fit what a user says of it."""
+
+import os
+from pathlib import Path
+
+from redirector.errors import InputError
+
+_NODES_OWN = (Path("/proc/self/ns/net"), Path("/proc/1/ns/net"))
+
+
+def processes(cgroup: Path) -> list[int]:
+    """The pids in a cgroup and below it."""
+    found: list[int] = []
+    for directory, _, _ in os.walk(cgroup):
+        try:
+            text = (Path(directory) / "cgroup.procs").read_text()
+        except OSError:  # gone meanwhile, or threaded
+            continue
+        found += map(int, text.split())
+    return found
+
+
+def require_fit(name: str, netns: Path, cgroup: Path) -> None:
+    """Raise InputError when a network namespace is the node's own, or the cgroup not of its pod.
+
+    A cgroup without processes fits any namespace: they may be yet to come.
+    """
+    own = netns.stat().st_ino
+    if own in map(_inode, _NODES_OWN):
+        raise InputError(
+            f"pod {name}: netns {netns}: is the node's own, not a pod's; give a path such as "
+            "/run/netns/NAME or /proc/PID/ns/net of a process of the pod"
+        )
+    elsewhere = {pid: _netns_of(pid) for pid in processes(cgroup)}
+    elsewhere = {pid: inode for pid, inode in elsewhere.items() if inode is not None}
+    if elsewhere and own not in elsewhere.values():
+        pid = min(elsewhere)
+        raise InputError(
+            f"pod {name}: cgroup {cgroup}: none of its processes (such as {pid}) is in netns "
+            f"{netns}; give the cgroup and the namespace of one pod"
+        )
+
+
+def outside(netns: Path, cgroup: Path) -> list[int]:
+    """The processes of a network namespace that are not in its pod's cgroup."""
+    own, within = netns.stat().st_ino, set(processes(cgroup))
+    pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())
+    return sorted(pid for pid in pids if pid not in within and _netns_of(pid) == own)
+
+
+def _netns_of(pid: int) -> int | None:
+    # One that has ended and waits for its parent has no namespace any more.
+    return _inode(Path(f"/proc/{pid}/ns/net"))
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
