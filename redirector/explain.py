@@ -1,13 +1,17 @@
 """`redirector explain`: what the rules say of a connection, without sending anything."""
 
 import argparse
+import contextlib
 from dataclasses import replace
 from ipaddress import ip_address
 
 from redirector import network
 from redirector.errors import InputError
-from redirector.model import IPAddress, Pod
-from redirector.steering import Connection, Direction, Protocol, Verdict, decide
+from redirector.model import IPAddress, Mode, Pod
+from redirector.steering import Connection, Direction, Protocol, Verdict, decide, unmapped
+
+# The one above means "no id" to the kernel (user_namespaces(7)).
+_HIGHEST_ID = 2**32 - 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def explain(arguments: argparse.Namespace, pod: Pod) -> str:
     """One line: where the connection goes, and by which rule. InputError on a wrong address."""
     destination, port = _endpoint(arguments.to)
+    source = _address("--from", arguments.source) if arguments.source else None
+    if source and unmapped(source).version != unmapped(destination).version:
+        raise InputError(f"--from {source}: cannot reach {destination}; give one of its family")
+    for option, number in (("--uid", arguments.uid), ("--gid", arguments.gid)):
+        if not 0 <= number <= _HIGHEST_ID:
+            raise InputError(f"{option} {number}: is no id; give a number from 0 to {_HIGHEST_ID}")
     connection = Connection(
         direction=Direction.INBOUND if arguments.inbound else Direction.OUTBOUND,
         destination=destination,
         port=port,
-        own=pod.addresses,
-        source=_address("--from", arguments.source) if arguments.source else None,
+        own=_own(pod),
+        source=source,
         uid=arguments.uid,
         gid=arguments.gid,
         protocol=Protocol.UDP if arguments.udp else Protocol.TCP,
@@ -47,6 +57,8 @@ def explain(arguments: argparse.Namespace, pod: Pod) -> str:
     )
     if pod.steering.exclude_interfaces and not connection.interface:
         connection = replace(connection, interface=_interface(pod, connection))
+    if _passes_through(pod, connection):
+        return f"{arguments.to}: direct: it only passes through the pod ({pod.mode} mode)"
     decision = decide(pod.steering, connection)
     ports = {
         Verdict.OUTBOUND: f"steered to the sidecar's outbound port {pod.steering.outbound_port}",
@@ -55,6 +67,20 @@ def explain(arguments: argparse.Namespace, pod: Pod) -> str:
         Verdict.DIRECT: "direct",
     }
     return f"{arguments.to}: {ports[decision.verdict]}, by rule {decision.rule} ({pod.mode} mode)"
+
+
+def _own(pod: Pod) -> tuple[IPAddress, ...]:
+    """Those that it has now: some may have come after its enrolment."""
+    with contextlib.suppress(InputError):
+        if network.is_pods(pod):
+            return network.addresses(pod.netns)
+    return pod.addresses
+
+
+def _passes_through(pod: Pod, connection: Connection) -> bool:
+    """What the pod merely forwards reaches no socket of it: only iptables rules see it."""
+    inbound = connection.direction is Direction.INBOUND and pod.mode is Mode.EBPF
+    return inbound and not connection.local and not connection.destination.is_link_local
 
 
 def _interface(pod: Pod, connection: Connection) -> str:

@@ -1,6 +1,7 @@
 """`enroll --config FILE` and `explain`, as a user calls them."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def test_flags_win_and_mistakes_change_nothing(
     write()
     code, out, _ = run("enroll", "--config", str(file), "--exclude-owner-groups", "8", "demo/other")
     assert (code, out) == (0, "pod demo/other enrolled in ebpf mode\n")
+    late = ["ip", "-n", lab.netns.name, "address", "add", "10.99.0.9/32", "dev", "lo"]
+    subprocess.run(late, check=True)
     for mode in ("ebpf", "iptables"):
         run("mode", "demo/other", mode)
         for words, told in (
@@ -75,6 +78,7 @@ def test_flags_win_and_mistakes_change_nothing(
                 ("--to", f"{lab.ip}:80", "--inbound"),
                 "inbound port 15006, by rule inbound.included-",
             ),
+            (("--to", "10.99.0.9:80", "--inbound"), "inbound port 15006"),
         ):
             code, out, _ = run("explain", "demo/other", *words)
             assert code == 0

@@ -1,6 +1,7 @@
 """`explain` says what `decide` decides, in one line."""
 
 import argparse
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -26,11 +27,11 @@ POD = Pod(
 )
 
 
-def ask(*words: str) -> str:
+def ask(*words: str, pod: Pod = POD) -> str:
     words = (*words, "--interface", "eth0") if "--interface" not in words else words
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return explain(parser.parse_args(["demo/web", *words]), POD)
+    return explain(parser.parse_args(["demo/web", *words]), pod)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,17 @@ def test_it_names_the_way_and_the_rule(words: list[str], answer: str) -> None:
         (["--to", "fd96::1:80"], "in brackets"),
         (["--to", "example.com:80"], "names are not looked up"),
         (["--to", "10.96.0.1:80", "--from", "x"], "--from x: is not an IP address"),
+        (["--to", "10.96.0.1:80", "--from", "fd00::5"], "--from fd00::5: cannot reach 10.96.0.1"),
+        (["--to", "10.96.0.1:80", "--uid", "-5"], "--uid -5: is no id"),
+        (["--to", "10.96.0.1:80", "--gid", "4294967295"], "--gid 4294967295: is no id"),
     ],
 )
 def test_wrong_addresses_are_named(words: list[str], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         ask(*words)
+
+
+def test_what_passes_through_the_pod_is_captured_by_iptables_rules_only() -> None:
+    words = ("--to", "10.9.9.9:80", "--inbound")
+    assert "direct: it only passes through" in ask(*words)
+    assert "inbound port 15006" in ask(*words, pod=replace(POD, mode=Mode.IPTABLES))
