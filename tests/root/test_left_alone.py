@@ -10,7 +10,7 @@ import pytest
 from accelerated import OUTBOUND, SERVICE, Pair, counted, pair, readable, receive
 from sockets import pod_socket
 
-from redirector.datapath.layout import Counter, Side
+from redirector.datapath.layout import Counter, Defect, Side
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
@@ -72,7 +72,8 @@ def test_bytes_sent_before_the_other_end_is_there(
 ) -> None:
     """With a deferred accept nobody is there at the first send(): then both ends stay on TCP."""
     with pair(pod, defer_accept=defer_accept, first=b"1111") as ends:
-        assert readable(ends.server) == 4
+        told = defer_accept or Defect.FIONREAD not in datapath.defects()
+        assert readable(ends.server) == (4 if told else 0)
         assert receive(ends.server, 4) == b"1111"
         converse(ends)
         (found,) = datapath.maps.flows()
