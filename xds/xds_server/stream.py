@@ -257,7 +257,8 @@ class Stream(ABC):
             return True
         if listeners.interest is Interest.UNASKED:
             # Back after a reconnect: its listeners and routes may still use what is to go.
-            return not (self._resumed and self._desired.of(LISTENER))
+            # None desired is no reason to hurry: those it has go first.
+            return not self._resumed
         if not listeners.wildcard:
             return True
         routes, sent = self._desired.of(ROUTE), self._types[ROUTE].sent

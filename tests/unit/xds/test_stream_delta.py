@@ -208,6 +208,15 @@ def test_reconnect_is_sent_what_changed_and_told_what_is_gone() -> None:
     assert talk.said() == [("cluster", (), ("gone",))]
 
 
+def test_reconnect_loses_listeners_before_their_clusters() -> None:
+    old = world(clusters={"gone": 0, "web": 0})
+    talk = Talk(world(clusters={"web": 0}, listeners={}))
+    talk.ask(CLUSTER, known=versions(old, CLUSTER))
+    assert talk.said() == []
+    talk.ask(LISTENER, known=versions(old, LISTENER))
+    assert talk.said()[0] == ("listener", (), tuple(sorted(versions(old, LISTENER))))
+
+
 def test_only_what_changed_is_sent() -> None:
     talk = connected(world(clusters={"a": 0, "web": 0}))
     talk.offer(world(clusters={"a": 0, "web": 0}, ports={"a": 9000}))
