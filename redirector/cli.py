@@ -316,16 +316,9 @@ def _takeover(_arguments: argparse.Namespace, context: Context) -> int:
 
 
 def _uninstall(_arguments: argparse.Namespace, context: Context) -> int:
-    enrollment = context.enrollment()
-    steered = enrollment.steered()
-    problems = enrollment.uninstall()
+    problems = context.enrollment().uninstall()
     for problem in problems:
         print(f"redirector: {problem}", file=sys.stderr)
-    if steered:
-        context.out.write(
-            f"{steered} steered connections were open: they go on, and getpeername() answers the "
-            "sidecar's address; a sidecar that had not asked by now is told no destination\n"
-        )
     context.out.write("nothing of redirector is left\n" if not problems else "")
     return 1 if problems else 0
 

@@ -213,11 +213,11 @@ class Enrollment:
         if not self._datapath.is_loaded():
             return 0
         with self._records.locked():
-            # In whatever mode: connections from before its change may be open.
-            return forget_closed(self._datapath.maps, self.readable(), settled_ns)
+            pods = [pod for pod in self.readable() if pod.mode is Mode.EBPF]
+            return forget_closed(self._datapath.maps, pods, settled_ns)
 
     def _sweep(self) -> None:
-        if self._datapath.others() or self._datapath.generation.released():
+        if self._datapath.others():
             self._ebpf.sweep(self._records.readable())
 
     def draining(self) -> int:
@@ -337,14 +337,9 @@ class Enrollment:
                     self._uninstall(path)
                 except RedirectorError as error:
                     problems.append(str(error))
-            self._ebpf.drain()
             self._datapath.unload()
             self._records.clear()
         return problems
-
-    def steered(self) -> int:
-        """How many open connections lose their original destination when all is uninstalled."""
-        return self._ebpf.steered()
 
     def _uninstall(self, path: Path) -> None:
         try:

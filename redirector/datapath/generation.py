@@ -6,10 +6,6 @@ where a flow keeps what matters here; that `pods` and `counters` have netns cook
 two first bits of enum flow_flag.
 
     DIRECTORY/maps/NAME   DIRECTORY/programs/BUILD/NAME   DIRECTORY/pods/POD/HOOK
-    DIRECTORY/released/NETNS/HOOK
-
-What answers for the open connections of a pod that is steered no more is pinned under the cookie of
-its network namespace: the pod may have no record by then, and its name may be another's.
 """
 
 import contextlib
@@ -21,11 +17,9 @@ from pathlib import Path
 
 from redirector.datapath import libbpf
 from redirector.datapath.layout import About, Address, Flow, FlowFlag, FlowKey
-from redirector.datapath.maps import Maps, places
+from redirector.datapath.maps import Maps
 from redirector.errors import DatapathError
 from redirector.model import Pod
-
-_RELEASED = "released"
 
 
 @dataclass(frozen=True)
@@ -38,22 +32,16 @@ class Standing:
     servers: frozenset[bytes]
     #: netns cookies of those whose sidecar has not asked yet for an original destination.
     unanswered: frozenset[bytes]
-    #: How many were steered to a sidecar.
-    steered: int
-
-    def serves(self, netns: int) -> bool:
-        """Whether one was opened in this namespace, or stays within it."""
-        return _key(netns) in self.netns
 
     def holds(self, pod: Pod) -> bool:
         """Whether an end of one of them is in the pod."""
-        return self.serves(pod.netns_cookie) or any(
+        return _key(pod) in self.netns or any(
             bytes(Address.of(ip)) in self.servers for ip in pod.addresses
         )
 
     def waits(self, pod: Pod) -> bool:
         """Whether the pod's sidecar has not asked yet for one's original destination."""
-        return _key(pod.netns_cookie) in self.unanswered
+        return _key(pod) in self.unanswered
 
 
 class Generation:
@@ -73,29 +61,6 @@ class Generation:
             return sorted(path.name for path in (self.directory / "pods").iterdir())
         return []
 
-    def released(self) -> dict[int, Path]:
-        """Where the links of pods that are steered no more are pinned, by netns cookie."""
-        with contextlib.suppress(FileNotFoundError):
-            return {int(path.name): path for path in (self.directory / _RELEASED).iterdir()}
-        return {}
-
-    def release(self, pod: str, netns: int) -> None:
-        """Let a pod's links here stay for its open connections alone."""
-        links = self.directory / "pods" / pod
-        if links.is_dir():
-            place = self.directory / _RELEASED / str(netns)
-            place.parent.mkdir(mode=0o700, exist_ok=True)
-            links.rename(place)
-        with self._opened("pods") as fd:
-            libbpf.map_delete(fd, _key(netns))
-
-    def adopt(self, pod: str, netns: int) -> None:
-        """Undo `release`: the pod is enrolled again."""
-        if netns in self.released():
-            links = self.directory / "pods" / pod
-            links.parent.mkdir(mode=0o700, exist_ok=True)
-            self.released()[netns].rename(links)
-
     def pods_map(self) -> libbpf.ObjectId:
         """What tells its programs from those of other generations: all use it."""
         with self._opened("pods") as fd:
@@ -107,52 +72,38 @@ class Generation:
         netns: set[bytes] = set()
         servers: set[bytes] = set()
         unanswered: set[bytes] = set()
-        steered = 0
         for key, flow in self._flows():
             opener = flow[about.flow_client_netns :][:8]
             netns |= {opener, key[about.flow_key_netns :][:8]}
             servers.add(key[about.flow_key_server :][: ctypes.sizeof(Address)])
             flags = int.from_bytes(flow[about.flow_flags :][:4], "little")
-            steered += bool(flags & FlowFlag.STEERED)
             if flags & FlowFlag.STEERED and not flags & FlowFlag.ANSWERED:
                 unanswered.add(opener)
-        return Standing(frozenset(netns), frozenset(servers), frozenset(unanswered), steered)
+        return Standing(frozenset(netns), frozenset(servers), frozenset(unanswered))
 
-    def withdraw(self, netns: int) -> None:
-        """Take a pod, its counters and open flows out of the maps; its lists stay with them."""
+    def withdraw(self, pod: Pod) -> None:
+        """Take the pod, its counters and open flows out of the maps; its lists stay with them."""
+        about = self.maps.about()
         for name in ("pods", "counters"):
             with self._opened(name) as fd:
-                libbpf.map_delete(fd, _key(netns))
+                libbpf.map_delete(fd, _key(pod))
         with self._opened("flows") as fd:
-            for key in list(self.flows_of(netns)):
-                libbpf.map_delete(fd, key)
+            for key, flow in self._flows():
+                opener = flow[about.flow_client_netns :][:8]
+                if _key(pod) in (opener, key[about.flow_key_netns :][:8]):
+                    libbpf.map_delete(fd, key)
 
     def unpin(self) -> None:
         """Forget it; what open sockets use of it goes with them."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def flows_of(self, netns: int) -> Iterator[bytes]:
-        """Keys of the connections that were opened in a namespace, or that stay within it."""
-        about, pattern = self.maps.about(), _key(netns)
-        for keys, values, info in self._flow_batches():
-            numbers = {
-                *places(keys, pattern, info.key_size, about.flow_key_netns),
-                *places(values, pattern, info.value_size, about.flow_client_netns),
-            }
-            for number in numbers:
-                yield keys[number * info.key_size :][: info.key_size]
-
     def _flows(self) -> Iterator[tuple[bytes, bytes]]:
-        for keys, values, info in self._flow_batches():
-            for number in range(len(keys) // info.key_size):
-                at, to = number * info.key_size, number * info.value_size
-                yield keys[at : at + info.key_size], values[to : to + info.value_size]
-
-    def _flow_batches(self) -> Iterator[tuple[bytes, bytes, libbpf.MapInfo]]:
         with self._opened("flows") as fd:
             info = libbpf.map_info(fd)
             for keys, values in libbpf.map_entries(fd, info.key_size, info.value_size):
-                yield keys, values, info
+                for number in range(len(keys) // info.key_size):
+                    at, to = number * info.key_size, number * info.value_size
+                    yield keys[at : at + info.key_size], values[to : to + info.value_size]
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[int]:
@@ -177,5 +128,5 @@ def about(build: bytes, defects: int) -> About:
     )
 
 
-def _key(netns: int) -> bytes:
-    return netns.to_bytes(8, "little")
+def _key(pod: Pod) -> bytes:
+    return pod.netns_cookie.to_bytes(8, "little")

@@ -102,12 +102,19 @@ class Maps:
         with self._map("pods") as fd:
             libbpf.map_update(fd, _key(netns), bytes(entry))
 
-    def delete_listeners(self, netns: int) -> None:
-        """Forget where the pod's inbound connections went."""
+    def delete_pod(self, netns: int) -> None:
+        """Forget the pod's steering, listeners, counters and open flows; its lists have `drop`."""
+        for name in ("pods", "counters"):
+            with self._map(name) as fd:
+                libbpf.map_delete(fd, _key(netns))
         with self._map("listeners") as fd:
             for family in (socket.AF_INET, socket.AF_INET6):
                 for key in _listener_keys(netns, family):
                     libbpf.map_delete(fd, key)
+        found = self.flows_of(netns)
+        with self._map("flows") as fd:
+            for opened in found:
+                libbpf.map_delete(fd, bytes(opened.key))
 
     # What a pod had is told by who calls: to look for it would cost with every pod of the node.
 
@@ -219,8 +226,8 @@ class Maps:
         pattern = _key(netns)
         for keys, values in self._flow_batches():
             numbers = {
-                *places(keys, pattern, ctypes.sizeof(FlowKey), FlowKey.netns.offset),
-                *places(values, pattern, ctypes.sizeof(Flow), Flow.client_netns.offset),
+                *_places(keys, pattern, ctypes.sizeof(FlowKey), FlowKey.netns.offset),
+                *_places(values, pattern, ctypes.sizeof(Flow), Flow.client_netns.offset),
             }
             found += (_open_flow(keys, values, number) for number in sorted(numbers))
         return found
@@ -323,7 +330,7 @@ def _open_flow(keys: bytes, values: bytes, number: int) -> OpenFlow:
     )
 
 
-def places(data: bytes, pattern: bytes, stride: int, offset: int) -> Iterator[int]:
+def _places(data: bytes, pattern: bytes, stride: int, offset: int) -> Iterator[int]:
     """Numbers of the structs of `stride` bytes that hold `pattern` at `offset`."""
     at = data.find(pattern)
     while at >= 0:

@@ -68,10 +68,6 @@ class Datapath:
         found = (Generation(path) for path in directories if path != self.generation.directory)
         return [each for each in found if "-loading-" not in each.directory.name and each.exists()]
 
-    def generations(self) -> list[Generation]:
-        """All that are loaded, this version's first."""
-        return [*([self.generation] if self.is_loaded() else ()), *self.others()]
-
     def is_loaded(self) -> bool:
         """Whether maps of this version's layout are pinned."""
         return self.generation.exists()
@@ -247,43 +243,20 @@ class Datapath:
         """Detach a link and unpin it: when this returns, the program runs no more."""
         self._detach(self._pin(pod, hook), f"pod {pod}: {hook}")
 
-    def decide_no_more(self, pod: str) -> None:
-        """Remove the pod's links that decide on new connections, of whatever version."""
+    def forget(self, pod: str) -> None:
+        """Remove the pod's links, of whatever version."""
         for hook, _ in (*DECIDING_HOOKS, *DNS_QUERY_HOOKS):
             self.detach(pod, hook)
         shutil.rmtree(self.root / "pods" / pod, ignore_errors=True)
+        for generation in (self.generation, *self.others()):
+            self.forget_in(generation, pod)
 
     def forget_in(self, generation: Generation, pod: str) -> None:
         """Remove the links that answer for connections of one generation."""
-        self._forget_links(generation.directory / "pods" / pod)
-
-    def forget_released(self, generation: Generation, netns: int) -> None:
-        """Remove what still answers for connections of a pod that is steered no more."""
-        self._forget_links(generation.released()[netns])
-        generation.withdraw(netns)
-
-    def make_room(self, netns: int, cgroup: Path) -> None:
-        """Forget what released pods of other namespaces had on this cgroup, above or below it.
-
-        The programs would run twice for one connection.
-        """
-        released = self.generation.released()
-        released.pop(netns, None)
-        if released:
-            below = (Path(place) for place, _, _ in os.walk(cgroup))
-            near = {path.stat().st_ino for path in (cgroup, *cgroup.parents, *below)}
-            for other, directory in released.items():
-                if not near.isdisjoint(_targets(directory)):
-                    self.forget_released(self.generation, other)
-
-    def is_attached(self, directory: Path) -> bool:
-        """Whether what the links in a directory are attached to is still there."""
-        return any(_targets(directory))
-
-    def _forget_links(self, directory: Path) -> None:
+        directory = generation.directory / "pods" / pod
         if directory.is_dir():
             for pin in directory.iterdir():
-                self._detach(pin, f"pod {directory.name}: {pin.name}")
+                self._detach(pin, f"pod {pod}: {pin.name}")
             shutil.rmtree(directory, ignore_errors=True)
 
     def _detach(self, pin: Path, what: str) -> None:
@@ -317,11 +290,6 @@ def _link(pin: Path) -> LinkInfo | None:
             return libbpf.link_info(fd)
     except OSError:
         return None
-
-
-def _targets(directory: Path) -> set[int]:
-    """Inode numbers of what links are attached to; 0 of what is gone."""
-    return {link.target for pin in directory.iterdir() if (link := _link(pin)) is not None}
 
 
 def _pin_new_link(program: int, kind: AttachType, target: Path, pin: Path) -> None:

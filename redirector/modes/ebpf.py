@@ -22,6 +22,7 @@ from redirector.datapath.layout import (
     MAX_PROXY_IDS,
     Address,
     CidrSet,
+    FlowFlag,
     MemberSet,
     PodEntry,
     PodFlag,
@@ -35,7 +36,7 @@ from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
 from redirector.modes.base import DNS_GRACE_SECONDS
 from redirector.status import Tally, tallies
 
-#: How long sidecars may take to ask for original destinations before everything is uninstalled.
+#: How long a sidecar may take to ask for the original destination of what it has accepted.
 DRAIN_SECONDS = 1.0
 #: A connect() that was aimed at the sidecar just before the hooks went is no flow until its SYN is
 #: sent; its process may have lost the CPU in between.
@@ -58,11 +59,9 @@ class EbpfMode:
         that be cut short at any point, the pod stays steered, and another call completes it.
         """
         self._datapath.ensure()
-        self._datapath.make_room(pod.netns_cookie, pod.cgroup)
         maps, netns, lists = self._datapath.maps, pod.netns_cookie, _lists(pod)
         entry, before = pod_entry(pod, self.accelerates(pod)), maps.pod(netns)
         pins = pin_name(pod.name)
-        self._datapath.generation.adopt(pins, netns)
         older = [each for each in self._datapath.others() if pins in each.pods()]
         if older:
             entry.flags |= PodFlag.TAKEOVER
@@ -105,53 +104,45 @@ class EbpfMode:
                 self._datapath.maps.put_listener(pod.netns_cookie, family, socket)
 
     def remove(self, pod: Pod, had: Sequence[Pod] = ()) -> None:
-        """Detach what decides. What answers for open connections stays until `sweep` finds none."""
-        pins, netns = pin_name(pod.name), pod.netns_cookie
-        decided = self._datapath.is_loaded() and self._datapath.maps.pod(netns) is not None
-        self._datapath.decide_no_more(pins)
-        if decided:
-            time.sleep(DNS_GRACE_SECONDS if pod.steering.dns_capture else SYN_GRACE_SECONDS)
-        for generation in self._datapath.generations():
-            if pod.cgroup.is_dir() and any(generation.flows_of(netns)):
-                generation.release(pins, netns)
-            else:
-                self._datapath.forget_in(generation, pins)
-                generation.withdraw(netns)
+        """Detach. What was steered a moment ago still gets its original destination."""
+        pins = pin_name(pod.name)
+        for hook, _ in (*DECIDING_HOOKS, *DNS_QUERY_HOOKS):
+            self._datapath.detach(pins, hook)
+        self._drain(pod)
+        self._datapath.forget(pins)
+        for generation in self._datapath.others():
+            generation.withdraw(pod)
         if self._datapath.is_loaded():
-            self._datapath.maps.delete_listeners(netns)
-            self._datapath.maps.drop(netns, map(_lists, (pod, *had)))
+            self._datapath.maps.delete_pod(pod.netns_cookie)
+            self._datapath.maps.drop(pod.netns_cookie, map(_lists, (pod, *had)))
 
     def remove_unknown(self, name: str, cookies: Sequence[int]) -> None:
-        """Remove at once a pod of which only this is known."""
-        pins = pin_name(name)
-        self._datapath.decide_no_more(pins)
-        for generation in self._datapath.generations():
-            self._datapath.forget_in(generation, pins)
+        """The same for a pod of which only this is known."""
+        self._datapath.forget(pin_name(name))
         if self._datapath.is_loaded():
             for cookie in cookies:
-                self._datapath.generation.withdraw(cookie)
-                self._datapath.maps.delete_listeners(cookie)
+                self._datapath.maps.delete_pod(cookie)
                 self._datapath.maps.drop_all(cookie)
 
-    def steered(self) -> int:
-        """How many open connections lose their original destination with the programs."""
-        return sum(each.standing().steered for each in self._datapath.generations())
-
-    def drain(self) -> None:
-        """Wait a moment for sidecars to ask for the original destinations of what they accept."""
+    def _drain(self, pod: Pod) -> None:
         deadline = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < deadline and any(
-            each.standing().unanswered for each in self._datapath.generations()
-        ):
+        if self._datapath.is_loaded() and self._datapath.maps.pod(pod.netns_cookie) is not None:
+            time.sleep(DNS_GRACE_SECONDS if pod.steering.dns_capture else SYN_GRACE_SECONDS)
+        while time.monotonic() < deadline and self._unanswered(pod):
             time.sleep(0.005)
 
-    def sweep(self, pods: Sequence[Pod]) -> None:
-        """Let go of what no connection needs any more, here and in older generations. Idempotent.
+    def _unanswered(self, pod: Pod) -> bool:
+        own = self._datapath.maps.flows_of(pod.netns_cookie) if self._datapath.is_loaded() else ()
+        return any(
+            found.flow.flags & FlowFlag.STEERED and not found.flow.flags & FlowFlag.ANSWERED
+            for found in own
+        ) or any(generation.standing().waits(pod) for generation in self._datapath.others())
 
-        `pods` are all that are enrolled.
+    def sweep(self, pods: Sequence[Pod]) -> None:
+        """Let go of older generations what no connection needs any more. Idempotent.
+
+        `pods` are all that are enrolled; those of another mode have nothing here.
         """
-        for generation in self._datapath.generations():
-            self._sweep_released(generation)
         older = [(each, each.standing()) for each in self._datapath.others()]
         if not older:
             return
@@ -159,16 +150,8 @@ class EbpfMode:
         for pod in moved:
             self._leave(pod, older)
         for generation, _ in older:
-            if not generation.pods() and not generation.released():
+            if not generation.pods():
                 generation.unpin()
-
-    def _sweep_released(self, generation: Generation) -> None:
-        released = generation.released()
-        standing = generation.standing() if released else None
-        for netns, directory in released.items():
-            if standing and standing.serves(netns) and self._datapath.is_attached(directory):
-                continue
-            self._datapath.forget_released(generation, netns)
 
     def _leave(self, pod: Pod, older: Sequence[tuple[Generation, Standing]]) -> None:
         maps, pins = self._datapath.maps, pin_name(pod.name)
@@ -180,7 +163,7 @@ class EbpfMode:
         for generation, standing in older:
             if pins in generation.pods() and not standing.holds(pod):
                 self._datapath.forget_in(generation, pins)
-                generation.withdraw(pod.netns_cookie)
+                generation.withdraw(pod)
 
     def missing(self, pod: Pod) -> list[str]:
         """Name the hooks that do not hold, and what the maps lack: its entry, its new addresses.

@@ -242,9 +242,7 @@ def test_what_somebody_takes_away_is_put_back(field: Ground, mode: Mode, pins: P
     agent = field.start()
     field.until_mode("pod", mode)
     if mode is Mode.EBPF:
-        datapath = Datapath(pins)
-        datapath.decide_no_more("default%2fpod")
-        datapath.forget_in(datapath.generation, "default%2fpod")
+        Datapath(pins).forget("default%2fpod")
     else:
         pod.run(["iptables", "-t", "nat", "-F"], check=True)
     until(lambda: agent.said("repair"), field.log.read_text)
