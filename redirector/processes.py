@@ -9,11 +9,11 @@ _NODES_OWN = (Path("/proc/self/ns/net"), Path("/proc/1/ns/net"))
 
 
 def processes(cgroup: Path) -> list[int]:
-    """The pids in a cgroup and below it."""
+    """The pids in a cgroup and below it, by the cgroups' paths."""
     found: list[int] = []
-    for directory, _, _ in os.walk(cgroup):
+    for procs in sorted(Path(directory) / "cgroup.procs" for directory, _, _ in os.walk(cgroup)):
         try:
-            text = (Path(directory) / "cgroup.procs").read_text()
+            text = procs.read_text()
         except OSError:  # gone meanwhile, or threaded
             continue
         found += map(int, text.split())
@@ -26,7 +26,7 @@ def require_fit(name: str, netns: Path, cgroup: Path) -> None:
     A cgroup without processes fits any namespace: they may be yet to come.
     """
     own = netns.stat().st_ino
-    if own in map(_inode, _NODES_OWN):
+    if own in map(inode_of, _NODES_OWN):
         raise InputError(
             f"pod {name}: netns {netns}: is the node's own, not a pod's; give a path such as "
             "/run/netns/NAME or /proc/PID/ns/net of a process of the pod"
@@ -50,10 +50,11 @@ def outside(netns: Path, cgroup: Path) -> list[int]:
 
 def _netns_of(pid: int) -> int | None:
     # One that has ended and waits for its parent has no namespace any more.
-    return _inode(Path(f"/proc/{pid}/ns/net"))
+    return inode_of(Path(f"/proc/{pid}/ns/net"))
 
 
-def _inode(path: Path) -> int | None:
+def inode_of(path: Path) -> int | None:
+    """The inode number of a file; None when there is none. A namespace's tells it from others."""
     try:
         return path.stat().st_ino
     except OSError:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from redirector.errors import InputError
 from redirector.model import IPAddress, Steering
+from redirector.processes import processes
 from redirector.steering import unmapped
 
 _NAMED_NETNS = Path("/run/netns")
@@ -63,16 +64,11 @@ def nameservers(resolv_conf: str) -> tuple[IPAddress, ...]:
 
 
 def _resolv_confs(netns: Path, cgroup: Path) -> Iterator[str]:
-    for procs in sorted(cgroup.rglob("cgroup.procs")):
+    for pid in processes(cgroup):
         try:
-            pids = procs.read_text().split()
-        except OSError:  # a cgroup that has just gone
+            yield _read_in_root(Path(f"/proc/{pid}/root"))
+        except OSError:
             continue
-        for pid in pids:
-            try:
-                yield _read_in_root(Path("/proc") / pid / "root")
-            except OSError:
-                continue
     if netns.parent == _NAMED_NETNS:
         path = _ETC_NETNS / netns.name / "resolv.conf"
         if path.is_file():

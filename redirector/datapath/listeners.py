@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from redirector.network import listening_inodes
+from redirector.processes import processes
 
 _SYS_PIDFD_GETFD = 438  # asm-generic/unistd.h, the same on every architecture
 
@@ -25,7 +26,7 @@ def listening_sockets(netns: Path, cgroup: Path, port: int) -> Iterator[list[tup
     families = listening_inodes(netns, port)
     found: list[tuple[int, int]] = []
     with contextlib.ExitStack() as opened:
-        for pid in _members(cgroup) if families else ():
+        for pid in processes(cgroup) if families else ():
             # A process may end while we look at it.
             with contextlib.suppress(OSError):
                 listens = {families[i]: (i, fd) for i, fd in _descriptors(pid) if i in families}
@@ -35,11 +36,6 @@ def listening_sockets(netns: Path, cgroup: Path, port: int) -> Iterator[list[tup
                     found.append((family, duplicate))
                     del families[inode]  # another process may have the same socket
         yield found
-
-
-def _members(cgroup: Path) -> Iterator[int]:
-    for procs in sorted(cgroup.rglob("cgroup.procs")):
-        yield from map(int, procs.read_text().split())
 
 
 def _descriptors(pid: int) -> Iterator[tuple[int, int]]:

@@ -17,9 +17,9 @@ from redirector.datapath.libbpf import Kind, ObjectId
 from redirector.demo.orphans import Process, running
 from redirector.demo.world import World
 from redirector.errors import RedirectorError
-from redirector.lab.cgroups import members
 from redirector.lab.node import NETNS_DIRECTORY
 from redirector.machine import cgroup2_mount
+from redirector.processes import processes
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ def take_inventory(world: World) -> Inventory:
     cgroup = cgroup2_mount() / world.node.name
     namespaces = (*(pod.netns for pod in pods), NETNS_DIRECTORY / world.node.name)
     children = [child.process.pid for child in world.children.values()]
-    alive = (running(pid) for pid in {*members(cgroup), *children})
+    alive = (running(pid) for pid in {*processes(cgroup), *children})
     return Inventory(
         objects=frozenset(_pinned(world.datapath.root)),
         namespaces=namespaces,

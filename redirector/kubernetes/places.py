@@ -20,7 +20,7 @@ from redirector import network
 from redirector.errors import RedirectorError
 from redirector.kubernetes.objects import PodObject
 from redirector.model import IPAddress, Pod
-from redirector.processes import processes
+from redirector.processes import inode_of, processes
 
 _TREE = re.compile(r"kube.*|burstable|besteffort|.*-(burstable|besteffort)\.slice")
 _POD = re.compile(r"(?:.*-)?pod([0-9a-fA-F_-]+)(?:\.slice)?")
@@ -99,9 +99,9 @@ class Places:
         # The oldest process is the sandbox's own, or of its first container; a container may make
         # namespaces of its own, and a process that entered the node's is nobody's guide.
         found: dict[int, tuple[int, int]] = {}
-        node = {self._inode(Path("/proc/self/ns/net")), self._inode(self._proc / "1/ns/net")}
+        node = {inode_of(Path("/proc/self/ns/net")), inode_of(self._proc / "1/ns/net")}
         for started, pid in sorted((self._started(pid), pid) for pid in processes(cgroup)):
-            inode = self._inode(self._path(pid))
+            inode = inode_of(self._path(pid))
             if inode is not None and inode not in node:
                 found.setdefault(inode, (pid, started))
         several = len(found) > 1 and addresses
@@ -118,7 +118,7 @@ class Places:
     def _lives(self, guide: _Guide) -> bool:
         return (
             self._started(guide.pid) == guide.started
-            and self._inode(self._path(guide.pid)) == guide.inode
+            and inode_of(self._path(guide.pid)) == guide.inode
         )
 
     def _path(self, pid: int) -> Path:
@@ -129,13 +129,6 @@ class Places:
             return not set(addresses).isdisjoint(network.addresses(self._path(pid)))
         except RedirectorError:  # its process ended meanwhile
             return False
-
-    @staticmethod
-    def _inode(path: Path) -> int | None:
-        try:
-            return path.stat().st_ino
-        except OSError:
-            return None
 
     def _started(self, pid: int) -> int:
         """When a process began, in clock ticks (proc_pid_stat(5), field 22); last when it ended."""

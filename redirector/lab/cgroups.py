@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from redirector.processes import processes
+
 
 def remove_tree(top: Path, timeout: float = 10.0) -> None:
     """Kill every process in `top` and below, wait until they are gone, remove the directories.
@@ -15,19 +17,11 @@ def remove_tree(top: Path, timeout: float = 10.0) -> None:
     deadline = time.monotonic() + timeout
     while "populated 1" in (top / "cgroup.events").read_text():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"cgroup {top}: processes {members(top)} did not end when killed")
+            raise TimeoutError(f"cgroup {top}: processes {processes(top)} did not end when killed")
         time.sleep(0.002)
     for directory in sorted((p for p in top.rglob("*") if p.is_dir()), reverse=True):
         directory.rmdir()
     top.rmdir()
-
-
-def members(top: Path) -> list[int]:
-    """The pids in `top` and below."""
-    found: list[int] = []
-    for procs in sorted(top.rglob("cgroup.procs")):
-        found += map(int, procs.read_text().split())
-    return found
 
 
 def cpu_usec(cgroup: Path) -> int:

@@ -16,8 +16,8 @@ from apiserver import Fault
 
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
-from redirector.lab.cgroups import members
 from redirector.model import Accelerate, Mode
+from redirector.processes import processes
 from redirector.steering import Verdict
 
 pytestmark = pytest.mark.root
@@ -28,7 +28,7 @@ MEBIBYTE = 1 << 20
 def empty(cgroup: Path) -> None:
     """End a pod's containers as the kubelet does."""
     (cgroup / "cgroup.kill").write_text("1")
-    until(lambda: not members(cgroup))
+    until(lambda: not processes(cgroup))
 
 
 def test_pods_are_steered_as_annotated(field: Ground) -> None:
