@@ -75,6 +75,11 @@ class FlowKey(Struct):
         ("pad", ctypes.c_uint32),
     )
 
+    @property
+    def ends(self) -> tuple[IPAddress, int, IPAddress, int]:
+        """Address and port of the socket that connected, then those of its peer."""
+        return self.client.ip(), self.client_port, self.server.ip(), self.server_port
+
 
 class FlowFlag(IntFlag):
     """enum flow_flag."""

@@ -12,7 +12,6 @@ from typing import TextIO
 from redirector import network, tcp_diag
 from redirector.datapath.followers import Follower
 from redirector.datapath.layout import Event
-from redirector.datapath.maps import OpenFlow
 from redirector.enrollment import Enrollment
 from redirector.errors import DatapathError, InputError, RedirectorError
 from redirector.flows.event import Clock, FlowEvent, from_event, from_flow, to_line
@@ -135,7 +134,7 @@ def open_now(enrollment: Enrollment, name: str | None = None) -> Iterator[FlowEv
             continue
         if netns not in traffic:
             traffic[netns] = _traffic(pods.get(netns))
-        tcp = traffic[netns].get(_ends(found), (0, 0))
+        tcp = traffic[netns].get(found.key.ends, (0, 0))
         yield from_flow(found.key, found.flow, now, clock, names, tcp)
 
 
@@ -145,11 +144,6 @@ def _traffic(pod: Pod | None) -> tcp_diag.Traffic:
         with contextlib.suppress(RedirectorError):
             return network.within(pod.netns, tcp_diag.traffic)
     return {}
-
-
-def _ends(found: OpenFlow) -> tcp_diag.Ends:
-    key = found.key
-    return key.client.ip(), key.client_port, key.server.ip(), key.server_port
 
 
 class _Names:

@@ -33,8 +33,6 @@ def forget_closed(maps: Maps, pods: Iterable[Pod], settled_ns: int = SETTLED_NS)
         except InputError:  # the namespace is gone; `unenroll` deletes its flows
             continue
         for raw, flow_id in old[pod.netns_cookie]:
-            key = FlowKey.from_buffer_copy(raw)
-            ends = (key.client.ip(), key.client_port, key.server.ip(), key.server_port)
-            if ends not in living:
+            if FlowKey.from_buffer_copy(raw).ends not in living:
                 forgotten += maps.forget_flow(raw, flow_id)
     return forgotten
