@@ -23,6 +23,10 @@ class Accelerate(StrEnum):
     ON = "on"
     OFF = "off"
 
+    def holds(self, *, defects: bool) -> bool:
+        """Whether they are, on a kernel that does something wrong with redirected bytes or not."""
+        return not defects if self is Accelerate.AUTO else self is Accelerate.ON
+
 
 EVERYWHERE: tuple[IPNetwork, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 LOCALHOST_V4 = IPv4Network("127.0.0.1/32")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from redirector.datapath.layout import ConnectKind, Counter, Defect
-from redirector.model import Accelerate, Mode, Pod
+from redirector.model import Mode, Pod
 from redirector.steering import RULES, Verdict
 
 
@@ -88,11 +88,8 @@ class PodStatus:
     @property
     def accelerated(self) -> bool:
         """Whether the pod's steered connections are short-circuited."""
-        if self.pod.mode is not Mode.EBPF:
-            return False
-        if self.pod.accelerate is Accelerate.AUTO:
-            return not self.defects
-        return self.pod.accelerate is Accelerate.ON
+        holds = self.pod.accelerate.holds(defects=bool(self.defects))
+        return self.pod.mode is Mode.EBPF and holds
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.maps import Lists
 from redirector.datapath.pins import Datapath
 from redirector.errors import DatapathError, InputError
-from redirector.model import EVERYWHERE, Accelerate, IPNetwork, Mode, Pod
+from redirector.model import EVERYWHERE, IPNetwork, Mode, Pod
 from redirector.modes.base import DNS_GRACE_SECONDS
 from redirector.status import Tally, tallies
 
@@ -60,7 +60,8 @@ class EbpfMode:
         """
         self._datapath.ensure()
         maps, netns, lists = self._datapath.maps, pod.netns_cookie, _lists(pod)
-        entry, before = pod_entry(pod, self.accelerates(pod)), maps.pod(netns)
+        accelerate = pod.accelerate.holds(defects=bool(self._datapath.defects()))
+        entry, before = pod_entry(pod, accelerate), maps.pod(netns)
         pins = pin_name(pod.name)
         older = [each for each in self._datapath.others() if pins in each.pods()]
         if older:
@@ -79,12 +80,6 @@ class EbpfMode:
                 self.remove(pod, had)
             raise
         maps.drop(netns, map(_lists, had), keep=(lists,))
-
-    def accelerates(self, pod: Pod) -> bool:
-        """Whether the pod's connections are short-circuited; `auto` asks what the kernel can do."""
-        if pod.accelerate is Accelerate.AUTO:
-            return not self._datapath.defects()
-        return pod.accelerate is Accelerate.ON
 
     def _attach(self, pod: Pod) -> None:
         pins = pin_name(pod.name)
