@@ -190,9 +190,9 @@ class Enrollment:
         be done, a line each. Open connections stay with the programs that they began with.
         """
         taken: list[Pod] = []
-        problems: list[str] = []
-        problems += self._records.damaged().values()
-        for pod in self.readable():
+        readable, damaged = self._records.sorted_out()
+        problems = list(damaged.values())
+        for pod in readable:
             try:
                 if self.missing(pod):
                     taken.append(self.update(pod.name))
@@ -297,31 +297,28 @@ class Enrollment:
         defects = self._datapath.defects() if loaded else Defect(0)
         moved = self._datapath.maps.moved() if loaded else {}
         pods = []
-        for pod in self.readable():
+        readable, damaged = self._records.sorted_out()
+        for pod in readable:
             lost = _lost(pod)
             driver = self._modes[pod.mode]
             missing = (lost,) if lost else tuple(driver.missing(pod))
             counters: dict[Counter, int] = {}
+            latencies: dict[ConnectKind, Latency] = {}
             if pod.mode is Mode.EBPF and loaded:
-                counters = self._datapath.maps.counters(pod.netns_cookie, moved)
+                counted = self._datapath.maps.counted(pod.netns_cookie)
+                counters = counted.counters(moved.get(pod.netns_cookie, (0, 0)))
+                latencies = {
+                    kind: Latency(buckets, us / 1e6)
+                    for kind, (buckets, us) in counted.latencies().items()
+                }
             found = () if lost and pod.mode is Mode.IPTABLES else driver.tallies(pod)
-            pods.append(
-                PodStatus(
-                    pod, missing, counters, defects, lost is None, found, self._latencies(pod)
-                )
-            )
+            pods.append(PodStatus(pod, missing, counters, defects, lost is None, found, latencies))
         fills = self._datapath.maps.fills() if loaded and with_maps else {}
         maps = tuple(MapFill(name, *fill) for name, fill in fills.items())
         followers = self._datapath.followers() if with_maps else None
         following = (followers.sweep(), followers.lost()) if followers else (0, 0)
-        problems = self._records.problems() | self._records.damaged()
+        problems = self._records.problems() | damaged
         return NodeStatus(tuple(pods), maps, defects, problems, *following)
-
-    def _latencies(self, pod: Pod) -> dict[ConnectKind, Latency]:
-        if pod.mode is not Mode.EBPF or not self._datapath.is_loaded():
-            return {}
-        found = self._datapath.maps.latencies(pod.netns_cookie)
-        return {kind: Latency(buckets, us / 1e6) for kind, (buckets, us) in found.items()}
 
     def uninstall(self) -> list[str]:
         """Remove everything this product put into the kernel, and the records. Idempotent.

@@ -55,21 +55,18 @@ class Records:
 
     def readable(self) -> list[Pod]:
         """Those of `all` that can be read."""
-        found: list[Pod] = []
-        for path in self.paths():
-            with contextlib.suppress(DatapathError):
-                found.append(self.read(path))
-        return found
+        return self.sorted_out()[0]
 
-    def damaged(self) -> dict[str, str]:
-        """By pod, why a record cannot be read: another version's, or damaged."""
-        found: dict[str, str] = {}
+    def sorted_out(self) -> tuple[list[Pod], dict[str, str]]:
+        """What can be read, and by pod why another version's or a damaged record cannot."""
+        readable: list[Pod] = []
+        damaged: dict[str, str] = {}
         for path in self.paths():
             try:
-                self.read(path)
+                readable.append(self.read(path))
             except DatapathError as error:
-                found[name_of(path)] = str(error)
-        return found
+                damaged[name_of(path)] = str(error)
+        return readable, damaged
 
     def names(self) -> list[str]:
         """The pods that have a record, which may be damaged."""
@@ -143,10 +140,8 @@ class Records:
         self._complete_index()
         for key in _keys(pod):
             self._index(key, path)
-        staging = path.with_suffix(".new")
         forms = {_CHANGING: [_record(form) for form in changing]}
-        staging.write_text(json.dumps(_record(pod) | forms, indent=2) + "\n")
-        staging.rename(path)
+        _write(path, _record(pod) | forms)
         stale = set(_keys(known)) - set(_keys(pod)) if known else ()
         self._unindex([self._entries / key for key in stale], path)
 
@@ -226,9 +221,7 @@ class Records:
     def keep_problems(self, problems: Mapping[str, str]) -> None:
         """Keep what the agent could not do, by pod, for `status` to tell."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        staging = self._problems.with_suffix(".new")
-        staging.write_text(json.dumps(dict(problems), indent=2) + "\n")
-        staging.rename(self._problems)
+        _write(self._problems, dict(problems))
 
     def problems(self) -> dict[str, str]:
         """What `keep_problems` kept last; nothing when that cannot be read."""
@@ -251,6 +244,13 @@ class Records:
     def _path(self, name: str) -> Path:
         # A name may hold a slash ("namespace/pod"), a file's name may not.
         return self.directory / f"{name.replace('%', '%25').replace('/', '%2f')}.json"
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    """Make a file JSON; a reader sees the old one or the new one."""
+    staging = path.with_suffix(".new")
+    staging.write_text(json.dumps(data, indent=2) + "\n")
+    staging.rename(path)
 
 
 def name_of(path: Path) -> str:

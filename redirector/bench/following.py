@@ -80,7 +80,7 @@ def _measure(ground: Ground, side: Side, pod: LabPod) -> _Price:
     cookie = netns_cookie(pod.netns)
 
     def now() -> tuple[float, int, int, float]:
-        made = side.datapath.maps.counters(cookie, {})[Counter.STEERED_OUTBOUND]
+        made = side.datapath.maps.counted(cookie).counters()[Counter.STEERED_OUTBOUND]
         return time.monotonic(), made, pod.cpu_usec(), _in_programs(side)
 
     began = now()

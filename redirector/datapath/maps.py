@@ -68,6 +68,37 @@ class Lists:
     links: Links = field(default_factory=Links)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """A pod's counters at one moment, one for each CPU; none when the pod has none."""
+
+    cpus: tuple[Counters, ...]
+
+    def counters(self, moved: tuple[int, int] = (0, 0)) -> dict[Counter, int]:
+        """All CPUs together, with the bytes and messages that open flows have `moved`."""
+        totals = {counter: sum(cpu.value[counter] for cpu in self.cpus) for counter in Counter}
+        totals[Counter.REDIRECTED_BYTES] += moved[0]
+        totals[Counter.REDIRECTED_MESSAGES] += moved[1]
+        return totals
+
+    def rules(self) -> dict[str, int]:
+        """How many of a pod's connections each rule of `steering.RULES` decided, by its name."""
+        return {
+            rule.name: sum(cpu.rule[index] for cpu in self.cpus) for index, rule in enumerate(RULES)
+        }
+
+    def latencies(self) -> dict[ConnectKind, tuple[tuple[int, ...], int]]:
+        """How long a pod's connections took to be established: struct latency's buckets, and µs."""
+        return {
+            kind: (
+                tuple(map(sum, zip(*(cpu.connect[kind].bucket for cpu in self.cpus), strict=True))),
+                sum(cpu.connect[kind].total_us for cpu in self.cpus),
+            )
+            for kind in ConnectKind
+            if self.cpus
+        }
+
+
 class Maps:
     """The maps pinned in one directory of a bpffs.
 
@@ -164,43 +195,17 @@ class Maps:
             raw = libbpf.map_lookup(fd, _key(netns), ctypes.sizeof(PodEntry))
         return None if raw is None else PodEntry.from_buffer_copy(raw)
 
-    def counters(self, netns: int, moved: Moved | None = None) -> dict[Counter, int]:
-        """A pod's counters, all CPUs together, the open flows' redirected bytes included.
+    def counters(self, netns: int) -> dict[Counter, int]:
+        """A pod's counters, the open flows' redirected bytes included: a pass over all flows."""
+        return self.counted(netns).counters(self.moved().get(netns, (0, 0)))
 
-        `moved` is what `moved()` has answered, for who asks for many pods.
-        """
-        found = self._counters(netns)
-        totals = {counter: sum(cpu.value[counter] for cpu in found) for counter in Counter}
-        redirected, messages = (self.moved() if moved is None else moved).get(netns, (0, 0))
-        totals[Counter.REDIRECTED_BYTES] += redirected
-        totals[Counter.REDIRECTED_MESSAGES] += messages
-        return totals
-
-    def rules(self, netns: int) -> dict[str, int]:
-        """How many of a pod's connections each rule of `steering.RULES` decided, by its name."""
-        found = self._counters(netns)
-        return {
-            rule.name: sum(cpu.rule[index] for cpu in found) for index, rule in enumerate(RULES)
-        }
-
-    def _counters(self, netns: int) -> list[Counters]:
-        """One for each CPU; [] when the pod has none."""
+    def counted(self, netns: int) -> Counted:
+        """What the programs have counted of a pod, read once."""
         size = ctypes.sizeof(Counters)
         with self._map("counters") as fd:
             raw = libbpf.map_lookup(fd, _key(netns), size * libbpf.possible_cpus()) or b""
-        return [Counters.from_buffer_copy(raw, start) for start in range(0, len(raw), size)]
-
-    def latencies(self, netns: int) -> dict[ConnectKind, tuple[tuple[int, ...], int]]:
-        """How long a pod's connections took to be established: struct latency's buckets, and µs."""
-        found = self._counters(netns)
-        return {
-            kind: (
-                tuple(map(sum, zip(*(cpu.connect[kind].bucket for cpu in found), strict=True))),
-                sum(cpu.connect[kind].total_us for cpu in found),
-            )
-            for kind in ConnectKind
-            if found
-        }
+        starts = range(0, len(raw), size)
+        return Counted(tuple(Counters.from_buffer_copy(raw, start) for start in starts))
 
     def moved(self) -> Moved:
         """What the open flows have redirected, in one pass over them all."""

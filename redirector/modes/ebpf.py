@@ -188,8 +188,8 @@ class EbpfMode:
         """From the pod's counters; none when it has no entry."""
         if not self._datapath.is_loaded():
             return ()
-        maps, netns = self._datapath.maps, pod.netns_cookie
-        return tallies(maps.counters(netns, {}), maps.rules(netns))
+        counted = self._datapath.maps.counted(pod.netns_cookie)
+        return tallies(counted.counters(), counted.rules())
 
 
 def _hooks(pod: Pod) -> tuple[tuple[str, AttachType], ...]:
