@@ -156,7 +156,6 @@ ALWAYS struct ids current_ids(void)
 // may use it since: a descriptor that was handed over, a process that has changed its ids.
 ALWAYS struct ids owner_ids(struct bpf_sock_addr *ctx)
 {
-	struct ids ids = current_ids();
 #if SK_SOCKET_OFFSET && SOCKET_FILE_OFFSET && FILE_CRED_OFFSET && FSUID_OFFSET && FSGID_OFFSET
 	struct ids owner;
 	char *at;
@@ -170,7 +169,7 @@ ALWAYS struct ids owner_ids(struct bpf_sock_addr *ctx)
 	    !read_kernel(&owner.gid, sizeof(owner.gid), at + FSGID_OFFSET))
 		return owner;
 #endif
-	return ids;
+	return current_ids();
 }
 
 ALWAYS bool is_proxy_uid(const struct pod *pod, __u32 uid)
