@@ -12,6 +12,7 @@ from pathlib import Path
 from sockets import pod_socket
 from waiting import eventually
 
+from redirector.compare.envoy import proxy_bytes
 from redirector.datapath.listeners import listening_sockets
 from redirector.lab import LabPod
 from redirector.machine import envoy_binary
@@ -96,7 +97,7 @@ def _listener(cluster: str, port: int, via: str) -> Json:
                 "filters": [_http(cluster, via)],
             }
         ],
-        "default_filter_chain": {"filters": [_bytes(cluster)]},
+        "default_filter_chain": {"filters": [proxy_bytes(cluster)]},
     }
 
 
@@ -112,15 +113,6 @@ def _http(cluster: str, via: str) -> Json:
         "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": [route]}]},
     }
     return {"name": "http", "typed_config": config}
-
-
-def _bytes(cluster: str) -> Json:
-    config: Json = {
-        "@type": _TYPE + "filters.network.tcp_proxy.v3.TcpProxy",
-        "stat_prefix": cluster,
-        "cluster": cluster,
-    }
-    return {"name": "tcp_proxy", "typed_config": config}
 
 
 def _original_destination(name: str, bind: str = "") -> Json:

@@ -9,11 +9,12 @@ import socket
 import struct
 import time
 from collections import Counter as Counts
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
-from accelerated import MIB, OUTBOUND, SERVICE, counted, pair, readable, receive
+from accelerated import MIB, OUTBOUND, SERVICE, Pair, counted, pair, readable, receive
 
 from redirector.datapath.layout import Counter
 from redirector.datapath.pins import Datapath
@@ -24,13 +25,20 @@ pytestmark = pytest.mark.root
 _SO_MEMINFO = 55  # asm-generic/socket.h
 
 
+def send_until_held(ends: Pair, size: int, meanwhile: Callable[[], None] = lambda: None) -> int:
+    """What the client can send, `size` bytes at a time, until EAGAIN: within 64 MiB."""
+    ends.client.setblocking(False)
+    sent = 0
+    with pytest.raises(BlockingIOError):
+        while sent < 64 * MIB:
+            sent += ends.client.send(b"x" * size)
+            meanwhile()
+    return sent
+
+
 def test_a_stalled_reader_holds_the_sender_back(pod: LabPod, datapath: Datapath) -> None:
     with pair(pod) as ends:
-        ends.client.setblocking(False)
-        sent = 0
-        with pytest.raises(BlockingIOError):
-            while sent < 64 * MIB:
-                sent += ends.client.send(b"x" * 65536)
+        sent = send_until_held(ends, 65536)
         ends.client.settimeout(10)
         counters = counted(datapath, pod)
         assert counters[Counter.REDIRECTED_BYTES] <= MIB
@@ -41,12 +49,7 @@ def test_a_stalled_reader_holds_the_sender_back(pod: LabPod, datapath: Datapath)
 def test_a_reply_gives_no_budget_for_bytes_left_unread(pod: LabPod, datapath: Datapath) -> None:
     """The server talks all the time and never reads: what the client may pile up stays bounded."""
     with pair(pod) as ends:
-        ends.client.setblocking(False)
-        sent = 0
-        with pytest.raises(BlockingIOError):
-            while sent < 64 * MIB:
-                sent += ends.client.send(b"x" * 16384)
-                ends.server.sendall(b"tick")
+        sent = send_until_held(ends, 16384, lambda: ends.server.sendall(b"tick"))
         redirected = counted(datapath, pod)[Counter.REDIRECTED_BYTES]
         assert redirected <= MIB + sent // 16384 * 4 + 4
         assert len(receive(ends.server, sent)) == sent
@@ -161,14 +164,13 @@ def test_a_reader_that_is_late_reads_all_with_one_edge(pod: LabPod) -> None:
 def test_a_direction_holds_no_more_than_tcp_would_and_two_mib(pod: LabPod, talks: bool) -> None:
     """In the receiver's memory (SO_MEMINFO), redirected or not, also while the other end talks."""
     with pair(pod) as ends:
-        ends.client.setblocking(False)
-        sent = 0
-        with pytest.raises(BlockingIOError):
-            while sent < 64 * MIB:
-                sent += ends.client.send(b"x" * 10_000)
-                if talks:
-                    ends.server.sendall(b"tick")
-                    ends.client.recv(4)
+
+        def talk() -> None:
+            if talks:
+                ends.server.sendall(b"tick")
+                ends.client.recv(4)
+
+        sent = send_until_held(ends, 10_000, talk)
         assert _held(ends.server) <= 2 * MIB
         assert len(receive(ends.server, sent)) == sent
 

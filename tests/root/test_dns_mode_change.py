@@ -2,19 +2,16 @@
 
 import ctypes
 import multiprocessing
-import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
 import probes
 import pytest
 import traces
-from traffic import Phase
-from waiting import eventually
+from traffic import Phase, Traffic, flow, working
 
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
@@ -27,29 +24,6 @@ pytestmark = pytest.mark.root
 DNS_PORT = 53
 #: Of a group that is not captured.
 OUTSIDER = 7
-
-
-@dataclass(frozen=True)
-class Asker:
-    """A process that asks all the time."""
-
-    process: Any
-    problems: Any
-    rounds: Any
-
-    def check(self) -> None:
-        assert not self.problems.poll(), self.problems.recv()
-        assert self.process.is_alive(), "it has ended"
-
-    def ask_on(self) -> None:
-        """Until it has asked everybody in every way, twice."""
-        before = self.rounds.value
-
-        def asked() -> bool:
-            self.check()
-            return bool(self.rounds.value >= before + 2)
-
-        eventually("answers", asked)
 
 
 def datagrams(address: IPAddress) -> socket.socket:
@@ -76,13 +50,10 @@ def asker(
     allowed: dict[Phase, set[Verdict]],
     moment: Any,
     gid: int,
-) -> Iterator[Asker]:
+) -> Iterator[Traffic]:
     """Ask in three ways: over TCP, from a socket for one question, and from one kept for all."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    rounds = context.Value(ctypes.c_uint64)
 
-    def ask_for_ever() -> None:
+    def questions() -> Iterator[None]:
         kept = {address: datagrams(address) for address in resolvers}
         ways: list[Callable[[IPAddress], probes.Arrival]] = [
             over_tcp,
@@ -106,26 +77,10 @@ def asker(
                     assert (arrival.destination, arrival.port) == (address, DNS_PORT), story
                     if moment.value == before:
                         assert arrival.verdict in allowed[Phase(before & 3)], story
-            rounds.value += 1
+            yield
 
-    def run() -> None:
-        try:
-            pod.place(gid=gid).enter()
-            ask_for_ever()
-        except BaseException as error:
-            theirs.send(f"{type(error).__name__}: {error}")
-        finally:
-            os._exit(1)
-
-    process = context.Process(target=run, daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield Asker(process, ours, rounds)
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+    with working(pod, questions, gid) as made:
+        yield made
 
 
 def test_modes_change_while_names_are_asked_for(
@@ -154,8 +109,8 @@ def test_modes_change_while_names_are_asked_for(
     ):
 
         def ask_on() -> None:
-            for each in (insider, outsider):
-                each.ask_on()
+            """Until each has asked everybody in every way, twice."""
+            flow(insider, outsider, rounds=2)
 
         ask_on()
         enter(Phase.CHANGING)

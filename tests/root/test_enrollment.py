@@ -1,7 +1,6 @@
 """Pods are enrolled, moved and released under traffic: no failure, no way past the sidecar."""
 
 import ctypes
-import multiprocessing
 import os
 import subprocess
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import probes
 import pytest
 import traces
-from traffic import PORT, Phase, traffic
+from traffic import PORT, Phase, both_ways, busy_pods
 
 from redirector.datapath import libbpf
 from redirector.datapath.libbpf import AttachType
@@ -21,7 +20,7 @@ from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.errors import AlreadyEnrolled, DatapathError, InputError
 from redirector.lab import LabPod, Node
-from redirector.model import IPAddress, Mode
+from redirector.model import Mode
 from redirector.network import netns_cookie
 from redirector.steering import Verdict
 
@@ -41,53 +40,24 @@ def until(happened: Callable[[], bool]) -> None:
 def test_modes_change_under_traffic(node: Node, enrollment: Enrollment, datapath: Datapath) -> None:
     """none -> ebpf -> iptables -> ebpf -> none, again and again, outbound and inbound."""
     datapath.ensure()
-    pod, peer = node.pod("pod"), node.pod("peer")
-    probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
-    for each in (pod, peer):
-        probes.start(each, [(Verdict.DIRECT, PORT)])
-    moment = multiprocessing.get_context("fork").Value(ctypes.c_uint64)
-
-    def enter(phase: Phase) -> None:
-        moment.value = ((moment.value >> 2) + 1) << 2 | phase
-
-    def own(each: LabPod) -> list[IPAddress]:
-        return [ip_address(each.ip), ip_address(each.ip6)]
-
-    with (
-        traffic(pod, own(peer), Verdict.OUTBOUND, moment) as outbound,
-        traffic(peer, own(pod), Verdict.INBOUND, moment) as inbound,
-    ):
-
-        def let_flow() -> None:
-            """Until both have been served in this phase, and all their open connections too."""
-            both = (outbound, inbound)
-            before = [each.served.value for each in both]
-
-            def flowed() -> bool:
-                for each in both:
-                    each.check()
-                return all(
-                    each.served.value >= then + 3 for each, then in zip(both, before, strict=True)
-                )
-
-            until(flowed)
-
-        let_flow()
+    pod, peer = busy_pods(node)
+    with both_ways(pod, peer, Phase.FREE) as busy:
+        busy.flow()
         for _ in range(2):
-            enter(Phase.CHANGING)
+            busy.enter(Phase.CHANGING)
             enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
-            enter(Phase.ENROLLED)
-            let_flow()
+            busy.enter(Phase.ENROLLED)
+            busy.flow()
             for mode in (Mode.IPTABLES, Mode.EBPF):
                 enrollment.change_mode("pod", mode)
-                let_flow()
+                busy.flow()
                 # A new number, so that a connection of this very mode is kept as well.
-                enter(Phase.ENROLLED)
-                let_flow()
-            enter(Phase.CHANGING)
+                busy.enter(Phase.ENROLLED)
+                busy.flow()
+            busy.enter(Phase.CHANGING)
             enrollment.unenroll("pod")
-            enter(Phase.FREE)
-            let_flow()
+            busy.enter(Phase.FREE)
+            busy.flow()
             # What keeps the NAT of connections that are still open, and steers nothing.
             assert all("REDIRECTOR_KEEP" in trace for trace in traces.in_pod(pod))
 

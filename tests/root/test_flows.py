@@ -95,6 +95,16 @@ def converse(client: socket.socket, server: socket.socket) -> None:
             size -= len(receiver.recv(size))
 
 
+def exchange(pod: LabPod, address: tuple[str, int], listener: socket.socket) -> None:
+    """A connection that opens, converses and closes, the client first."""
+    client = pod_socket(pod)
+    client.connect(address)
+    server, _ = listener.accept()
+    converse(client, server)
+    client.close()
+    server.close()
+
+
 @pytest.mark.parametrize("v6", [False, True])
 @pytest.mark.parametrize("closes_first", ["client", "server"])
 def test_a_steered_connection_opens_and_closes(
@@ -139,12 +149,7 @@ def test_a_direct_connection_is_told_with_the_rule_and_its_bytes(
 ) -> None:
     outside = node.pod("outside")
     with following(datapath) as follower, listen(outside, DIRECT_PORT) as listener:
-        client = pod_socket(pod)
-        client.connect((outside.ip, DIRECT_PORT))
-        server, _ = listener.accept()
-        converse(client, server)
-        client.close()
-        server.close()
+        exchange(pod, (outside.ip, DIRECT_PORT), listener)
         opened, closed = told(eventually(follower.read, 2), enrollment)
     assert (opened.what, closed.what) == (What.OPEN, What.CLOSE)
     for event in (opened, closed):
@@ -177,12 +182,7 @@ def test_a_connection_from_outside_is_told_by_the_pod_it_came_to(
         following(datapath) as follower,
         listen(pod, listens, sidecar=verdict == "inbound") as listener,
     ):
-        client = pod_socket(outside)
-        client.connect((pod.ip, port))
-        server, _ = listener.accept()
-        converse(client, server)
-        client.close()
-        server.close()
+        exchange(outside, (pod.ip, port), listener)
         opened, closed = told(eventually(follower.read, 2), enrollment)
     assert (opened.what, closed.what) == (What.OPEN, What.CLOSE)
     assert opened.id == closed.id != 0

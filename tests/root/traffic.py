@@ -3,7 +3,7 @@
 import ctypes
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -42,6 +42,50 @@ class Traffic:
         assert self.process.is_alive(), "the traffic has ended"
 
 
+def flow(*sides: Traffic, rounds: int = 3) -> None:
+    """Until each side has opened new ones and used all its open ones that often."""
+    before = [each.served.value for each in sides]
+
+    def flowed() -> bool:
+        for each in sides:
+            each.check()
+        return all(
+            each.served.value >= then + rounds for each, then in zip(sides, before, strict=True)
+        )
+
+    eventually("traffic", flowed)
+
+
+@contextmanager
+def working(
+    pod: LabPod, rounds: Callable[[], Iterator[None]], gid: int | None = None
+) -> Iterator[Traffic]:
+    """A process of the pod that goes through `rounds`, which never end, until leaving."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    served = context.Value(ctypes.c_uint64)
+
+    def run() -> None:
+        try:
+            pod.place(gid=gid).enter()
+            for _ in rounds():
+                served.value += 1
+        except BaseException as error:
+            theirs.send(f"{type(error).__name__}: {error}")
+        finally:
+            os._exit(1)
+
+    process = context.Process(target=run, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield Traffic(process, ours, served)
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
 @contextmanager
 def traffic(
     pod: LabPod,
@@ -55,9 +99,6 @@ def traffic(
 
     `names`: getpeername() must answer the destination all the time.
     """
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    served = context.Value(ctypes.c_uint64)
     allowed = {
         Phase.FREE: {Verdict.DIRECT},
         Phase.CHANGING: {Verdict.DIRECT, steered},
@@ -68,7 +109,7 @@ def traffic(
         if names:
             assert connection.getpeername()[:2] == (str(destination), PORT), story
 
-    def call_for_ever() -> None:
+    def calls() -> Iterator[None]:
         kept: dict[tuple[int, IPAddress], Any] = {}
         while True:
             for destination in destinations:
@@ -88,26 +129,10 @@ def traffic(
                 story = f"{destination} of moment {opened} in {moment.value}"
                 check_name(connection, destination, story)
                 assert probes.echo(connection, text) == text, story
-            served.value += 1
+            yield
 
-    def run() -> None:
-        try:
-            pod.place().enter()
-            call_for_ever()
-        except BaseException as error:
-            theirs.send(f"{type(error).__name__}: {error}")
-        finally:
-            os._exit(1)
-
-    process = context.Process(target=run, daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield Traffic(process, ours, served)
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+    with working(pod, calls) as made:
+        yield made
 
 
 @dataclass(frozen=True)
@@ -122,19 +147,9 @@ class Busy:
         """Say where connections may arrive from now on; of each moment new ones are kept."""
         self.moment.value = ((self.moment.value >> 2) + 1) << 2 | phase
 
-    def flow(self, rounds: int = 3) -> None:
-        """Until each side has opened new ones and used all its open ones that often."""
-        before = [each.served.value for each in self.flows]
-
-        def flowed() -> bool:
-            for each in self.flows:
-                each.check()
-            return all(
-                each.served.value >= then + rounds
-                for each, then in zip(self.flows, before, strict=True)
-            )
-
-        eventually("traffic in both directions", flowed)
+    def flow(self) -> None:
+        """Until there was new traffic in both directions."""
+        flow(*self.flows)
 
 
 def busy_pods(node: Node) -> tuple[LabPod, LabPod]:
