@@ -29,13 +29,18 @@ class _OpenHow(ctypes.Structure):
     )
 
 
+def lacks_resolvers(steering: Steering) -> bool:
+    """Whether the pod's own are to be looked for: names are captured, and nobody named any."""
+    return steering.dns_capture and steering.dns_servers == ()
+
+
 def with_resolvers(pod: str, steering: Steering, netns: Path, cgroup: Path) -> Steering:
     """Name the pod's own resolvers where DNS is to be captured and none are named.
 
     Its processes know them, else `/etc/netns/NAME/resolv.conf` (ip-netns(8)) of a namespace with a
     name. InputError when neither does.
     """
-    if not steering.dns_capture or steering.dns_servers != ():
+    if not lacks_resolvers(steering):
         return steering
     text = next(_resolv_confs(netns, cgroup), None)
     if text is None:

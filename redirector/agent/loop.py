@@ -18,7 +18,7 @@ from redirector.kubernetes.desired import Refusal, Verdict, Wish, desired
 from redirector.kubernetes.objects import PodObject
 from redirector.kubernetes.places import Place, Places, populated
 from redirector.model import IPAddress, Mode, Pod, Steering
-from redirector.resolvers import with_resolvers
+from redirector.resolvers import lacks_resolvers, with_resolvers
 
 #: Seconds between two looks, however much changes; and while a pod that is asked for is not there.
 _PAUSE, _EXPECTING = 0.05, 0.25
@@ -209,7 +209,7 @@ class Agent:
     def _with_resolvers(self, wish: Wish, place: Place) -> Steering:
         """The steering asked for, with the pod's own resolvers where it names none."""
         steering = wish.steering
-        if not steering.dns_capture or steering.dns_servers != ():
+        if not lacks_resolvers(steering):
             return steering
         before = self._resolvers.get(wish.pod.uid)
         if before is None:
