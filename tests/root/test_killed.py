@@ -74,23 +74,23 @@ def live_and_die(
     pod = there.pod
     there.enter(Phase.CHANGING)
     killer.run(f"enroll {mode}", lambda: enroll(enrollment, pod, mode))
-    there.flow(1)
+    there.flow()
     if enrollment.pods():
         enrollment.change_mode("pod", mode)
     else:
         enroll(enrollment, pod, mode)
     there.enter(Phase.ENROLLED)
-    there.flow(1)
+    there.flow()
     for wanted in (other, mode, other):
         killer.run(f"to {wanted}", lambda wanted=wanted: enrollment.change_mode("pod", wanted))
-        there.flow(1)
+        there.flow()
     enrollment.change_mode("pod", mode)
     assert enrollment.missing(enrollment.get("pod")) == ()
-    there.flow(1)
+    there.flow()
     there.enter(Phase.CHANGING)
     killer.run(f"unenroll {mode}", lambda: enrollment.unenroll("pod"))
-    there.flow(1)
+    there.flow()
     if enrollment.pods():
         enrollment.unenroll("pod")
     there.enter(Phase.FREE)
-    there.flow(1)
+    there.flow()

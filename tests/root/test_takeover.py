@@ -207,11 +207,11 @@ def test_a_takeover_that_is_killed_can_be_tried_again(node: Node, versions: Vers
             target(process.pid, signal.SIGKILL)
             process.communicate()
             there.enter(Phase.ENROLLED)
-            there.flow(1)
+            there.flow()
             if turn % 4 == 2:
                 version.do("takeover")
                 assert is_whole(version)
-                there.flow(1)
+                there.flow()
         versions.layout.do("takeover")
         there.flow()
         assert is_whole(versions.layout)
