@@ -14,6 +14,7 @@ from ipaddress import ip_address
 
 from redirector.errors import InputError
 from redirector.model import IPAddress, IPNetwork
+from xds_server.conditions import ObjectStatus
 
 #: The sidecar's own listeners (names and numbers follow Istio's).
 OUTBOUND_PORT = 15001
@@ -282,10 +283,12 @@ class Policy:
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """Everything known, in sorted order. `ignored` names objects that were of no use here."""
+    """Everything known, in sorted order. `ignored` names objects that were of no use here,
+    `statuses` tells what became of those that have a status."""
 
     services: Mapping[Name, Service] = field(default_factory=dict)
     workloads: Mapping[Name, Workload] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
     policies: tuple[Policy, ...] = ()
     ignored: tuple[str, ...] = ()
+    statuses: tuple[ObjectStatus, ...] = ()
