@@ -1,0 +1,66 @@
+"""What a mesh is: services with their endpoints, workloads, routes, policies.
+
+Everything is resolved here: references were followed, defaults applied, selectors turned into the
+pods they select. Translating needs nothing else. Values are immutable; a Mesh is compared by
+identity, so that what is derived from it can be kept with it cheaply.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from xds_server.conditions import ObjectStatus
+from xds_server.ir.matches import MatchKind, NamedMatch, StringMatch
+from xds_server.ir.names import INBOUND_PORT, OUTBOUND_PORT, Name, NodeId, Protocol
+from xds_server.ir.policies import Action, Operation, Policy, PolicyRule, Source
+from xds_server.ir.routes import (
+    Backend,
+    HeaderChange,
+    HeaderChanges,
+    Parent,
+    Route,
+    RouteMatch,
+    RouteRule,
+)
+from xds_server.ir.services import AppPort, Endpoint, Service, ServicePort, Workload
+
+__all__ = [
+    "INBOUND_PORT",
+    "OUTBOUND_PORT",
+    "Action",
+    "AppPort",
+    "Backend",
+    "Endpoint",
+    "HeaderChange",
+    "HeaderChanges",
+    "MatchKind",
+    "Mesh",
+    "Name",
+    "NamedMatch",
+    "NodeId",
+    "Operation",
+    "Parent",
+    "Policy",
+    "PolicyRule",
+    "Protocol",
+    "Route",
+    "RouteMatch",
+    "RouteRule",
+    "Service",
+    "ServicePort",
+    "Source",
+    "StringMatch",
+    "Workload",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """Everything known, in sorted order. `ignored` names objects that were of no use here,
+    `statuses` tells what became of those that have a status."""
+
+    services: Mapping[Name, Service] = field(default_factory=dict)
+    workloads: Mapping[Name, Workload] = field(default_factory=dict)
+    routes: tuple[Route, ...] = ()
+    policies: tuple[Policy, ...] = ()
+    ignored: tuple[str, ...] = ()
+    statuses: tuple[ObjectStatus, ...] = ()

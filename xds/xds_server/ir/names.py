@@ -1,0 +1,64 @@
+"""What everything else is called by, and the ports and protocols that all rooms know."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import ip_address
+
+from redirector.errors import InputError
+
+#: The sidecar's own listeners (names and numbers follow Istio's).
+OUTBOUND_PORT = 15001
+INBOUND_PORT = 15006
+
+
+class Protocol(StrEnum):
+    """What Envoy must understand of a port's traffic."""
+
+    HTTP = "http"
+    HTTP2 = "http2"
+    TCP = "tcp"
+
+    @property
+    def is_http(self) -> bool:
+        return self is not Protocol.TCP
+
+
+@dataclass(frozen=True, order=True)
+class Name:
+    """A namespaced object's name."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+_NODE_ID = re.compile(
+    r"sidecar~(?P<ip>[^~]*)~(?P<pod>[^~]+)\.(?P<namespace>[^~.]+)~(?P=namespace)\.svc\.[^~]+"
+)
+
+
+@dataclass(frozen=True, order=True)
+class NodeId:
+    """Who a sidecar says it is."""
+
+    ip: str
+    pod: str
+    namespace: str
+
+    @classmethod
+    def parse(cls, text: str) -> "NodeId":
+        """Reads `sidecar~10.0.0.1~web-v1.demo~demo.svc.cluster.local` (Istio's form); InputError
+        otherwise."""
+        found = _NODE_ID.fullmatch(text)
+        try:
+            if found is None:
+                raise ValueError
+            return cls(str(ip_address(found["ip"])), found["pod"], found["namespace"])
+        except ValueError:
+            raise InputError(
+                f"node id {text[:200]!r}: must look like "
+                "'sidecar~10.0.0.1~POD.NAMESPACE~NAMESPACE.svc.cluster.local'"
+            ) from None
