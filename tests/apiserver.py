@@ -1,4 +1,5 @@
-"""A Kubernetes API server for tests: real HTTP, LIST and WATCH with resource versions, Events.
+"""A Kubernetes API server for tests: real HTTP, LIST and WATCH with resource versions, Events,
+merge patches of an object's status.
 
 What real servers do wrong now and then is done here on demand: see `Fault`.
 """
@@ -19,7 +20,21 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 Object = dict[str, Any]
-KINDS = {"pods": "Pod", "namespaces": "Namespace"}
+_GATEWAY, _POLICY = "gateway.networking.k8s.io", "policy.redirector.io/v1alpha1"
+#: Resource -> kind and apiVersion.
+KINDS = {
+    "pods": ("Pod", "v1"),
+    "namespaces": ("Namespace", "v1"),
+    "services": ("Service", "v1"),
+    "endpointslices": ("EndpointSlice", "discovery.k8s.io/v1"),
+    "httproutes": ("HTTPRoute", f"{_GATEWAY}/v1"),
+    "grpcroutes": ("GRPCRoute", f"{_GATEWAY}/v1"),
+    "referencegrants": ("ReferenceGrant", f"{_GATEWAY}/v1beta1"),
+    "authorizationpolicies": ("AuthorizationPolicy", _POLICY),
+    "trafficpolicies": ("TrafficPolicy", _POLICY),
+}
+#: A server's own kinds; the others come with a definition.
+BUILT_IN = frozenset(("pods", "namespaces", "services", "endpointslices"))
 METADATA = "as=PartialObjectMetadata"
 TIMEOUT = 10.0
 
@@ -71,6 +86,10 @@ class ApiServer:
     tls: ssl.SSLContext | None = None
     #: Versions up to this one are forgotten: 410.
     forgotten: int = 0
+    #: Resources without a definition: 404.
+    undefined: set[str] = field(default_factory=set)
+    #: Each status that was written: resource, name, status.
+    written: list[tuple[str, str, Object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.changed = threading.Condition()
@@ -142,6 +161,25 @@ class ApiServer:
         with self.changed:
             self._event(resource, "DELETED", self.objects[resource].pop(name))
 
+    def patch_status(self, resource: str, name: str, patch: Object) -> tuple[int, Object]:
+        """Merge into an object's status (RFC 7386); the HTTP status and the answer."""
+        with self.changed:
+            value = self.objects[resource].get(name)
+            if value is None:
+                return 404, {"kind": "Status", "code": 404, "message": f"{name} not found"}
+            expected = patch.get("metadata", {}).get("resourceVersion")
+            if expected not in (None, value["metadata"]["resourceVersion"]):
+                message = "the object has been modified; please apply your changes"
+                return 409, {"kind": "Status", "code": 409, "message": message}
+            after = copy.deepcopy(value)
+            after["status"] = _merged(after.get("status"), patch.get("status", {}))
+            self.written.append((resource, name, copy.deepcopy(after["status"])))
+            if after != value:
+                self._event(resource, "MODIFIED", after)
+                self.objects[resource][name] = after
+            self.changed.notify_all()
+            return 200, after
+
     def _event(self, resource: str, kind: str, value: Object) -> None:
         self.version = next(self._versions)
         value["metadata"]["resourceVersion"] = str(self.version)
@@ -168,6 +206,23 @@ class ApiServer:
     def seen(self, verb: str, resource: str) -> int:
         """How many such requests came."""
         return sum((r.verb, r.resource) == (verb, resource) for r in list(self.requests))
+
+
+def _merged(value: Any, patch: Any) -> Any:
+    if not isinstance(patch, dict):
+        return patch
+    merged = {**value} if isinstance(value, dict) else {}
+    for key, part in patch.items():
+        merged[key] = _merged(merged.get(key), part)
+        if part is None:
+            del merged[key]
+    return merged
+
+
+def path_of(resource: str) -> str:
+    """Where a resource is listed."""
+    version = KINDS[resource][1]
+    return f"/{'apis' if '/' in version else 'api'}/{version}/{resource}"
 
 
 def _key(value: Object) -> str:
@@ -204,7 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self._note(verb, resource, query)
         if fault is not None and self._misbehave(fault, verb):
             return
-        if resource not in KINDS or parts.path != f"/api/v1/{resource}":
+        unknown = resource not in KINDS or resource in self.server_state.undefined
+        if unknown or parts.path != path_of(resource):
             self._status(404, "the server could not find the requested resource")
         elif verb == "list":
             self._list(resource, query)
@@ -220,6 +276,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.server_state.events.append(body)
             self.server_state.changed.notify_all()
         self._answer(201, body)
+
+    def do_PATCH(self) -> None:
+        patch = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        root, _, rest = urlsplit(self.path).path.partition("/namespaces/")
+        namespace, resource, name, what = rest.split("/")
+        fault = self._note("patch", resource, {})
+        if fault is not None and self._misbehave(fault, "patch"):
+            return
+        if f"{root}/{resource}" != path_of(resource) or what != "status":
+            self._status(404, "the server could not find the requested resource")
+        elif self.headers["Content-Type"] != "application/merge-patch+json":
+            self._status(415, "the body of the request was in an unknown format")
+        else:
+            self._answer(*self.server_state.patch_status(resource, f"{namespace}/{name}", patch))
 
     def _note(self, verb: str, resource: str, query: dict[str, str]) -> Fault | None:
         state = self.server_state
@@ -270,8 +340,13 @@ class _Handler(BaseHTTPRequestHandler):
         metadata = {"resourceVersion": version}
         if end < len(items):
             metadata["continue"] = f"{version}:{end}"
-        kind = "PartialObjectMetadata" if self._metadata_only() else KINDS[resource]
+        kind = "PartialObjectMetadata" if self._metadata_only() else KINDS[resource][0]
         cut = [self._cut(value) for value in items[start:end]]
+        if resource in BUILT_IN:
+            # In lists of these, real servers leave out what the list says already.
+            cut = [
+                {k: v for k, v in item.items() if k not in ("kind", "apiVersion")} for item in cut
+            ]
         return self._answer(200, {"kind": f"{kind}List", "metadata": metadata, "items": cut})
 
     def _watch(self, resource: str, query: dict[str, str], broken: bool) -> None:
@@ -315,7 +390,7 @@ class _Handler(BaseHTTPRequestHandler):
                     ]
                     if state.version > after and query.get("allowWatchBookmarks") == "true":
                         mark = {"metadata": {"resourceVersion": str(state.version)}}
-                        mark["kind"] = KINDS[resource]
+                        mark["kind"] = KINDS[resource][0]
                         lines.append({"type": "BOOKMARK", "object": mark})
                     after = state.version
                     if not lines:

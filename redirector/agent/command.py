@@ -12,9 +12,9 @@ from redirector.agent.log import Format, say, set_up
 from redirector.agent.loop import Agent, Settings
 from redirector.agent.serving import Server
 from redirector.agent.telling import Telling
+from redirector.apiserver.client import Client, elsewhere, in_cluster
 from redirector.enrollment import Enrollment
 from redirector.errors import InputError
-from redirector.kubernetes.client import Client, elsewhere, in_cluster
 from redirector.kubernetes.cluster import Cluster
 from redirector.kubernetes.desired import NONE
 from redirector.kubernetes.places import Places
@@ -23,6 +23,7 @@ from redirector.model import Mode
 NODE_VARIABLE = "NODE_NAME"
 #: Beside Istio's 15000-15090, of which it uses none.
 METRICS = "127.0.0.1:15018"
+_OUTSIDE = "name the server with --api-server, or use --no-kubernetes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +106,7 @@ def _cluster(
     url = arguments.api_server
     if url is not None and not url.startswith(("http://", "https://")):
         raise InputError(f"--api-server {url}: is not a URL such as https://10.0.0.1:6443")
-    access = in_cluster(environment) if url is None else elsewhere(url)
+    access = in_cluster(environment, _OUTSIDE) if url is None else elsewhere(url)
     return Cluster(
         Client(access), node, changed, lambda text: say(logging.WARNING, "API server", error=text)
     )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from redirector.agent.log import LOG, say
 from redirector.agent.reconcile import Action, Verb
+from redirector.apiserver.reflector import Backoff
 from redirector.enrollment import Enrollment
 from redirector.errors import RedirectorError
 from redirector.kubernetes.places import Places
-from redirector.kubernetes.reflector import Backoff
 
 #: The first wait after a failure, and what it grows to; seconds.
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0

@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from redirector.apiserver.client import Client
+from redirector.apiserver.reflector import Reflector, Resource
 from redirector.errors import ClusterError
-from redirector.kubernetes.client import Client
 from redirector.kubernetes.objects import (
     NamespaceObject,
     PodObject,
     read_namespace,
     read_pod,
 )
-from redirector.kubernetes.reflector import Reflector, Resource
 
 COMPONENT = "redirector"
 #: Events that wait for a slow server; more are dropped, the log has them all.

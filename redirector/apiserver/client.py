@@ -1,4 +1,4 @@
-"""The API server's REST interface, as much of it as the agent speaks: list, watch, create.
+"""The API server's REST interface, as much of it as is spoken here: list, watch, create, patch.
 
 urllib3 is what the official client stands on; that client's models cost 40 MiB of memory, more
 than all the rest of the agent.
@@ -18,9 +18,13 @@ from redirector.errors import ClusterError
 #: Where the kubelet puts a pod's identity.
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 JSON = "application/json"
+#: RFC 7386.
+_MERGE_PATCH = "application/merge-patch+json"
 #: An object has at most 1.5 MiB in etcd; a page of a list a few of the largest.
 MAX_LINE = 8 << 20
 MAX_BODY = 48 << 20
+#: Kept open for the next request; watches have theirs for themselves.
+_CONNECTIONS = 4
 _CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
 #: A peer that vanished without a FIN is noticed after a minute (tcp(7)).
@@ -46,22 +50,27 @@ class ApiError(ClusterError):
 
 @dataclass(frozen=True)
 class Access:
-    """Where the API server is and who we are to it; both files are read anew when they are used."""
+    """Where the API server is and who we are to it; the files are read anew when they are used."""
 
     url: str
     token_file: Path | None = None
     ca_file: Path | None = None
+    #: A certificate of ours, in place of a token, and its key.
+    certificate_file: Path | None = None
+    key_file: Path | None = None
 
 
-def in_cluster(environment: Mapping[str, str], files: Path = SERVICE_ACCOUNT) -> Access:
-    """Return what every pod is given. ClusterError outside of a cluster."""
+def in_cluster(
+    environment: Mapping[str, str], way_out: str, files: Path = SERVICE_ACCOUNT
+) -> Access:
+    """Return what every pod is given. ClusterError outside of a cluster, naming the way out."""
     host = environment.get("KUBERNETES_SERVICE_HOST")
     port = environment.get("KUBERNETES_SERVICE_PORT", "443")
     token, authority = files / "token", files / "ca.crt"
     if not host or not token.is_file() or not authority.is_file():
         raise ClusterError(
             f"this is not a pod of a cluster (KUBERNETES_SERVICE_HOST or {files} is missing); "
-            "name the server with --api-server, or use --no-kubernetes"
+            f"{way_out}"
         )
     host = f"[{host}]" if ":" in host else host
     return Access(f"https://{host}:{port}", token, authority)
@@ -127,7 +136,14 @@ class Client:
 
     def create(self, path: str, body: Mapping[str, object]) -> None:
         """Create an object below a path."""
-        response = self._request("POST", path, {}, JSON, json.dumps(body).encode())
+        self._send("POST", path, JSON, body)
+
+    def patch(self, path: str, body: Mapping[str, object]) -> None:
+        """Merge into the object at a path; a resourceVersion in it must be the object's."""
+        self._send("PATCH", path, _MERGE_PATCH, body)
+
+    def _send(self, method: str, path: str, kind: str, body: Mapping[str, object]) -> None:
+        response = self._request(method, path, {}, JSON, json.dumps(body).encode(), kind)
         response.drain_conn()
         response.release_conn()
 
@@ -138,11 +154,12 @@ class Client:
         query: Mapping[str, str],
         accept: str,
         body: bytes | None = None,
+        kind: str = JSON,
         silence: float = _ANSWER_SECONDS,
     ) -> urllib3.BaseHTTPResponse:
         headers = {"Accept": accept, "User-Agent": "redirector"}
         if body is not None:
-            headers["Content-Type"] = JSON
+            headers["Content-Type"] = kind
         if self._access.token_file is not None:
             headers["Authorization"] = f"Bearer {self._token()}"
         try:
@@ -173,10 +190,13 @@ class Client:
             raise ApiError(f"{self._access.token_file}: {error.strerror}") from error
 
     def _new_pool(self) -> urllib3.PoolManager:
+        access = self._access
         return urllib3.PoolManager(
-            maxsize=4,
+            maxsize=_CONNECTIONS,
             cert_reqs="CERT_REQUIRED",
-            ca_certs=str(self._access.ca_file) if self._access.ca_file else None,
+            ca_certs=str(access.ca_file) if access.ca_file else None,
+            cert_file=str(access.certificate_file) if access.certificate_file else None,
+            key_file=str(access.key_file) if access.key_file else None,
             socket_options=_KEEPALIVE,
         )
 

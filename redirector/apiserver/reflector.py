@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from redirector.apiserver.client import JSON, ApiError, Client
 from redirector.errors import ClusterError
-from redirector.kubernetes.client import JSON, ApiError, Client
 
-#: Objects on a page of a list: bounds the memory that reading one takes.
+#: Objects on a page of a list, unless told otherwise: bounds the memory that reading one takes.
 PAGE = 50
 #: A watch is asked to end after this many seconds and up to twice as many, as client-go asks.
 WATCH_SECONDS = 300.0
 GONE = 410
+NOT_FOUND = 404
+#: How often a kind that the server does not have is looked for, in seconds.
+MISSING_SECONDS = 10.0
 #: After so many failed watches in a row, what we know may be of another time (a restored etcd).
 MOST_FAILURES = 3
 
@@ -42,6 +45,12 @@ class Resource(Generic[T]):
     query: Mapping[str, str]
     #: Metadata alone, where that is enough; a server that does not know it sends all.
     metadata_only: bool = False
+    #: A server without this kind (404) has no objects of it; otherwise that is an error.
+    optional: bool = False
+    #: A list with none of the objects that were there is believed after so many seconds of it:
+    #: a server that has lost its state, or is another one, answers so, too.
+    hold: float = 0.0
+    page: int = PAGE
 
     def accept(self, what: str) -> str:
         """The Accept header for a `PartialObjectMetadata` or its list."""
@@ -74,15 +83,19 @@ class Reflector(Generic[T]):
         changed: Callable[[], None],
         complain: Callable[[str], None],
         backoff: Backoff | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._resource = resource
         self._changed = changed
         self._complain = complain
         self._backoff = backoff or Backoff()
+        self._clock = clock
         self._table: dict[str, T] | None = None
         self._version: str | None = None
         self._failures = 0
+        self._emptied: float | None = None
+        self._missing = False
         self._stopped = threading.Event()
         self.problem: str | None = "has not answered yet"
 
@@ -107,16 +120,18 @@ class Reflector(Generic[T]):
 
     def step(self) -> float:
         """List if need be, then watch until that ends; return how long to wait before the next."""
-        began = time.monotonic()
+        began = self._clock()
         try:
             if self._version is None:
                 self._list()
                 self._well()
+            if self._version is None:
+                return MISSING_SECONDS * random.uniform(0.5, 1)
             eventful = self._watch()
         except ClusterError as error:
             return self._failed(error)
         # A server that ends each watch at once is not to be asked all the time.
-        if eventful or time.monotonic() - began > 1:
+        if eventful or self._clock() - began > 1:
             self._backoff.reset()
             return 0.0
         return self._backoff.next()
@@ -142,8 +157,37 @@ class Reflector(Generic[T]):
         self._failures = 0
 
     def _list(self) -> None:
+        try:
+            found, version = self._pages()
+        except ApiError as error:
+            if error.status != NOT_FOUND or not self._resource.optional:
+                raise
+            found, version = {}, None
+        self._doubt(found)
+        if version is None and not self._missing:
+            self._complain(f"{self._resource.path}: the server does not have this kind (yet)")
+        self._missing = version is None
+        if found != self._table:
+            self._table = found
+            self._changed()
+        self._version = version
+
+    def _doubt(self, found: Mapping[str, T]) -> None:
+        if found or not self._table:
+            self._emptied = None
+            return
+        now = self._clock()
+        self._emptied = self._emptied or now
+        if now - self._emptied < self._resource.hold:
+            raise ApiError(
+                f"GET {self._resource.path}: none of the {len(self._table)} objects that were "
+                f"there is left; believed after {self._resource.hold:g} s"
+            )
+
+    def _pages(self) -> tuple[dict[str, T], str | None]:
         found: dict[str, T] = {}
-        query = {**self._resource.query, "limit": str(PAGE)}
+        known = self._table or {}
+        query = {**self._resource.query, "limit": str(self._resource.page)}
         accept = self._resource.accept("PartialObjectMetadataList")
         while True:
             page = self._client.get(self._resource.path, query, accept)
@@ -156,13 +200,13 @@ class Reflector(Generic[T]):
             if not isinstance(items, list) or not isinstance(version, str) or not version:
                 raise ApiError(f"GET {self._resource.path}: the answer is not a whole list")
             for item in self._read(items):
-                found[item.full_name] = item
+                before = known.get(item.full_name)
+                # Who keeps something for an object finds it again.
+                found[item.full_name] = before if before == item else item
             following = metadata.get("continue")
             if not following:
-                break
+                return found, version
             query["continue"] = str(following)
-        self._table, self._version = found, version
-        self._changed()
 
     def _watch(self) -> bool:
         """Return whether any event came."""

@@ -4,17 +4,17 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trustme
 from apiserver import ApiServer, Fault, namespace, pod
 
+from redirector.apiserver.client import Access, ApiError, Client, elsewhere, in_cluster
+from redirector.apiserver.reflector import Backoff, Reflector, Resource
 from redirector.errors import ClusterError
-from redirector.kubernetes import reflector
-from redirector.kubernetes.client import Access, ApiError, Client, elsewhere, in_cluster
 from redirector.kubernetes.objects import PodObject, read_namespace, read_pod
-from redirector.kubernetes.reflector import Backoff, Reflector, Resource
 
 PODS = Resource("/api/v1/pods", read_pod, {"fieldSelector": "spec.nodeName=node-1"})
 PATIENCE_S = 10.0
@@ -29,15 +29,17 @@ def server() -> Iterator[ApiServer]:
 class Followed:
     """A reflector that runs, and what it said."""
 
-    def __init__(self, server: ApiServer) -> None:
+    def __init__(self, server: ApiServer, resource: Resource[PodObject] = PODS) -> None:
         self.complaints: list[str] = []
+        self.later = 0.0
         self.news = threading.Event()
         self.reflector: Reflector[PodObject] = Reflector(
             Client(Access(server.url)),
-            PODS,
+            resource,
             self.news.set,
             self.complaints.append,
             Backoff(0.02, 0.1),
+            lambda: time.monotonic() + self.later,
         )
 
     def until(self, names: set[str]) -> None:
@@ -80,20 +82,17 @@ def test_the_table_follows(server: ApiServer, followed: Followed) -> None:
     assert followed.complaints == []
 
 
-def test_a_long_list_comes_in_pages(
-    server: ApiServer, followed: Followed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reflector, "PAGE", 3)
+def test_a_long_list_comes_in_pages(server: ApiServer) -> None:
+    followed = Followed(server, replace(PODS, page=3))
     add(server, *"abcdefgh")
     followed.reflector.start()
     followed.until({f"default/{name}" for name in "abcdefgh"})
     assert server.seen("list", "pods") == 3
+    followed.reflector.stop()
 
 
-def test_nothing_is_known_before_the_last_page(
-    server: ApiServer, followed: Followed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reflector, "PAGE", 2)
+def test_nothing_is_known_before_the_last_page(server: ApiServer) -> None:
+    followed = Followed(server, replace(PODS, page=2))
     add(server, *"abcd")
     server.slow = 0.2
     tables: list[object] = []
@@ -103,6 +102,7 @@ def test_nothing_is_known_before_the_last_page(
         time.sleep(0.01)
     assert set(tables) == {None}
     followed.until({f"default/{name}" for name in "abcd"})
+    followed.reflector.stop()
 
 
 @pytest.mark.parametrize("fault", list(Fault))
@@ -211,6 +211,71 @@ def test_an_object_that_is_none_does_not_stop_the_rest(
     followed.until({"default/a", "default/b"})
 
 
+def test_a_kind_that_the_server_does_not_have_yet(
+    server: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("redirector.apiserver.reflector.MISSING_SECONDS", 0.05)
+    server.undefined.add("pods")
+    strict, followed = Followed(server), Followed(server, replace(PODS, optional=True))
+    followed.reflector.start()
+    server.wait_for(lambda: server.seen("list", "pods") > 1)
+    assert followed.reflector.objects() == {}
+    assert followed.reflector.problem is None
+    assert strict.reflector.step() > 0
+    assert strict.reflector.objects() is None
+    server.wait_for(lambda: server.seen("list", "pods") > 5)
+    assert len(followed.complaints) == 1
+    server.undefined.clear()
+    add(server, "a")
+    followed.until({"default/a"})
+    followed.reflector.stop()
+
+
+@pytest.mark.parametrize("undefined", [False, True])
+def test_a_server_that_lost_everything_is_not_believed_at_once(
+    server: ApiServer, undefined: bool
+) -> None:
+    followed = Followed(server, replace(PODS, hold=3600, optional=True))
+    add(server, "a", "b")
+    followed.reflector.start()
+    followed.until({"default/a", "default/b"})
+    server.objects["pods"].clear()
+    if undefined:
+        server.undefined.add("pods")
+    server.forget()
+    lists = server.seen("list", "pods")
+    server.wait_for(lambda: server.seen("list", "pods") >= lists + 3)
+    assert set(followed.reflector.objects() or {}) == {"default/a", "default/b"}
+    assert "none of the 2 objects" in followed.complaints[-1]
+    followed.later = 3600
+    followed.until(set())
+    followed.reflector.stop()
+
+
+def test_who_is_told_that_the_last_object_went_believes_it(server: ApiServer) -> None:
+    followed = Followed(server, replace(PODS, hold=3600))
+    add(server, "a")
+    followed.reflector.start()
+    followed.until({"default/a"})
+    server.delete("pods", "default/a")
+    followed.until(set())
+    followed.reflector.stop()
+
+
+def test_an_unchanged_object_of_a_new_list_is_the_old_one(
+    server: ApiServer, followed: Followed
+) -> None:
+    add(server, "a")
+    followed.reflector.start()
+    followed.until({"default/a"})
+    before = (followed.reflector.objects() or {})["default/a"]
+    server.forget()
+    add(server, "b")
+    followed.until({"default/a", "default/b"})
+    assert server.seen("list", "pods") == 2
+    assert (followed.reflector.objects() or {})["default/a"] is before
+
+
 def test_namespaces_come_without_their_insides(server: ApiServer) -> None:
     server.put("namespaces", namespace("default", mode="ebpf"))
     resource = Resource("/api/v1/namespaces", read_namespace, {}, metadata_only=True)
@@ -238,9 +303,9 @@ def test_the_token_is_read_anew_and_kept_to_safe_places(server: ApiServer, tmp_p
     assert elsewhere("http://10.0.0.1/", tmp_path) == Access("http://10.0.0.1")
     assert elsewhere("https://10.0.0.1", tmp_path).token_file == token
     environment = {"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443"}
-    assert in_cluster(environment, tmp_path).url == "https://[fd00::1]:6443"
-    with pytest.raises(ClusterError, match="--api-server"):
-        in_cluster({}, tmp_path)
+    assert in_cluster(environment, "", tmp_path).url == "https://[fd00::1]:6443"
+    with pytest.raises(ClusterError, match=r"is not a pod of a cluster.*; do this"):
+        in_cluster({}, "do this", tmp_path)
 
 
 def test_only_the_clusters_own_authority_is_believed(tmp_path: Path) -> None:
