@@ -1,0 +1,125 @@
+"""One client's stream and where it stands: requests in, what it lacks out, answers booked."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DiscoveryRequest
+
+from xds_server.delta import DeltaStream
+from xds_server.generation import Generation
+from xds_server.hub import Hub
+from xds_server.ir import NodeId
+from xds_server.push import listed
+from xds_server.references import kind
+from xds_server.sotw import SotwStream
+from xds_server.stream import Nack, Response
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """The pumps between a gRPC stream and its state machine."""
+
+    def __init__(self, hub: Hub, node: NodeId, stream: DeltaStream | SotwStream) -> None:
+        self.node = node
+        self.stream = stream
+        self.wake = asyncio.Event()
+        self.closed = False
+        self._hub = hub
+        self._generation: Generation | None = None
+        self._sent_at: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        return f"{self.node.pod}.{self.node.namespace}"
+
+    async def read(self, requests: AsyncIterator[Any]) -> None:
+        """Take in requests until the client ends its side."""
+        try:
+            async for request in requests:
+                self.receive(request)
+        finally:
+            self.closed = True
+            self.wake.set()
+
+    def receive(self, request: Any) -> None:
+        """Take in one request and book the answer that it carries, if any."""
+        now = self._hub.clock()
+        answer = self.stream.receive(request)
+        log.debug("%s asks %s", self, _question(request))
+        self.wake.set()
+        if answer is None:
+            return
+        took = (now - self._sent_at.pop(answer.nonce)) * 1000
+        what = f"{answer.nonce} ({kind(answer.type_url)}) after {took:.1f} ms"
+        nack = None
+        if isinstance(answer, Nack):
+            nack = f"{self}: {kind(answer.type_url)} {answer.version}: {answer.error}"
+            log.warning("%s NACK %s: %s", self, what, answer.error)
+        else:
+            log.info("%s ACK %s", self, what)
+        self._hub.answered(self, answer.nonce, now, nack)
+
+    async def write(self, context: Any) -> None:
+        """Send what the client lacks, whenever anything changed.
+
+        Each message is worked out only when the one before it was taken: a slow client is never
+        sent a state that was overtaken meanwhile.
+        """
+        stream, hub = self.stream, self._hub
+        while not (self.closed or hub.closing):
+            await self.wake.wait()
+            self.wake.clear()
+            while not hub.closing:
+                await self._refresh()
+                response = stream.next_response()
+                if response is None:
+                    break
+                self._note_sent(response)
+                await context.write(response.body)
+            if stream.settled and self._generation is hub.generation:
+                hub.settle(self)
+
+    async def _refresh(self) -> None:
+        """Offer the stream the current generation, if it has not been yet."""
+        while self._generation is not self._hub.generation:
+            generation = self._hub.generation
+            snapshot = await self._hub.snapshot(generation, self.node)
+            self._generation = generation
+            self.stream.offer(snapshot)
+
+    def _note_sent(self, response: Response) -> None:
+        self._sent_at[response.nonce] = self._hub.clock()
+        self._hub.sent(self, response.nonce)
+        log.info(
+            "%s sent %s (%s): %s, %d bytes",
+            self,
+            response.nonce,
+            kind(response.type_url),
+            _contents(response),
+            len(response.body),
+        )
+
+
+def _question(request: DeltaDiscoveryRequest | DiscoveryRequest) -> str:
+    if isinstance(request, DiscoveryRequest):
+        words = [("names", request.resource_names)]
+    else:
+        words = [
+            ("subscribes", request.resource_names_subscribe),
+            ("unsubscribes", request.resource_names_unsubscribe),
+            ("has", request.initial_resource_versions),
+        ]
+    parts = [f"{word} {len(names)} ({listed(names)})" for word, names in words if names]
+    return f"{kind(request.type_url)}: {', '.join(parts) or 'nothing by name'}"
+
+
+def _contents(response: Response) -> str:
+    parts = []
+    if response.resources:
+        names = listed(entry.name for entry in response.resources)
+        parts.append(f"{len(response.resources)} ({names})")
+    if response.removed:
+        parts.append(f"{len(response.removed)} removed ({listed(response.removed)})")
+    return ", ".join(parts) or "nothing"
