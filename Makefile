@@ -1,7 +1,7 @@
 # Every target does its own set-up, again and again without harm.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernel compare bench-node check fmt clean
+.PHONY: help setup demo test test-kernel compare bench-node bench-xds check fmt clean
 
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -31,6 +31,9 @@ compare: setup ## the latency comparison of both modes
 
 bench-node: setup ## what enrolled pods cost a node: time, memory, new connections
 	@$(BIN)/python -m redirector.bench.command $(ARGS)
+
+bench-xds: setup ## what a thousand sidecars cost the xDS server: time to the last ACK, CPU, bytes, memory
+	@$(BIN)/python -m xds_server.bench.command $(ARGS)
 
 check: setup ## lint, types, import rules, C format (changes nothing)
 	@$(BIN)/ruff check .

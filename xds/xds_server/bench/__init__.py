@@ -1,0 +1,1 @@
+"""What the control plane costs, for its makers: `make bench-xds`."""

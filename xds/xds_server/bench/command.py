@@ -1,0 +1,107 @@
+"""`python -m xds_server.bench.command`: every figure, a line each."""
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from redirector.errors import RedirectorError
+from xds_server.bench.clients import Variant
+from xds_server.bench.measure import Case, Result, Round, measure
+from xds_server.bench.objects import Size
+
+#: From small to large; what a figure should stay below is told with it where it was promised.
+CASES = (
+    Case(Size(100, 1, 10), Variant.DELTA),
+    Case(Size(100, 1, 1000), Variant.DELTA),
+    Case(Size(100, 1000, 10), Variant.DELTA),
+    Case(Size(1000, 1, 10), Variant.DELTA),
+    Case(Size(1000, 1, 1000), Variant.DELTA),
+    Case(Size(1000, 1, 1000), Variant.SOTW),
+    Case(Size(1000, 100, 1000), Variant.DELTA),
+    Case(Size(1000, 1000, 10), Variant.DELTA),
+)
+_KIB, _MIB = 1 << 10, 1 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    parser = argparse.ArgumentParser(prog="bench-xds", description=__doc__)
+    for name in ("clients", "services", "endpoints"):
+        parser.add_argument(f"--{name}", type=int, help="one case of this size instead of all")
+    parser.add_argument("--variant", type=Variant, choices=list(Variant), default=Variant.DELTA)
+    parser.add_argument("--rounds", type=int, default=10, help="changes (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
+    given = parser.parse_args(argv)
+    numbers = (given.clients, given.services, given.endpoints)
+    if any(numbers) and not all(number and 1 <= number <= 10_000 for number in numbers):
+        parser.error("give --clients, --services and --endpoints together, from 1 to 10000 each")
+    if given.rounds < 1:
+        parser.error(f"--rounds {given.rounds}: give 1 or more")
+    cases = (Case(Size(*numbers), given.variant),) if any(numbers) else CASES
+    # A socket for each client, in the server's process and in theirs.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    results: list[Result] = []
+    try:
+        for case in cases:
+            results.append(measure(case, given.rounds, _progress))
+            for line in told(results[-1]):
+                print(line, flush=True)
+    except RedirectorError as error:
+        print(f"bench-xds: {error}", file=sys.stderr)
+        return error.exit_code
+    if given.json:
+        given.json.write_text(json.dumps([_plain(result) for result in results], indent=2) + "\n")
+    return 0
+
+
+def _progress(text: str) -> None:
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def told(result: Result) -> Iterator[str]:
+    """A result for people: median of the rounds, least and most behind it."""
+    cold = result.cold
+    yield str(result.case)
+    yield (
+        f"  from objects to the first full push: {cold.seconds * 1000:.0f} ms; "
+        f"all connected and complete after {result.connected:.1f} s"
+    )
+    yield (
+        f"  memory: {result.memory_before / _MIB:.0f} MiB alone, {result.memory / _MIB:.0f} with "
+        f"the clients ({result.memory_each / _KIB:.0f} KiB each), "
+        f"{result.memory_after / _MIB:.0f} after the changes"
+    )
+    for command, rounds in result.rounds.items():
+        yield (
+            f"  {command}: {rounds[0].clients} clients, "
+            f"{rounds[0].bytes_each:.0f} bytes each, "
+            f"{rounds[0].change.encodings} encoded"
+        )
+        yield f"    from the change to the ACK, ms: p50 {_spread([r.p50 for r in rounds])}, " + (
+            f"p99 {_spread([r.p99 for r in rounds])}, last {_spread([r.last for r in rounds])}"
+        )
+        yield f"    server CPU, ms: {_spread([r.change.cpu for r in rounds])}"
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+    return f"{middle * 1000:.1f} ({low * 1000:.1f} - {high * 1000:.1f})"
+
+
+def _plain(result: Result) -> dict[str, object]:
+    rounds: dict[str, tuple[Round, ...]] = {str(c): r for c, r in result.rounds.items()}
+    return dataclasses.asdict(dataclasses.replace(result, rounds={})) | {
+        "rounds": {
+            name: [dataclasses.asdict(one) for one in found] for name, found in rounds.items()
+        }
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

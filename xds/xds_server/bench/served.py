@@ -1,0 +1,127 @@
+"""The server that is measured, in a process and on a CPU of its own."""
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from xds_server.bench.objects import Size, World, node_id
+from xds_server.generation import Generation
+from xds_server.ingest import ingest
+from xds_server.ir import NodeId
+from xds_server.push import Push
+from xds_server.server import Server
+from xds_server.translate import translate
+
+#: A change that was not answered by all in this time is told as it stands.
+_PATIENCE_S = 120.0
+
+
+class Command(StrEnum):
+    """What the server is asked over the pipe; it answers each with one value."""
+
+    MOVE_ENDPOINT = "an endpoint moves"
+    EDIT_POLICY = "a policy is edited"
+    MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Cold:
+    """From objects to the first sidecar's full configuration: seconds, and CPU seconds."""
+
+    seconds: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one change cost. `at` is when it was made (CLOCK_MONOTONIC); `cpu` counts all threads of
+    the process until the last answer was booked; `encodings` are the resources serialized."""
+
+    at: float
+    seconds: float
+    cpu: float
+    encodings: int
+    changed: int
+    reached: int
+    unanswered: int
+
+
+def run(control: Connection, address: str, size: Size, cpu: int) -> None:
+    """The process: answers commands until the pipe closes."""
+    os.sched_setaffinity(0, {cpu})
+    asyncio.run(_Served(control, size).serve(address))
+
+
+class _Served:
+    def __init__(self, control: Connection, size: Size) -> None:
+        self._control = control
+        self._world = World(size)
+        self._objects = self._world.objects()
+        self._pushes: asyncio.Queue[Push] = asyncio.Queue()
+
+    async def serve(self, address: str) -> None:
+        began, spent = time.perf_counter(), time.process_time()
+        generation = self._generation()
+        generation.snapshot(NodeId.parse(node_id(0)))
+        cold = Cold(time.perf_counter() - began, time.process_time() - spent)
+        server = Server(generation, report=self._pushes.put_nowait, report_after=_PATIENCE_S)
+        server.listen(address)
+        await server.start()
+        commands: asyncio.Queue[Command] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        closed = asyncio.Event()
+
+        def take() -> None:
+            try:
+                commands.put_nowait(self._control.recv())
+            except EOFError:
+                loop.remove_reader(self._control.fileno())
+                closed.set()
+
+        loop.add_reader(self._control.fileno(), take)
+        self._control.send(cold)
+        gone = asyncio.create_task(closed.wait())
+        while not closed.is_set():
+            command = asyncio.create_task(commands.get())
+            await asyncio.wait({command, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if command.done():
+                self._control.send(await self._answer(server, command.result()))
+        await server.stop(0)
+
+    async def _answer(self, server: Server, command: Command) -> Change | int:
+        if command is Command.MEMORY:
+            return resident(os.getpid())
+        if command is Command.EDIT_POLICY:
+            self._world.edit_policy()
+        else:
+            self._world.move_endpoint()
+        self._objects = self._world.objects()
+        at, spent = time.monotonic(), time.process_time()
+        generation = self._generation()
+        await server.publish(generation, command.value, time.time())
+        push = await self._pushes.get()
+        return Change(
+            at,
+            time.monotonic() - at,
+            time.process_time() - spent,
+            generation.encodings,
+            len(push.changed),
+            len(push.reached),
+            len(push.waiting),
+        )
+
+    def _generation(self) -> Generation:
+        mesh, problems = ingest(self._objects)
+        assert not problems, problems[0]
+        return Generation(partial(translate, mesh))
+
+
+def resident(process: int) -> int:
+    """Resident memory, bytes (proc(5), statm)."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
