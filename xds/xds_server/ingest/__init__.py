@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from redirector.model import IPAddress
 from xds_server.errors import Problem
+from xds_server.ingest.attachment import Places, attach
 from xds_server.ingest.clashes import clashes
 from xds_server.ingest.core import (
     Members,
@@ -20,6 +21,7 @@ from xds_server.ingest.core import (
 from xds_server.ingest.policies import POLICY_GROUP, POLICY_VERSION, Origins, PolicyReader
 from xds_server.ingest.reader import Field, Item, identify
 from xds_server.ingest.routes import GATEWAY_GROUP, RouteReader, read_grant
+from xds_server.ingest.traffic import read_traffic
 from xds_server.ir import Mesh, Name, Parent, Protocol
 from xds_server.sources.objects import KubeObject
 
@@ -35,6 +37,7 @@ _KINDS = {
     (f"{GATEWAY_GROUP}/v1", "ReferenceGrant"),
     (f"{GATEWAY_GROUP}/v1beta1", "ReferenceGrant"),
     (POLICY_VERSION, "AuthorizationPolicy"),
+    (POLICY_VERSION, "TrafficPolicy"),
 }
 
 
@@ -68,6 +71,20 @@ def ingest(objects: Sequence[KubeObject]) -> tuple[Mesh, list[Problem]]:
     }
     members = Members(pods.values(), services.values(), slices)
     policy_reader = PolicyReader(pods, services, members, Origins(pods.values()))
+    attached = attach(
+        map(read_traffic, kinds["TrafficPolicy"]),
+        Places(
+            services,
+            protocols,
+            members.ports,
+            {
+                ("HTTPRoute", item.name): {
+                    rule["name"].text("") for rule in item.spec["rules"].items()
+                }
+                for item in kinds["HTTPRoute"]
+            },
+        ),
+    )
     pieces = defaultdict(list)
     for piece in slices:
         pieces[piece.service].append(piece)
@@ -80,14 +97,21 @@ def ingest(objects: Sequence[KubeObject]) -> tuple[Mesh, list[Problem]]:
             name: build_workload(pods[name], members.ports[name], protocols)
             for name in sorted(pods)
         },
-        routes=tuple(sorted((route for _, route in routes), key=lambda route: route.name)),
+        routes=tuple(
+            sorted(
+                (attached.to_route(item.kind, route) for item, route in routes),
+                key=lambda route: route.name,
+            )
+        ),
         policies=tuple(
             sorted(
                 map(policy_reader.read, kinds["AuthorizationPolicy"]),
                 key=lambda policy: policy.name,
             )
         ),
+        traffic=attached.policies,
         ignored=tuple(sorted(ignored)),
+        statuses=attached.statuses,
     )
     # A field that is read twice is wrong only once.
     return mesh, list(dict.fromkeys(problems))
@@ -111,7 +135,8 @@ def _sorted_by_kind(
             if version.split("/")[0] == POLICY_GROUP:
                 # A policy that is misspelt must not be taken for somebody else's object.
                 item.root["kind"].problem(
-                    f"{version} has no such kind; use {POLICY_VERSION} AuthorizationPolicy"
+                    f"{version} has no such kind; use AuthorizationPolicy or TrafficPolicy of "
+                    f"{POLICY_VERSION}"
                 )
             else:
                 ignored.append(f"{item.subject} ({version})")

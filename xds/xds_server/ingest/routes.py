@@ -150,6 +150,7 @@ class RouteReader:
             _filters(rule["filters"]),
             whole,
             single,
+            rule["name"].text(""),
         )
 
     def _backend(self, item: Item, reference: Field) -> Backend:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from xds_server.conditions import ObjectStatus
+from xds_server.ir.limits import Abort, Delay, Fault, RateLimit
 from xds_server.ir.matches import MatchKind, NamedMatch, StringMatch
 from xds_server.ir.names import INBOUND_PORT, OUTBOUND_PORT, Name, NodeId, Protocol
 from xds_server.ir.policies import Action, Operation, Policy, PolicyRule, Source
@@ -22,33 +23,63 @@ from xds_server.ir.routes import (
     RouteRule,
 )
 from xds_server.ir.services import AppPort, Endpoint, Service, ServicePort, Workload
+from xds_server.ir.traffic import (
+    AccessLog,
+    Balancing,
+    CircuitBreaker,
+    CookieHash,
+    HashKey,
+    HeaderHash,
+    LoadBalancer,
+    LogFormat,
+    Outliers,
+    PodPort,
+    SourceHash,
+    TrafficPolicy,
+)
 
 __all__ = [
     "INBOUND_PORT",
     "OUTBOUND_PORT",
+    "Abort",
+    "AccessLog",
     "Action",
     "AppPort",
     "Backend",
+    "Balancing",
+    "CircuitBreaker",
+    "CookieHash",
+    "Delay",
     "Endpoint",
+    "Fault",
+    "HashKey",
     "HeaderChange",
     "HeaderChanges",
+    "HeaderHash",
+    "LoadBalancer",
+    "LogFormat",
     "MatchKind",
     "Mesh",
     "Name",
     "NamedMatch",
     "NodeId",
     "Operation",
+    "Outliers",
     "Parent",
+    "PodPort",
     "Policy",
     "PolicyRule",
     "Protocol",
+    "RateLimit",
     "Route",
     "RouteMatch",
     "RouteRule",
     "Service",
     "ServicePort",
     "Source",
+    "SourceHash",
     "StringMatch",
+    "TrafficPolicy",
     "Workload",
 ]
 
@@ -62,5 +93,6 @@ class Mesh:
     workloads: Mapping[Name, Workload] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
     policies: tuple[Policy, ...] = ()
+    traffic: tuple[TrafficPolicy, ...] = ()
     ignored: tuple[str, ...] = ()
     statuses: tuple[ObjectStatus, ...] = ()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import timedelta
 
+from xds_server.ir.limits import Fault, RateLimit
 from xds_server.ir.matches import MatchKind, NamedMatch, StringMatch
 from xds_server.ir.names import Name
 
@@ -68,13 +69,18 @@ class Backend:
 
 @dataclass(frozen=True)
 class RouteRule:
-    """`timeout` bounds a request, `backend_timeout` one try of it; None or zero is no bound."""
+    """`timeout` bounds a request, `backend_timeout` one try of it; None or zero is no bound.
+    `rate_limit` and `fault` are a traffic policy's, and each client's sidecar has them for itself;
+    `name` is what a policy calls the rule, or empty."""
 
     matches: tuple[RouteMatch, ...]
     backends: tuple[Backend, ...]
     headers: HeaderChanges = HeaderChanges()
     timeout: timedelta | None = None
     backend_timeout: timedelta | None = None
+    name: str = ""
+    rate_limit: RateLimit | None = None
+    fault: Fault | None = None
 
 
 @dataclass(frozen=True, order=True)

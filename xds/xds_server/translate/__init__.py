@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 
 from google.protobuf.message import Message
 
-from xds_server.ir import AppPort, Mesh, Name, NodeId, Parent, Policy, Route
+from xds_server.ir import AppPort, Mesh, Name, NodeId, Parent, Policy, Route, TrafficPolicy
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds_server.translate.clusters import (
     INBOUND,
@@ -15,9 +15,10 @@ from xds_server.translate.clusters import (
     outbound_clusters,
     outbound_endpoints,
 )
-from xds_server.translate.inbound import inbound_listener, inbound_routes
+from xds_server.translate.inbound import inbound_listener, inbound_name, inbound_routes
 from xds_server.translate.outbound import OUTBOUND, outbound_listener
 from xds_server.translate.routes import route_configuration
+from xds_server.translate.traffic import configure, for_requests
 
 __all__ = ["CLUSTER", "ENDPOINT", "LISTENER", "ROUTE", "Resources", "Translator", "translate"]
 
@@ -59,9 +60,12 @@ class Translator:
             for route in routes
             if route.name.namespace != parent.service.namespace
         }
-        self._inbound_by_kind: dict[
-            tuple[tuple[AppPort, ...], tuple[Name, ...]], tuple[Message, Message]
-        ] = {}
+        self._traffic = {parent: policy for policy in mesh.traffic for parent in policy.services}
+        self._arrivals: dict[Name, dict[int, TrafficPolicy]] = defaultdict(dict)
+        for traffic in mesh.traffic:
+            for place in traffic.pods:
+                self._arrivals[place.pod][place.port] = traffic
+        self._inbound_by_kind: dict[object, tuple[Message, dict[str, Message]]] = {}
         self._routes_by_consumer: dict[str | None, dict[str, Message]] = {}
 
     def resources(self, node: NodeId) -> Resources:
@@ -73,7 +77,10 @@ class Translator:
                 key=lambda policy: policy.name,
             )
         )
-        inbound, inbound_route = self._inbound(workload.ports if workload else (), policies)
+        arrivals = self._arrivals.get(name, {})
+        inbound, inbound_by_port = self._inbound(
+            workload.ports if workload else (), policies, arrivals
+        )
         if workload is None:
             return {
                 CLUSTER: self._fixed,
@@ -81,9 +88,7 @@ class Translator:
                 LISTENER: {INBOUND: inbound, OUTBOUND: outbound_listener(())},
                 ROUTE: {},
             }
-        routes = dict(self._outbound_routes(node.namespace))
-        if any(port.protocol.is_http for port in workload.ports):
-            routes[INBOUND] = inbound_route
+        routes = self._outbound_routes(node.namespace) | inbound_by_port
         return {
             CLUSTER: self._clusters,
             ENDPOINT: self._endpoints,
@@ -92,15 +97,23 @@ class Translator:
         }
 
     def _inbound(
-        self, ports: tuple[AppPort, ...], policies: tuple[Policy, ...]
-    ) -> tuple[Message, Message]:
-        """Listener and routes; pods of one kind share them."""
-        key = (ports, tuple(policy.name for policy in policies))
+        self,
+        ports: tuple[AppPort, ...],
+        policies: tuple[Policy, ...],
+        arrivals: Mapping[int, TrafficPolicy],
+    ) -> tuple[Message, dict[str, Message]]:
+        """Listener, and the routes of its HTTP ports; pods of one kind share them."""
+        traffic = tuple(sorted((port, policy.name) for port, policy in arrivals.items()))
+        key = (ports, tuple(policy.name for policy in policies), traffic)
         if key not in self._inbound_by_kind:
-            self._inbound_by_kind[key] = (
-                inbound_listener(ports, policies),
-                inbound_routes(policies),
-            )
+            routes: dict[str, Message] = {
+                inbound_name(port.number): inbound_routes(
+                    port.number, policies, arrivals.get(port.number)
+                )
+                for port in ports
+                if port.protocol.is_http
+            }
+            self._inbound_by_kind[key] = (inbound_listener(ports, policies, arrivals), routes)
         return self._inbound_by_kind[key]
 
     @cached_property
@@ -109,7 +122,7 @@ class Translator:
 
     @cached_property
     def _clusters(self) -> dict[str, Message]:
-        clusters = self._fixed | outbound_clusters(self._mesh.services.values())
+        clusters = self._fixed | outbound_clusters(self._mesh.services.values(), self._traffic)
         return dict(sorted(clusters.items()))
 
     @cached_property
@@ -134,7 +147,10 @@ class Translator:
                     if port.protocol.is_http and service.addresses:
                         parent = Parent(service.name, port.number)
                         name = cluster_name(service.name, port.number)
-                        found[name] = route_configuration(parent, self._chosen(parent, consumer))
+                        made = route_configuration(parent, self._chosen(parent, consumer))
+                        policy = self._traffic.get(parent)
+                        configure(made, for_requests(policy.fault if policy else None, None))
+                        found[name] = made
             self._routes_by_consumer[consumer] = found
         return self._routes_by_consumer[consumer]
 

@@ -1,6 +1,6 @@
 """Clusters and their endpoints: the same for every sidecar."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2
 from envoy.config.core.v3 import address_pb2, protocol_pb2
@@ -9,7 +9,8 @@ from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from xds_server.ir import Endpoint, Name, Protocol, Service
+from xds_server.ir import Endpoint, Name, Parent, Protocol, Service, TrafficPolicy
+from xds_server.translate.endpoints import shape
 from xds_server.translate.messages import ads, packed, socket_address
 
 PASSTHROUGH = "passthrough"
@@ -28,7 +29,9 @@ def cluster_name(service: Name, port: int) -> str:
     return f"outbound|{port}|{service.name}.{service.namespace}"
 
 
-def outbound_clusters(services: Iterable[Service]) -> dict[str, Message]:
+def outbound_clusters(
+    services: Iterable[Service], traffic: Mapping[Parent, TrafficPolicy]
+) -> dict[str, Message]:
     """A cluster for each service port, with its endpoints to be asked for over ADS."""
     found: dict[str, Message] = {}
     for service in services:
@@ -38,6 +41,7 @@ def outbound_clusters(services: Iterable[Service]) -> dict[str, Message]:
             cluster.eds_cluster_config.eds_config.CopyFrom(ads())
             cluster.lb_policy = cluster_pb2.Cluster.LbPolicy.LEAST_REQUEST
             _speak(cluster, port.protocol)
+            shape(cluster, traffic.get(Parent(service.name, port.number)))
             found[name] = cluster
     return found
 

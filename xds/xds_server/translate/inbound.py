@@ -1,11 +1,12 @@
 """What reaches a pod: judged by its policies, then handed to the application."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from envoy.config.listener.v3 import listener_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
 
-from xds_server.ir import INBOUND_PORT, AppPort, Policy
+from xds_server.ir import INBOUND_PORT, AppPort, Policy, TrafficPolicy
+from xds_server.translate.access_logs import access_logs
 from xds_server.translate.clusters import INBOUND
 from xds_server.translate.listeners import (
     Chain,
@@ -18,31 +19,62 @@ from xds_server.translate.listeners import (
     tcp_proxy,
 )
 from xds_server.translate.policies import http_filters, network_filters, per_route
+from xds_server.translate.traffic import (
+    configure,
+    connection_filters,
+    for_requests,
+    inbound_filters,
+)
 
 
-def inbound_listener(ports: Sequence[AppPort], policies: Sequence[Policy]) -> listener_pb2.Listener:
-    """A filter chain for each HTTP port. All others are TCP, known or not, and judged as such."""
-    tcp = [*network_filters(policies), tcp_proxy(INBOUND)]
-    return listener(
-        INBOUND,
-        INBOUND_PORT,
-        (_http_chain(port, policies) for port in ports if port.protocol.is_http),
-        chain(INBOUND, None, tcp),
-    )
+def inbound_listener(
+    ports: Sequence[AppPort], policies: Sequence[Policy], traffic: Mapping[int, TrafficPolicy]
+) -> listener_pb2.Listener:
+    """A filter chain for each HTTP port, and for others with traffic policies. All the rest is TCP,
+    known or not, and judged as such."""
+    chains = [
+        _http_chain(port, policies, traffic.get(port.number))
+        if port.protocol.is_http
+        else _tcp_chain(port.number, policies, traffic[port.number])
+        for port in ports
+        if port.protocol.is_http or port.number in traffic
+    ]
+    return listener(INBOUND, INBOUND_PORT, chains, _tcp_chain(None, policies, None))
 
 
-def inbound_routes(policies: Sequence[Policy]) -> route_pb2.RouteConfiguration:
+def inbound_name(port: int | None) -> str:
+    """What a port's filter chain and its routes are called."""
+    return INBOUND if port is None else f"{INBOUND}|{port}"
+
+
+def inbound_routes(
+    port: int, policies: Sequence[Policy], traffic: TrafficPolicy | None
+) -> route_pb2.RouteConfiguration:
     """Every request to where it was going, under the pod's policies."""
     host = route_components_pb2.VirtualHost(name="*", domains=["*"], routes=[catch_all(INBOUND)])
-    result = route_pb2.RouteConfiguration(name=INBOUND, virtual_hosts=[host])
+    result = route_pb2.RouteConfiguration(name=inbound_name(port), virtual_hosts=[host])
     result.validate_clusters.value = False
-    for name, config in per_route(policies).items():
-        result.typed_per_filter_config[name].CopyFrom(config)
+    configure(
+        result, per_route(policies) | for_requests(None, traffic.rate_limit if traffic else None)
+    )
     return result
 
 
-def _http_chain(port: AppPort, policies: Sequence[Policy]) -> Chain:
-    manager = http_manager(INBOUND, "localhost", http_filters())
+def _tcp_chain(
+    port: int | None, policies: Sequence[Policy], traffic: TrafficPolicy | None
+) -> Chain:
+    filters = [
+        *network_filters(policies),
+        *connection_filters(traffic, http=False),
+        tcp_proxy(INBOUND, access_logs(traffic)),
+    ]
+    return chain(inbound_name(port), port, filters)
+
+
+def _http_chain(port: AppPort, policies: Sequence[Policy], traffic: TrafficPolicy | None) -> Chain:
+    filters = [*http_filters(), *inbound_filters()]
+    manager = http_manager(inbound_name(port.number), "localhost", filters)
+    manager.access_log.extend(access_logs(traffic))
     # The peer's address is appended to X-Forwarded-For, and no peer is trusted with Envoy's own
     # request headers.
     manager.use_remote_address.value = True
@@ -56,4 +88,5 @@ def _http_chain(port: AppPort, policies: Sequence[Policy]) -> Chain:
         manager.path_with_escaped_slashes_action = (
             Manager.PathWithEscapedSlashesAction.UNESCAPE_AND_REDIRECT
         )
-    return chain(f"{INBOUND}|{port.number}", port.number, [network_filter("http", manager)])
+    found = [*connection_filters(traffic, http=True), network_filter("http", manager)]
+    return chain(inbound_name(port.number), port.number, found)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from envoy.config.accesslog.v3 import accesslog_pb2
 from envoy.config.core.v3 import address_pb2, protocol_pb2
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.config.route.v3 import route_components_pb2
@@ -59,10 +60,13 @@ def chain(name: str, port: int | None, filters: Iterable[Filter]) -> Chain:
     return result
 
 
-def tcp_proxy(cluster: str) -> Filter:
+def tcp_proxy(cluster: str, access_log: Iterable[accesslog_pb2.AccessLog] = ()) -> Filter:
     # Applications decide how long their connections may be idle.
     proxy = tcp_proxy_pb2.TcpProxy(
-        stat_prefix=stat_prefix(cluster), cluster=cluster, idle_timeout=NO_TIMEOUT
+        stat_prefix=stat_prefix(cluster),
+        cluster=cluster,
+        idle_timeout=NO_TIMEOUT,
+        access_log=access_log,
     )
     return network_filter("tcp_proxy", proxy)
 

@@ -16,6 +16,7 @@ from xds_server.translate.listeners import (
     tcp_proxy,
 )
 from xds_server.translate.messages import cidr
+from xds_server.translate.traffic import outbound_filters
 
 OUTBOUND = "outbound"
 
@@ -39,7 +40,7 @@ def _service_chain(service: Service, port: ServicePort) -> Chain:
     name = cluster_name(service.name, port.number)
     if port.protocol.is_http:
         host = f"{service.name.name}.{service.name.namespace}.svc.cluster.local"
-        manager = http_manager(name, host)
+        manager = http_manager(name, host, outbound_filters())
         # The application's X-Forwarded-For, if any, is its own matter.
         manager.skip_xff_append = True
         manager.codec_type = Manager.CodecType.AUTO

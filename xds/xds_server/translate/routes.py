@@ -25,6 +25,7 @@ from xds_server.translate.messages import (
     regex,
     string_matcher,
 )
+from xds_server.translate.traffic import configure, for_requests
 
 _PATH_RANK = {MatchKind.EXACT: 2, MatchKind.REGEX: 1, MatchKind.PREFIX: 0}
 
@@ -123,6 +124,7 @@ def _route(one: _Candidate) -> route_components_pb2.Route:
     result = route_components_pb2.Route(
         name=f"{one.route.name}/{one.place[0]}/{one.place[1]}", match=_match(one.match)
     )
+    configure(result, for_requests(rule.fault, rule.rate_limit))
     backends = [backend for backend in rule.backends if backend.weight > 0]
     if not backends:
         result.direct_response.status = 500

@@ -1,0 +1,253 @@
+"""Which TrafficPolicy holds where: targets are looked up, and conflicts decided.
+
+Of two policies that are attached to one place the older holds, else the first by name (Gateway API,
+GEP-713, "Conflict Resolution"). One that names a Service's port goes before one that names the
+whole Service.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from xds_server.conditions import (
+    ACCEPTED,
+    PARTIALLY_INVALID,
+    Condition,
+    ObjectStatus,
+    ParentStatus,
+    Reference,
+)
+from xds_server.ingest.core import RawPort, RawService
+from xds_server.ingest.traffic import RawTraffic, Target
+from xds_server.ir import Name, Parent, PodPort, Protocol, Route, RouteRule, TrafficPolicy
+
+K = TypeVar("K")
+
+CONFLICTED = "Conflicted"
+
+#: Rules of a route, by its kind, its name and theirs; None is all of them.
+RouteSection = tuple[str, Name, str | None]
+
+#: Why a policy holds only in part: reason and message.
+_Lack = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What policies can be attached to. `rules` has the names of each route's rules by kind and
+    name; `served` the service ports that a pod serves and its own ports for them."""
+
+    services: Mapping[Name, RawService]
+    protocols: Mapping[RawPort, Protocol]
+    served: Mapping[Name, Iterable[tuple[RawPort, int]]]
+    rules: Mapping[tuple[str, Name], Collection[str]]
+
+
+@dataclass(eq=False)
+class _Claims:
+    """Who has which place; the first to come keeps it."""
+
+    services: dict[Name, RawTraffic] = field(default_factory=dict)
+    ports: dict[Parent, RawTraffic] = field(default_factory=dict)
+    routes: dict[RouteSection, RawTraffic] = field(default_factory=dict)
+    pods: dict[PodPort, RawTraffic] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """The policies with their places, those that hold for routes' rules, and their statuses."""
+
+    policies: tuple[TrafficPolicy, ...]
+    routes: Mapping[RouteSection, TrafficPolicy]
+    statuses: tuple[ObjectStatus, ...]
+
+    def to_route(self, kind: str, route: Route) -> Route:
+        """The route with what policies say of its rules: of one by its name, else of all."""
+        everywhere = self.routes.get((kind, route.name, None))
+
+        def given(rule: RouteRule) -> RouteRule:
+            named = self.routes.get((kind, route.name, rule.name)) if rule.name else None
+            policy = named or everywhere
+            if policy is None:
+                return rule
+            return replace(rule, rate_limit=policy.rate_limit, fault=policy.fault)
+
+        return replace(route, rules=tuple(map(given, route.rules)))
+
+
+def attach(policies: Iterable[RawTraffic], places: Places) -> Attached:
+    """Where each policy holds, and what to tell of it."""
+    ordered = sorted(policies, key=_age)
+    claims = _Claims()
+    told = {raw: [_claim(raw, target, places, claims) for target in raw.targets] for raw in ordered}
+    held: dict[RawTraffic, set[Parent]] = {raw: set() for raw in ordered}
+    for service in places.services.values():
+        for port in service.ports:
+            parent = Parent(service.name, port.number)
+            winner = claims.ports.get(parent) or claims.services.get(service.name)
+            if winner is not None:
+                held[winner].add(parent)
+    behind = _behind(places)
+    found, statuses = [], []
+    for raw in ordered:
+        pods, more = _arrivals(raw, held[raw], behind, claims)
+        policy = replace(
+            raw.policy,
+            services=frozenset(held[raw]),
+            pods=frozenset(pods),
+        )
+        found.append(policy)
+        statuses.append(_status(raw, told[raw], [*more, *_without_effect(policy, places)]))
+    return Attached(
+        tuple(sorted(found, key=lambda policy: policy.name)),
+        {section: owner.policy for section, owner in claims.routes.items()},
+        tuple(sorted(statuses, key=lambda status: status.subject)),
+    )
+
+
+def _age(raw: RawTraffic) -> tuple[bool, str, Name]:
+    created = raw.item.root["metadata"]["creationTimestamp"].text("")
+    return (created == "", created, raw.item.name)
+
+
+def _claim(
+    raw: RawTraffic, target: Target, places: Places, claims: _Claims
+) -> tuple[Condition, ...]:
+    """The conditions of a policy under one of its targets."""
+
+    def take(taken: dict[K, RawTraffic], place: K) -> tuple[Condition, ...]:
+        owner = taken.setdefault(place, raw)
+        return _accepted() if owner is raw else _conflicted(owner)
+
+    where = f"{target.kind} {target.name}"
+    if target.kind == "Service":
+        service = places.services.get(target.name)
+        if service is None:
+            return _refused("TargetNotFound", f"there is no {where}")
+        if target.section is None:
+            return take(claims.services, target.name)
+        port = _port(service, target.section)
+        if port is None:
+            names = ", ".join(p.name or str(p.number) for p in service.ports) or "none"
+            return _refused(
+                "TargetNotFound", f"{where} has no port {target.section}; it has {names}"
+            )
+        return take(claims.ports, Parent(target.name, port.number))
+    rules = places.rules.get((target.kind, target.name))
+    if rules is None:
+        return _refused("TargetNotFound", f"there is no {where}")
+    if target.section is not None and target.section not in rules:
+        return _refused("TargetNotFound", f"{where} has no rule named {target.section}")
+    return take(claims.routes, (target.kind, target.name, target.section))
+
+
+def _port(service: RawService, section: str) -> RawPort | None:
+    """By name, or by number, since the only port of a service needs no name."""
+    return next((p for p in service.ports if section in (p.name, str(p.number))), None)
+
+
+def _behind(places: Places) -> dict[Parent, list[PodPort]]:
+    owners = {
+        port: Parent(service.name, port.number)
+        for service in places.services.values()
+        for port in service.ports
+    }
+    found: dict[Parent, list[PodPort]] = {}
+    for pod, served in places.served.items():
+        for port, number in served:
+            if port in owners:
+                found.setdefault(owners[port], []).append(PodPort(pod, number))
+    return found
+
+
+def _arrivals(
+    raw: RawTraffic,
+    parents: Iterable[Parent],
+    behind: Mapping[Parent, Iterable[PodPort]],
+    claims: _Claims,
+) -> tuple[set[PodPort], list[_Lack]]:
+    """The pods' ports that the policy judges arriving traffic on. A pod cannot tell which service
+    a connection was meant for: with two services before one port, the older policy has it."""
+    policy = raw.policy
+    if policy.rate_limit is None and policy.max_connections is None and not policy.access_logs:
+        return set(), []
+    wanted = {place for parent in parents for place in behind.get(parent, ())}
+    lost = {place: claims.pods.setdefault(place, raw) for place in sorted(wanted)}
+    told = {owner.item.subject: place for place, owner in lost.items() if owner is not raw}
+    lacks = [
+        (
+            CONFLICTED,
+            f"another Service leads to port {place.port} of pod {place.pod}, too, and the older "
+            f"{subject} holds there",
+        )
+        for subject, place in sorted(told.items())
+    ]
+    return {place for place, owner in lost.items() if owner is raw}, lacks
+
+
+def _without_effect(policy: TrafficPolicy, places: Places) -> list[_Lack]:
+    """A fault is HTTP's."""
+    if policy.fault is None:
+        return []
+    protocols = {
+        (service, port.number): places.protocols[port]
+        for service in {parent.service for parent in policy.services}
+        for port in places.services[service].ports
+    }
+    bare = sorted(
+        parent for parent in policy.services if not protocols[parent.service, parent.port].is_http
+    )
+    if not bare:
+        return []
+    ports = ", ".join(f"{parent.port} of Service {parent.service}" for parent in bare)
+    return [
+        ("UnsupportedValue", f"faultInjection has no effect on ports that are not HTTP: {ports}")
+    ]
+
+
+def _accepted() -> tuple[Condition, ...]:
+    return (Condition(ACCEPTED, True, "Accepted"),)
+
+
+def _refused(reason: str, message: str) -> tuple[Condition, ...]:
+    return (Condition(ACCEPTED, False, reason, message),)
+
+
+def _conflicted(owner: RawTraffic) -> tuple[Condition, ...]:
+    message = f"{owner.item.subject} is older and holds here; remove one of them"
+    return (
+        Condition(ACCEPTED, False, CONFLICTED, message),
+        Condition(CONFLICTED, True, CONFLICTED, message),
+    )
+
+
+def _status(
+    raw: RawTraffic, told: Iterable[tuple[Condition, ...]], lacks: Sequence[_Lack]
+) -> ObjectStatus:
+    generation = raw.item.root["metadata"]["generation"].value
+    partly = (
+        (Condition(PARTIALLY_INVALID, True, lacks[0][0], "; ".join(text for _, text in lacks)),)
+        if lacks
+        else ()
+    )
+    parents = tuple(
+        ParentStatus(
+            Reference(
+                target.field["group"].text(""),
+                target.kind,
+                None,
+                target.name.name,
+                target.section,
+            ),
+            (*conditions, *(partly if conditions[0].status else ())),
+        )
+        for target, conditions in zip(raw.targets, told, strict=True)
+    )
+    return ObjectStatus(
+        "policy.redirector.io/v1alpha1",
+        raw.item.kind,
+        raw.item.name.namespace,
+        raw.item.name.name,
+        generation if isinstance(generation, int) else None,
+        parents=parents,
+    )
