@@ -7,21 +7,17 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from redirector.errors import InputError, RedirectorError
-from xds_server.errors import Problem
-from xds_server.generation import Generation
-from xds_server.ingest import ingest
-from xds_server.ir import Mesh, NodeId
+from xds_server.following import follow, generation, read
+from xds_server.ir import NodeId
 from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars, parse
 from xds_server.push import Push, count
 from xds_server.server import Server
-from xds_server.sources.files import load
-from xds_server.translate import translate
-from xds_server.watch import Change, Listing, changes, listing
+from xds_server.sources.directory import Directory
+from xds_server.sources.source import Source
 
 log = logging.getLogger("xds_server")
 
@@ -83,25 +79,18 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def read(directory: Path) -> tuple[Mesh, int, list[Problem]]:
-    """The mesh in a directory, how many objects it was read from, and every problem."""
-    objects, problems = load(directory)
-    mesh, more = ingest(objects)
-    return mesh, len(objects), [*problems, *more]
-
-
 def validate(directory: Path, out: TextIO, err: TextIO) -> int:
     """Check a directory: 0, or 1 after one line for each problem."""
-    mesh, objects, problems = read(directory)
+    mesh, objects, problems = asyncio.run(read(Directory(directory)))
     if problems:
         for problem in problems:
             print(problem, file=err)
         print(f"{count(objects, 'object')}, {count(len(problems), 'problem')}", file=err)
         return 1
-    generation = Generation(partial(translate, mesh))
+    made = generation(mesh)
     for name, workload in mesh.workloads.items():
         for address in workload.addresses[:1]:
-            generation.snapshot(NodeId(str(address), name.name, name.namespace))
+            made.snapshot(NodeId(str(address), name.name, name.namespace))
     for ignored in mesh.ignored:
         print(f"ignored: {ignored}", file=out)
     print(f"{count(objects, 'object')}, no problems", file=out)
@@ -112,21 +101,8 @@ def _serve(options: argparse.Namespace) -> int:
     _start_log(options.log_level)
     texts = options.listen or [_DEFAULT_LISTEN]
     addresses = [parse(text, insecure=options.insecure_listen) for text in texts]
-    seen = listing(options.manifests)
-    mesh, objects, problems = read(options.manifests)
-    if problems:
-        for problem in problems:
-            print(f"xds-server: {problem}", file=sys.stderr)
-        found = count(len(problems), "problem")
-        print(f"xds-server: {found} in {options.manifests}: nothing to serve", file=sys.stderr)
-        return 1
-    _note_ignored(mesh)
     report = _reporter(options.events)
-    for address in addresses:
-        claim(address)
-    log.info("%s read from %s", count(objects, "object"), options.manifests)
-    asyncio.run(_run(options.manifests, seen, mesh, addresses, report))
-    return 0
+    return asyncio.run(_run(Directory(options.manifests), addresses, report))
 
 
 def _reporter(path: Path | None) -> Callable[[Push], None]:
@@ -147,14 +123,18 @@ def _reporter(path: Path | None) -> Callable[[Push], None]:
     return append
 
 
-async def _run(
-    directory: Path,
-    seen: Listing,
-    mesh: Mesh,
-    addresses: Sequence[Address],
-    report: Callable[[Push], None],
-) -> None:
-    server = Server(Generation(partial(translate, mesh)), report=report)
+async def _run(source: Source, addresses: Sequence[Address], report: Callable[[Push], None]) -> int:
+    mesh, objects, problems = await read(source)
+    if problems:
+        for problem in problems:
+            print(f"xds-server: {problem}", file=sys.stderr)
+        found = count(len(problems), "problem")
+        print(f"xds-server: {found} in {source}: nothing to serve", file=sys.stderr)
+        return 1
+    for address in addresses:
+        claim(address)
+    log.info("%s read from %s", count(objects, "object"), source)
+    server = Server(generation(mesh), report=report)
     for address in addresses:
         _listen(server, address)
     stop = asyncio.Event()
@@ -163,7 +143,7 @@ async def _run(
         loop.add_signal_handler(number, stop.set)
     await server.start()
     log.info("serving")
-    watcher = asyncio.create_task(_follow(directory, seen, server))
+    watcher = asyncio.create_task(follow(source, server))
     try:
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -176,6 +156,7 @@ async def _run(
         for address in addresses:
             if isinstance(address, UnixAddress):
                 address.path.unlink(missing_ok=True)
+    return 0
 
 
 def _listen(server: Server, address: Address) -> None:
@@ -190,41 +171,6 @@ def _listen(server: Server, address: Address) -> None:
         log.info("listening on %s", address)
     else:
         log.info("listening on %s", replace(address, port=port))
-
-
-async def _follow(directory: Path, seen: Listing, server: Server) -> None:
-    """Publish what changes; whatever is wrong with it, the last good state stays."""
-    async for change in changes(directory, seen):
-        try:
-            await _reload(directory, change, server)
-        except RedirectorError as error:
-            log.error("%s", error)
-            log.error("still serving the last good state (%s)", change.reason)
-        except Exception:
-            log.exception("still serving the last good state (%s)", change.reason)
-
-
-async def _reload(directory: Path, change: Change, server: Server) -> None:
-    mesh, objects, problems = await asyncio.to_thread(read, directory)
-    if not objects and not problems:
-        # More likely a writer between two steps than a wish to drop every policy.
-        log.error(
-            "no object in %s, still serving the last good state; restart to serve none", directory
-        )
-        return
-    if problems:
-        for problem in problems:
-            log.error("%s", problem)
-        found = count(len(problems), "problem")
-        log.error("%s, still serving the last good state (%s)", found, change.reason)
-        return
-    _note_ignored(mesh)
-    await server.publish(Generation(partial(translate, mesh)), change.reason, change.at)
-
-
-def _note_ignored(mesh: Mesh) -> None:
-    for name in mesh.ignored:
-        log.debug("ignored: %s", name)
 
 
 class _OneLine(logging.Formatter):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from watchfiles import awatch
 
 from xds_server.sources.files import SUFFIXES
+from xds_server.sources.source import Change
 
 #: A change is taken in once the directory was quiet for _STEP_MS, after _DEBOUNCE_MS at the latest.
 _DEBOUNCE_MS = 50
@@ -38,14 +39,6 @@ class Listing:
 
     directory: FileState | None
     files: dict[str, FileState]
-
-
-@dataclass(frozen=True)
-class Change:
-    """`reason` is for people; `at` is when the file system took it in, seconds since the epoch."""
-
-    reason: str
-    at: float
 
 
 def listing(directory: Path) -> Listing:

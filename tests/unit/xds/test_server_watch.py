@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from watchfiles._rust_notify import WatchfilesRustInternalError
-from xds_server.watch import Change, changes, compare, listing, unsettled
+from xds_server.sources.source import Change
+from xds_server.watch import changes, compare, listing, unsettled
 
 PATIENCE_S = 20.0
 
