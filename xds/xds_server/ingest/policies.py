@@ -217,7 +217,7 @@ def _host(field: Field) -> StringMatch:
         kind, body = MatchKind.PREFIX, text[:-1]
     else:
         kind, body = MatchKind.EXACT, text
-    if "*" in body or ":" in body or "/" in body:
+    if not text or "*" in body or ":" in body or "/" in body:
         field.problem("must be a host name without a port, with * at its beginning or end at most")
     return StringMatch(kind, body)
 
