@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TextIO
 
 from redirector.errors import InputError, RedirectorError
-from xds_server.following import follow, generation, read
+from xds_server.following import follow, note_ignored, read
 from xds_server.ir import NodeId
+from xds_server.lineage import Lineage
 from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars, parse
 from xds_server.push import Push, count
 from xds_server.server import Server
@@ -87,7 +88,7 @@ def validate(directory: Path, out: TextIO, err: TextIO) -> int:
             print(problem, file=err)
         print(f"{count(objects, 'object')}, {count(len(problems), 'problem')}", file=err)
         return 1
-    made = generation(mesh)
+    made = Lineage().next(mesh)
     for name, workload in mesh.workloads.items():
         for address in workload.addresses[:1]:
             made.snapshot(NodeId(str(address), name.name, name.namespace))
@@ -134,7 +135,9 @@ async def _run(source: Source, addresses: Sequence[Address], report: Callable[[P
     for address in addresses:
         claim(address)
     log.info("%s read from %s", count(objects, "object"), source)
-    server = Server(generation(mesh), report=report)
+    note_ignored(mesh)
+    lineage = Lineage()
+    server = Server(lineage.next(mesh), report=report)
     for address in addresses:
         _listen(server, address)
     stop = asyncio.Event()
@@ -143,7 +146,7 @@ async def _run(source: Source, addresses: Sequence[Address], report: Callable[[P
         loop.add_signal_handler(number, stop.set)
     await server.start()
     log.info("serving")
-    watcher = asyncio.create_task(follow(source, server))
+    watcher = asyncio.create_task(follow(source, lineage, server))
     try:
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, watcher}, return_when=asyncio.FIRST_COMPLETED)

@@ -2,17 +2,15 @@
 
 import asyncio
 import logging
-from functools import partial
 
 from redirector.errors import RedirectorError
 from xds_server.errors import Problem
-from xds_server.generation import Generation
 from xds_server.ingest import ingest
 from xds_server.ir import Mesh
+from xds_server.lineage import Lineage
 from xds_server.push import count
 from xds_server.server import Server
 from xds_server.sources.source import Change, Source
-from xds_server.translate import translate
 
 log = logging.getLogger("xds_server")
 
@@ -24,18 +22,17 @@ async def read(source: Source) -> tuple[Mesh, int, list[Problem]]:
     return mesh, len(objects), [*problems, *more]
 
 
-def generation(mesh: Mesh) -> Generation:
-    """What is served of a mesh; notes what in it has no effect."""
+def note_ignored(mesh: Mesh) -> None:
+    """Say what in it has no effect."""
     for name in mesh.ignored:
         log.debug("ignored: %s", name)
-    return Generation(partial(translate, mesh))
 
 
-async def follow(source: Source, server: Server) -> None:
+async def follow(source: Source, lineage: Lineage, server: Server) -> None:
     """Publish what changes; whatever is wrong with it, the last good state stays."""
     async for change in source.changes():
         try:
-            await _reload(source, change, server)
+            await _reload(source, change, lineage, server)
         except RedirectorError as error:
             log.error("%s", error)
             log.error("still serving the last good state (%s)", change.reason)
@@ -43,7 +40,7 @@ async def follow(source: Source, server: Server) -> None:
             log.exception("still serving the last good state (%s)", change.reason)
 
 
-async def _reload(source: Source, change: Change, server: Server) -> None:
+async def _reload(source: Source, change: Change, lineage: Lineage, server: Server) -> None:
     mesh, objects, problems = await read(source)
     if not objects and not problems:
         # More likely a writer between two steps than a wish to drop every policy.
@@ -57,4 +54,5 @@ async def _reload(source: Source, change: Change, server: Server) -> None:
         found = count(len(problems), "problem")
         log.error("%s, still serving the last good state (%s)", found, change.reason)
         return
-    await server.publish(generation(mesh), change.reason, change.at)
+    note_ignored(mesh)
+    await server.publish(lineage.next(mesh), change.reason, change.at)

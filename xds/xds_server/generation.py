@@ -19,13 +19,15 @@ class InconsistentSnapshot(RedirectorError):  # noqa: N818 - reads as the state 
 class Generation:
     """Snapshots of one state, each made when first asked for and kept.
 
-    Making them is for one thread at a time; `ready` may be asked from any.
+    What the generation that it comes `after` had encoded is taken over where `translate` gives the
+    same messages. Making snapshots is for one thread at a time; `ready` may be asked from any.
     """
 
-    def __init__(self, translate: Translate) -> None:
+    def __init__(self, translate: Translate, after: "Generation | None" = None) -> None:
         self._translate = translate
-        self._encoder = Encoder()
+        self._encoder: Encoder = Encoder(after._encoder if after else None)
         self._snapshots: dict[NodeId, Snapshot] = {}
+        self._consistent: set[int] = set()
 
     @property
     def encodings(self) -> int:
@@ -41,10 +43,13 @@ class Generation:
         snapshot = self._snapshots.get(node)
         if snapshot is None:
             snapshot = self._encoder.snapshot(self._translate(node))
-            if lacking := snapshot.consistent():
-                raise InconsistentSnapshot(
-                    f"configuration of pod {node.namespace}/{node.pod}: {'; '.join(lacking)}"
-                )
+            # Snapshots are shared, and held by those that were looked at.
+            if id(snapshot) not in self._consistent:
+                if lacking := snapshot.consistent():
+                    raise InconsistentSnapshot(
+                        f"configuration of pod {node.namespace}/{node.pod}: {'; '.join(lacking)}"
+                    )
+                self._consistent.add(id(snapshot))
             self._snapshots[node] = snapshot
         return snapshot
 

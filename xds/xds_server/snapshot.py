@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from types import MappingProxyType
+from typing import TypeVar
 
 from envoy.service.discovery.v3.discovery_pb2 import (
     DeltaDiscoveryResponse,
@@ -18,9 +19,15 @@ from envoy.service.discovery.v3.discovery_pb2 import (
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import Message
 
+from xds_server.memo import Memo
 from xds_server.references import Reference, references
 
+K = TypeVar("K")
+
 _DIGEST_BYTES = 8
+_MARKS = 1 << 8 * _DIGEST_BYTES
+#: Of how many other sets a set remembers how it differs from them.
+_REMEMBERED = 16
 #: The version of a resource that does not exist.
 ABSENT = ""
 
@@ -42,6 +49,12 @@ class Encoded:
     version: str
     body: bytes = field(repr=False)
     refers: frozenset[Reference] = field(default=frozenset(), repr=False)
+
+    @cached_property
+    def mark(self) -> int:
+        """Stands for name and version in the sum that is the version of a set."""
+        digest = blake2b(f"{self.name}\0{self.version}".encode(), digest_size=_DIGEST_BYTES)
+        return int.from_bytes(digest.digest(), "big")
 
     @cached_property
     def delta_frame(self) -> bytes:
@@ -66,8 +79,7 @@ class Encoded:
 
 def set_version(entries: Iterable[Encoded]) -> str:
     """The version of a set of resources of one type, whatever their order."""
-    names = sorted((entry.name, entry.version) for entry in entries)
-    return _digest(part.encode() for pair in names for part in pair)
+    return f"{sum(entry.mark for entry in entries) % _MARKS:0{_DIGEST_BYTES * 2}x}"
 
 
 class ResourceSet(Mapping[str, Encoded]):
@@ -93,9 +105,20 @@ class ResourceSet(Mapping[str, Encoded]):
         key = (type_url, targets.version)
         known = self._dangling.get(key)
         if known is None:
-            names = {target.name for target in self.refers if target.type_url == type_url}
-            known = self._dangling[key] = frozenset(names - targets.keys())
+            known = frozenset(self.names_of(type_url) - targets.keys())
+            _remember(self._dangling, key, known)
         return known
+
+    def names_of(self, type_url: str) -> frozenset[str]:
+        """Names of that type which any resource here refers to."""
+        return self._named.get(type_url, frozenset())
+
+    @cached_property
+    def _named(self) -> dict[str, frozenset[str]]:
+        names: dict[str, set[str]] = {}
+        for target in self.refers:
+            names.setdefault(target.type_url, set()).add(target.name)
+        return {type_url: frozenset(found) for type_url, found in names.items()}
 
     @cached_property
     def refers(self) -> frozenset[Reference]:
@@ -110,7 +133,7 @@ class ResourceSet(Mapping[str, Encoded]):
     @cached_property
     def kinds_named(self) -> frozenset[str]:
         """The types that any resource of this set refers to."""
-        return frozenset(target.type_url for target in self.refers)
+        return frozenset(self._named)
 
     def changed_since(self, old: "ResourceSet") -> frozenset[str]:
         """Names added, removed or changed from `old` to this set.
@@ -119,10 +142,24 @@ class ResourceSet(Mapping[str, Encoded]):
         """
         known = self._changes.get(old.version)
         if known is None:
-            names = self._entries.keys() | old._entries.keys()
-            known = frozenset(n for n in names if self.version_of(n) != old.version_of(n))
-            self._changes[old.version] = known
+            theirs = old._entries
+            changed = {name for name, entry in self._entries.items() if _differs(entry, theirs)}
+            known = frozenset(changed | (theirs.keys() - self._entries.keys()))
+            _remember(self._changes, old.version, known)
         return known
+
+
+def _differs(entry: Encoded, others: Mapping[str, Encoded]) -> bool:
+    other = others.get(entry.name)
+    # Sets of one encoder share what they have in common.
+    return other is not entry and (other is None or other.version != entry.version)
+
+
+def _remember(answers: dict[K, frozenset[str]], key: K, answer: frozenset[str]) -> None:
+    """A set that never changes is asked about each state of those that do: the oldest go."""
+    if len(answers) >= _REMEMBERED:
+        del answers[next(iter(answers))]
+    answers[key] = answer
 
 
 EMPTY = ResourceSet({})
@@ -155,44 +192,36 @@ class Snapshot:
 class Encoder:
     """Builds the snapshots of many sidecars from messages and sets that they share.
 
-    A message is recognized by identity, so what `translate` shares between sidecars is encoded
-    once; equal content becomes the same Encoded object and the same ResourceSet. One encoder
-    serves one state of the mesh and holds its messages, so an identity stays true.
+    Messages and mappings are recognized by identity, so what `translate` shares between sidecars,
+    and carries over from the state before (`after`), is encoded once; equal content becomes the
+    same Encoded object and the same ResourceSet.
     """
 
-    def __init__(self) -> None:
-        #: How many messages were serialized; stays put while sidecars only share.
-        self.encodings = 0
-        self._messages: dict[int, tuple[Message, Encoded]] = {}
-        self._contents: dict[tuple[str, str, str], Encoded] = {}
-        self._mappings: dict[int, tuple[Mapping[str, Message], ResourceSet]] = {}
-        self._sets: dict[tuple[str, str], ResourceSet] = {}
+    def __init__(self, after: "Encoder | None" = None) -> None:
+        self._memo: Memo = Memo(after._memo if after else None)
+
+    @property
+    def encodings(self) -> int:
+        """How many messages were serialized; stays put while sidecars only share."""
+        return self._memo.made["_encoded"]
 
     def snapshot(self, resources: Mapping[str, Mapping[str, Message]]) -> Snapshot:
         """`resources` as translate() gives them: type URL -> name -> message."""
-        return Snapshot(
-            MappingProxyType({url: self._set(url, named) for url, named in resources.items()})
-        )
+        return self._memo(self._snapshot, resources)
+
+    def _snapshot(self, resources: Mapping[str, Mapping[str, Message]]) -> Snapshot:
+        sets = {url: self._memo(self._set, url, named) for url, named in resources.items()}
+        return Snapshot(MappingProxyType(sets))
 
     def _set(self, type_url: str, named: Mapping[str, Message]) -> ResourceSet:
-        seen = self._mappings.get(id(named))
-        if seen is not None:
-            return seen[1]
-        fresh = ResourceSet({n: self._encode(type_url, n, m) for n, m in named.items()})
-        entries = self._sets.setdefault((type_url, fresh.version), fresh)
-        self._mappings[id(named)] = (named, entries)
-        return entries
+        entries = {n: self._memo(self._encoded, type_url, n, m) for n, m in named.items()}
+        version = set_version(entries.values())
+        return self._memo.under((type_url, version), lambda: ResourceSet(entries))
 
-    def _encode(self, type_url: str, name: str, message: Message) -> Encoded:
-        seen = self._messages.get(id(message))
-        if seen is not None and (seen[1].type_url, seen[1].name) == (type_url, name):
-            return seen[1]
+    def _encoded(self, type_url: str, name: str, message: Message) -> Encoded:
         body = message.SerializeToString(deterministic=True)
-        self.encodings += 1
         version = _digest((body,))
-        encoded = self._contents.get((type_url, name, version))
-        if encoded is None:
-            encoded = Encoded(type_url, name, version, body, references(message))
-            self._contents[(type_url, name, version)] = encoded
-        self._messages[id(message)] = (message, encoded)
-        return encoded
+        return self._memo.under(
+            (type_url, name, version),
+            lambda: Encoded(type_url, name, version, body, references(message)),
+        )

@@ -81,6 +81,7 @@ def told(result: Result) -> Iterator[str]:
         yield (
             f"  {command}: {rounds[0].clients} clients, "
             f"{rounds[0].bytes_each:.0f} bytes each, "
+            f"{rounds[0].change.translated} pieces translated, "
             f"{rounds[0].change.encodings} encoded"
         )
         yield f"    from the change to the ACK, ms: p50 {_spread([r.p50 for r in rounds])}, " + (

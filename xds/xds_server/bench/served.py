@@ -5,7 +5,6 @@ import os
 import time
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from xds_server.bench.objects import Size, World, node_id
 from xds_server.generation import Generation
 from xds_server.ingest import ingest
 from xds_server.ir import NodeId
+from xds_server.lineage import Lineage
 from xds_server.push import Push
 from xds_server.server import Server
-from xds_server.translate import translate
 
 #: A change that was not answered by all in this time is told as it stands.
 _PATIENCE_S = 120.0
@@ -46,6 +45,7 @@ class Change:
     seconds: float
     cpu: float
     encodings: int
+    translated: int
     changed: int
     reached: int
     unanswered: int
@@ -62,6 +62,7 @@ class _Served:
         self._control = control
         self._world = World(size)
         self._objects = self._world.objects()
+        self._lineage = Lineage()
         self._pushes: asyncio.Queue[Push] = asyncio.Queue()
 
     async def serve(self, address: str) -> None:
@@ -110,6 +111,7 @@ class _Served:
             time.monotonic() - at,
             time.process_time() - spent,
             generation.encodings,
+            self._lineage.translated,
             len(push.changed),
             len(push.reached),
             len(push.waiting),
@@ -118,7 +120,7 @@ class _Served:
     def _generation(self) -> Generation:
         mesh, problems = ingest(self._objects)
         assert not problems, problems[0]
-        return Generation(partial(translate, mesh))
+        return self._lineage.next(mesh)
 
 
 def resident(process: int) -> int:

@@ -2,11 +2,24 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from dataclasses import replace
+from functools import lru_cache
+from typing import TypeAlias
 
 from google.protobuf.message import Message
 
-from xds_server.ir import AppPort, Mesh, Name, NodeId, Parent, Policy, Route, TrafficPolicy
+from xds_server.ir import (
+    AppPort,
+    Mesh,
+    Name,
+    NodeId,
+    Parent,
+    Policy,
+    Route,
+    Service,
+    TrafficPolicy,
+)
+from xds_server.memo import Memo
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds_server.translate.clusters import (
     INBOUND,
@@ -24,6 +37,8 @@ __all__ = ["CLUSTER", "ENDPOINT", "LISTENER", "ROUTE", "Resources", "Translator"
 
 #: type URL -> resource name -> message. Messages are shared between nodes: do not change them.
 Resources = Mapping[str, Mapping[str, Message]]
+#: A pod's own listener, and its routes by their names.
+Inbound: TypeAlias = tuple[Message, Mapping[str, Message]]
 
 
 def translate(mesh: Mesh, node: NodeId) -> Resources:
@@ -38,9 +53,11 @@ def _translator(mesh: Mesh) -> "Translator":
 
 
 class Translator:
-    """One mesh, for any number of nodes: what they share is made once."""
+    """One mesh, for any number of nodes: what they share is made once, and what is made of the same
+    objects of the mesh as in the one `after` which this comes is taken over from there."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, after: "Translator | None" = None) -> None:
+        self.memo: Memo = Memo(after.memo if after else None)
         self._mesh = mesh
         self._policies: dict[Name, list[Policy]] = defaultdict(list)
         self._namespace_policies: dict[str, list[Policy]] = defaultdict(list)
@@ -65,97 +82,195 @@ class Translator:
         for traffic in mesh.traffic:
             for place in traffic.pods:
                 self._arrivals[place.pod][place.port] = traffic
-        self._inbound_by_kind: dict[object, tuple[Message, dict[str, Message]]] = {}
-        self._routes_by_consumer: dict[str | None, dict[str, Message]] = {}
+        row = self.memo.row
+        self._all_policies, self._all_traffic = row(mesh.policies), row(mesh.traffic)
+        self._services = row(mesh.services.values())
+        #: Without their endpoints, which change often and concern nothing but themselves.
+        self._bare = row(self.memo(self._bared, service) for service in self._services)
 
     def resources(self, node: NodeId) -> Resources:
+        """All resources of one sidecar; the same value for sidecars of one kind."""
         name = Name(node.namespace, node.pod)
         workload = self._mesh.workloads.get(name)
-        policies = tuple(
-            sorted(
-                (*self._namespace_policies.get(node.namespace, ()), *self._policies.get(name, ())),
-                key=lambda policy: policy.name,
-            )
-        )
-        arrivals = self._arrivals.get(name, {})
-        inbound, inbound_by_port = self._inbound(
-            workload.ports if workload else (), policies, arrivals
+        memo = self.memo
+        inbound = memo(
+            self._inbound_of,
+            self._all_policies,
+            self._all_traffic,
+            workload.ports if workload else None,
+            node.namespace,
+            node.pod,
         )
         if workload is None:
-            return {
-                CLUSTER: self._fixed,
-                ENDPOINT: {},
-                LISTENER: {INBOUND: inbound, OUTBOUND: outbound_listener(())},
-                ROUTE: {},
-            }
-        routes = self._outbound_routes(node.namespace) | inbound_by_port
+            return memo(self._unknown, inbound)
+        return memo(
+            self._whole,
+            memo(self._clusters, self._bare, self._all_traffic),
+            memo(self._endpoints, self._services),
+            memo(_listener, self._bare),
+            self._outbound_routes(node.namespace),
+            inbound,
+        )
+
+    def _whole(
+        self,
+        clusters: Mapping[str, Message],
+        endpoints: Mapping[str, Message],
+        outbound: Message,
+        routes: Mapping[str, Message],
+        inbound: Inbound,
+    ) -> Resources:
+        own, own_routes = inbound
         return {
-            CLUSTER: self._clusters,
-            ENDPOINT: self._endpoints,
-            LISTENER: {INBOUND: inbound, OUTBOUND: self._outbound},
-            ROUTE: dict(sorted(routes.items())),
+            CLUSTER: clusters,
+            ENDPOINT: endpoints,
+            LISTENER: self.memo(_two_listeners, own, outbound),
+            ROUTE: self.memo(_merged, routes, own_routes),
         }
 
-    def _inbound(
+    def _unknown(self, inbound: Inbound) -> Resources:
+        """What a pod gets that is not in the mesh."""
+        outbound = self.memo(_listener, self.memo.row(()))
+        return {
+            CLUSTER: self.memo(fixed_clusters),
+            ENDPOINT: self.memo(_nothing),
+            LISTENER: self.memo(_two_listeners, inbound[0], outbound),
+            ROUTE: self.memo(_nothing),
+        }
+
+    def _bared(self, service: Service) -> Service:
+        ports = tuple(replace(port, endpoints=()) for port in service.ports)
+        return self.memo.value(replace(service, ports=ports))
+
+    def _inbound_of(
         self,
-        ports: tuple[AppPort, ...],
-        policies: tuple[Policy, ...],
-        arrivals: Mapping[int, TrafficPolicy],
-    ) -> tuple[Message, dict[str, Message]]:
-        """Listener, and the routes of its HTTP ports; pods of one kind share them."""
-        traffic = tuple(sorted((port, policy.name) for port, policy in arrivals.items()))
-        key = (ports, tuple(policy.name for policy in policies), traffic)
-        if key not in self._inbound_by_kind:
-            routes: dict[str, Message] = {
-                inbound_name(port.number): inbound_routes(
-                    port.number, policies, arrivals.get(port.number)
-                )
-                for port in ports
-                if port.protocol.is_http
-            }
-            self._inbound_by_kind[key] = (inbound_listener(ports, policies, arrivals), routes)
-        return self._inbound_by_kind[key]
+        _policies: tuple[Policy, ...],
+        _traffic: tuple[TrafficPolicy, ...],
+        ports: tuple[AppPort, ...] | None,
+        namespace: str,
+        pod: str,
+    ) -> Inbound:
+        """What comes in to a pod; it stays while the policies and the pod's ports do."""
+        name = Name(namespace, pod)
+        policies = sorted(
+            (*self._namespace_policies.get(namespace, ()), *self._policies.get(name, ())),
+            key=lambda policy: policy.name,
+        )
+        arrivals = sorted(self._arrivals.get(name, {}).items())
+        row = self.memo.row
+        return self.memo(
+            _inbound,
+            self.memo.value(ports or ()),
+            row(policies),
+            row(port for port, _ in arrivals),
+            row(policy for _, policy in arrivals),
+        )
 
-    @cached_property
-    def _fixed(self) -> dict[str, Message]:
-        return fixed_clusters()
+    def _clusters(
+        self, services: tuple[Service, ...], _traffic: tuple[TrafficPolicy, ...]
+    ) -> Mapping[str, Message]:
+        found = dict(self.memo(fixed_clusters))
+        for service in services:
+            policies = self.memo.row(
+                self._traffic.get(Parent(service.name, port.number)) for port in service.ports
+            )
+            found |= self.memo(_service_clusters, service, policies)
+        return dict(sorted(found.items()))
 
-    @cached_property
-    def _clusters(self) -> dict[str, Message]:
-        clusters = self._fixed | outbound_clusters(self._mesh.services.values(), self._traffic)
-        return dict(sorted(clusters.items()))
+    def _endpoints(self, services: tuple[Service, ...]) -> Mapping[str, Message]:
+        found: dict[str, Message] = {}
+        for service in services:
+            found |= self.memo(_service_endpoints, service)
+        return dict(sorted(found.items()))
 
-    @cached_property
-    def _endpoints(self) -> dict[str, Message]:
-        return dict(sorted(outbound_endpoints(self._mesh.services.values()).items()))
-
-    @cached_property
-    def _outbound(self) -> Message:
-        outbound: Message = outbound_listener(self._mesh.services.values())
-        return outbound
-
-    def _outbound_routes(self, namespace: str) -> dict[str, Message]:
+    def _outbound_routes(self, namespace: str) -> Mapping[str, Message]:
         """Routes for clients of a namespace. A route that lives with its service (producer) is for
         all; one that lives elsewhere is for the clients of its own namespace (consumer), and
         there goes before the producer's (Gateway API for service mesh, "Route namespace")."""
         consumer = namespace if namespace in self._consumers else None
-        if consumer not in self._routes_by_consumer:
-            found: dict[str, Message] = {}
-            for service in self._mesh.services.values():
-                for port in service.ports:
-                    # No listener asks for the routes of a service without an address.
-                    if port.protocol.is_http and service.addresses:
-                        parent = Parent(service.name, port.number)
-                        name = cluster_name(service.name, port.number)
-                        made = route_configuration(parent, self._chosen(parent, consumer))
-                        policy = self._traffic.get(parent)
-                        configure(made, for_requests(policy.fault if policy else None, None))
-                        found[name] = made
-            self._routes_by_consumer[consumer] = found
-        return self._routes_by_consumer[consumer]
+        routes = self.memo.row(self._mesh.routes)
+        return self.memo(self._routes_for, self._bare, routes, self._all_traffic, consumer)
+
+    def _routes_for(
+        self,
+        services: tuple[Service, ...],
+        _routes: tuple[Route, ...],
+        _traffic: tuple[TrafficPolicy, ...],
+        consumer: str | None,
+    ) -> Mapping[str, Message]:
+        found: dict[str, Message] = {}
+        for service in services:
+            for port in service.ports:
+                # No listener asks for the routes of a service without an address.
+                if port.protocol.is_http and service.addresses:
+                    parent = Parent(service.name, port.number)
+                    found[cluster_name(service.name, port.number)] = self.memo(
+                        _port_routes,
+                        service,
+                        port.number,
+                        self.memo.row(self._chosen(parent, consumer)),
+                        self._traffic.get(parent),
+                    )
+        return found
 
     def _chosen(self, parent: Parent, consumer: str | None) -> list[Route]:
         routes = self._routes.get(parent, [])
         own = [route for route in routes if route.name.namespace == consumer]
         home = parent.service.namespace
         return own or [route for route in routes if route.name.namespace == home]
+
+
+def _listener(services: tuple[Service, ...]) -> Message:
+    made: Message = outbound_listener(services)
+    return made
+
+
+def _two_listeners(inbound: Message, outbound: Message) -> Mapping[str, Message]:
+    return {INBOUND: inbound, OUTBOUND: outbound}
+
+
+def _merged(some: Mapping[str, Message], others: Mapping[str, Message]) -> Mapping[str, Message]:
+    return dict(sorted({**some, **others}.items()))
+
+
+def _nothing() -> Mapping[str, Message]:
+    return {}
+
+
+def _inbound(
+    ports: tuple[AppPort, ...],
+    policies: tuple[Policy, ...],
+    numbers: tuple[int, ...],
+    traffic: tuple[TrafficPolicy, ...],
+) -> Inbound:
+    """Listener, and the routes of its HTTP ports; pods of one kind share them."""
+    arrivals = dict(zip(numbers, traffic, strict=True))
+    routes: dict[str, Message] = {
+        inbound_name(port.number): inbound_routes(port.number, policies, arrivals.get(port.number))
+        for port in ports
+        if port.protocol.is_http
+    }
+    return inbound_listener(ports, policies, arrivals), routes
+
+
+def _service_clusters(
+    service: Service, policies: tuple[TrafficPolicy | None, ...]
+) -> Mapping[str, Message]:
+    traffic = {
+        Parent(service.name, port.number): policy
+        for port, policy in zip(service.ports, policies, strict=True)
+        if policy is not None
+    }
+    return outbound_clusters((service,), traffic)
+
+
+def _service_endpoints(service: Service) -> Mapping[str, Message]:
+    return outbound_endpoints((service,))
+
+
+def _port_routes(
+    service: Service, port: int, routes: tuple[Route, ...], policy: TrafficPolicy | None
+) -> Message:
+    made: Message = route_configuration(Parent(service.name, port), routes)
+    configure(made, for_requests(policy.fault if policy else None, None))
+    return made
