@@ -52,17 +52,45 @@ def test_envoy_receives_follows_and_keeps_its_configuration(
     assert "changed route-web.yaml" in event["reason"]
     assert weights(client) == [[50, 51]]
 
-    # A broken file changes nothing but the log.
+    # A bad object changes nothing but the log.
     route.write_text(edited.replace("weight: 50", "weight: -1"))
     line = server.wait_for_log(r".*route-web\.yaml.*weight.*-1.*")
-    server.wait_for_log(r"1 problem, still serving the last good state")
+    server.wait_for_log(r"HTTPRoute demo/web: stays as it last was good")
     assert "HTTPRoute demo/web" in line[0]
     assert weights(client) == [[50, 51]]
+
+    # Other objects do not wait for it; nor for a file that is no YAML.
+    (manifests / "service-web-v2.yaml").write_text("{")
+    service = manifests / "service-web-v1.yaml"
+    service.write_text(service.read_text().replace("10.77.0.11", "10.77.0.111"))
+    eventually(
+        "the new endpoint",
+        lambda: client.endpoints()["outbound|80|web-v1.demo"] == ["10.77.0.111:8080"],
+    )
+    assert weights(client) == [[50, 51]]
+    assert "outbound|80|web-v2.demo" in client.clusters()
 
     # Repaired, it is served again.
     server.event_after(lambda: route.write_text(original))
     assert weights(client) == [[90, 10]]
     assert "NACK" not in server.log
+
+
+def test_bad_objects_at_the_start_harm_only_themselves(
+    serve: Serve, sidecar: StartSidecar, manifests: Path
+) -> None:
+    policy, late = manifests / "policy-web.yaml", manifests / "zz.yaml"
+    policy.write_text(policy.read_text().replace("/admin*", "admin"))
+    late.write_text("kind: [")
+    server = serve()
+    client = ready(sidecar("client", "10.77.0.10", f"unix:{server.socket}"))
+    assert weights(client) == [[90, 10]]
+    web = ready(sidecar("web-v1", "10.77.0.11", f"unix:{server.socket}"))
+    (inbound,) = (route for name, route in web.routes().items() if name.startswith("inbound"))
+    rules = inbound["typed_per_filter_config"]["rbac.deny"]["rbac"]["rules"]["policies"]
+    assert rules["demo/web-deny-admin/0"]["permissions"] == [{"any": True}]
+    assert "AuthorizationPolicy demo/web-deny-admin: cannot be read, so everything" in server.log
+    assert f"{late}: line" in server.log
 
 
 def test_restarted_server_sends_an_unchanged_envoy_nothing(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from redirector.errors import InputError, RedirectorError
-from xds_server.following import follow, note_ignored, read
+from xds_server.following import Reader, follow, note
 from xds_server.ir import NodeId
 from xds_server.lineage import Lineage
 from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars, parse
@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         help="check the manifests, print what is ignored and every problem, and exit",
     )
     parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="do not start while anything is wrong with the manifests (otherwise what is bad is "
+        "left out, or stays as it last was good, and is logged)",
+    )
+    parser.add_argument(
         "--events", type=_path, metavar="FILE", help="append one JSON line for each push"
     )
     parser.add_argument(
@@ -82,11 +88,12 @@ def _path(text: str) -> Path:
 
 def validate(directory: Path, out: TextIO, err: TextIO) -> int:
     """Check a directory: 0, or 1 after one line for each problem."""
-    mesh, objects, problems = asyncio.run(read(Directory(directory)))
-    if problems:
-        for problem in problems:
+    found = asyncio.run(Reader(Directory(directory)).read())
+    mesh, objects = found.mesh, count(found.objects, "object")
+    if found.problems:
+        for problem in found.problems:
             print(problem, file=err)
-        print(f"{count(objects, 'object')}, {count(len(problems), 'problem')}", file=err)
+        print(f"{objects}, {count(len(found.problems), 'problem')}", file=err)
         return 1
     made = Lineage().next(mesh)
     for name, workload in mesh.workloads.items():
@@ -94,7 +101,7 @@ def validate(directory: Path, out: TextIO, err: TextIO) -> int:
             made.snapshot(NodeId(str(address), name.name, name.namespace))
     for ignored in mesh.ignored:
         print(f"ignored: {ignored}", file=out)
-    print(f"{count(objects, 'object')}, no problems", file=out)
+    print(f"{objects}, no problems", file=out)
     return 0
 
 
@@ -103,7 +110,8 @@ def _serve(options: argparse.Namespace) -> int:
     texts = options.listen or [_DEFAULT_LISTEN]
     addresses = [parse(text, insecure=options.insecure_listen) for text in texts]
     report = _reporter(options.events)
-    return asyncio.run(_run(Directory(options.manifests), addresses, report))
+    source = Directory(options.manifests)
+    return asyncio.run(_run(source, addresses, report, strict=options.strict))
 
 
 def _reporter(path: Path | None) -> Callable[[Push], None]:
@@ -124,20 +132,27 @@ def _reporter(path: Path | None) -> Callable[[Push], None]:
     return append
 
 
-async def _run(source: Source, addresses: Sequence[Address], report: Callable[[Push], None]) -> int:
-    mesh, objects, problems = await read(source)
-    if problems:
-        for problem in problems:
+async def _run(
+    source: Source,
+    addresses: Sequence[Address],
+    report: Callable[[Push], None],
+    *,
+    strict: bool,
+) -> int:
+    reader = Reader(source)
+    found = await reader.read()
+    if found.problems and strict:
+        for problem in found.problems:
             print(f"xds-server: {problem}", file=sys.stderr)
-        found = count(len(problems), "problem")
-        print(f"xds-server: {found} in {source}: nothing to serve", file=sys.stderr)
+        problems = count(len(found.problems), "problem")
+        print(f"xds-server: {problems} in {source}: nothing to serve", file=sys.stderr)
         return 1
+    note(found)
     for address in addresses:
         claim(address)
-    log.info("%s read from %s", count(objects, "object"), source)
-    note_ignored(mesh)
+    log.info("%s read from %s", count(found.objects, "object"), source)
     lineage = Lineage()
-    server = Server(lineage.next(mesh), report=report)
+    server = Server(lineage.next(found.mesh), report=report)
     for address in addresses:
         _listen(server, address)
     stop = asyncio.Event()
@@ -146,7 +161,7 @@ async def _run(source: Source, addresses: Sequence[Address], report: Callable[[P
         loop.add_signal_handler(number, stop.set)
     await server.start()
     log.info("serving")
-    watcher = asyncio.create_task(follow(source, lineage, server))
+    watcher = asyncio.create_task(follow(reader, lineage, server))
     try:
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, watcher}, return_when=asyncio.FIRST_COMPLETED)

@@ -11,13 +11,17 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Problem:
     """One mistake. `field` is a path such as `spec.rules[0].backendRefs[1].weight`, and `message`
-    says the way out; a part that does not apply is empty."""
+    says the way out; a part that does not apply is empty. `own` is False where the object is well
+    said and only does not fit the others there are. `suspects` are namespaces that policies may be
+    for in what could not be read."""
 
     file: str
     object: str
     field: str
     value: str
     message: str
+    own: bool = True
+    suspects: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         parts = (self.file, self.object, self.field, self.value, self.message)

@@ -2,37 +2,63 @@
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 from redirector.errors import RedirectorError
 from xds_server.errors import Problem
-from xds_server.ingest import ingest
+from xds_server.ingest import Ingester
 from xds_server.ir import Mesh
 from xds_server.lineage import Lineage
-from xds_server.push import count
 from xds_server.server import Server
 from xds_server.sources.source import Change, Source
 
 log = logging.getLogger("xds_server")
 
 
-async def read(source: Source) -> tuple[Mesh, int, list[Problem]]:
+@dataclass(frozen=True)
+class Read:
     """The mesh of a source, how many objects it was read from, and every problem."""
-    objects, problems = await source.read()
-    mesh, more = await asyncio.to_thread(ingest, objects)
-    return mesh, len(objects), [*problems, *more]
+
+    mesh: Mesh
+    objects: int
+    problems: list[Problem]
 
 
-def note_ignored(mesh: Mesh) -> None:
-    """Say what in it has no effect."""
+class Reader:
+    """Reads a source again and again; what is bad now stays as it last was good."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._ingester = Ingester()
+
+    async def read(self) -> Read:
+        """What there is now."""
+        objects, problems = await self.source.read()
+        suspects = frozenset().union(*(problem.suspects for problem in problems))
+        mesh, more = await asyncio.to_thread(self._ingester.ingest, objects, suspects)
+        return Read(mesh, len(objects), [*problems, *more])
+
+
+def note(found: Read) -> None:
+    """Say what is wrong, and what became of it."""
+    for problem in found.problems:
+        log.error("%s", problem)
+    mesh = found.mesh
+    for subject in mesh.kept:
+        log.warning("%s: stays as it last was good", subject)
+    for subject in mesh.left_out:
+        log.warning("%s: left out until it is good", subject)
+    for subject in mesh.closed:
+        log.warning("%s: cannot be read, so everything it may be for is refused", subject)
     for name in mesh.ignored:
         log.debug("ignored: %s", name)
 
 
-async def follow(source: Source, lineage: Lineage, server: Server) -> None:
-    """Publish what changes; whatever is wrong with it, the last good state stays."""
-    async for change in source.changes():
+async def follow(reader: Reader, lineage: Lineage, server: Server) -> None:
+    """Publish what changes; when that fails, the last state that could be published stays."""
+    async for change in reader.source.changes():
         try:
-            await _reload(source, change, lineage, server)
+            await _reload(reader, change, lineage, server)
         except RedirectorError as error:
             log.error("%s", error)
             log.error("still serving the last good state (%s)", change.reason)
@@ -40,19 +66,14 @@ async def follow(source: Source, lineage: Lineage, server: Server) -> None:
             log.exception("still serving the last good state (%s)", change.reason)
 
 
-async def _reload(source: Source, change: Change, lineage: Lineage, server: Server) -> None:
-    mesh, objects, problems = await read(source)
-    if not objects and not problems:
+async def _reload(reader: Reader, change: Change, lineage: Lineage, server: Server) -> None:
+    found = await reader.read()
+    if not found.objects and not found.problems:
         # More likely a writer between two steps than a wish to drop every policy.
         log.error(
-            "no object in %s, still serving the last good state; restart to serve none", source
+            "no object in %s, still serving the last good state; restart to serve none",
+            reader.source,
         )
         return
-    if problems:
-        for problem in problems:
-            log.error("%s", problem)
-        found = count(len(problems), "problem")
-        log.error("%s, still serving the last good state (%s)", found, change.reason)
-        return
-    note_ignored(mesh)
-    await server.publish(lineage.next(mesh), change.reason, change.at)
+    note(found)
+    await server.publish(lineage.next(found.mesh), change.reason, change.at)

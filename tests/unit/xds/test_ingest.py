@@ -265,7 +265,7 @@ def test_expressions_that_envoy_knows(expression: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other", "problem"),
     [
-        (SERVICE, SERVICE, "f.yaml has the same Service; remove one of them"),
+        (SERVICE, SERVICE, "f.yaml has the same Service, which is in force; remove one of them"),
         (POD, POD.replace("web-1", "web-2"), "Pod demo/web-1 has 10.77.0.1, too"),
         (
             SERVICE,

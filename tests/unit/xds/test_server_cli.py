@@ -75,11 +75,11 @@ def test_validate_prints_every_problem_at_once(
     assert lines[-1].endswith(f"objects, {len(lines) - 1} problems")
 
 
-def test_bad_manifests_at_the_start_leave_nothing_to_serve(
+def test_bad_manifests_at_a_strict_start_leave_nothing_to_serve(
     manifests: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(manifests / "route-web.yaml", "weight: 90", "weight: -1")
-    assert main(["--manifests", str(manifests), "--listen", "127.0.0.1:0"]) == 1
+    assert main(["--manifests", str(manifests), "--listen", "127.0.0.1:0", "--strict"]) == 1
     err = capsys.readouterr().err
     assert "HTTPRoute demo/web" in err
     assert f"1 problem in {manifests}: nothing to serve" in err

@@ -1,31 +1,35 @@
-"""From Kubernetes objects to a Mesh: pure, and every mistake is collected."""
+"""From Kubernetes objects to a Mesh: pure, and every mistake is collected.
+
+A bad object harms only itself. While it is bad its last good form stays in force; one that never
+was good is left out, but a policy, or what policies select by, refuses everything in its place.
+"""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from redirector.model import IPAddress
 from xds_server.errors import Problem
+from xds_server.ingest.addresses import contested
 from xds_server.ingest.attachment import Places, attach
 from xds_server.ingest.clashes import clashes
 from xds_server.ingest.core import (
     Members,
-    Pod,
     RawPort,
-    RawService,
     build_service,
     build_workload,
     read_pod,
     read_service,
     read_slice,
 )
-from xds_server.ingest.policies import POLICY_GROUP, POLICY_VERSION, Origins, PolicyReader
-from xds_server.ingest.reader import Field, Item, identify
+from xds_server.ingest.kinds import Sorted, sort_by_kind
+from xds_server.ingest.lastgood import Forms, Key, readable
+from xds_server.ingest.policies import POLICY_VERSION, Origins, PolicyReader
+from xds_server.ingest.refusals import read_policies
 from xds_server.ingest.routes import GATEWAY_GROUP, RouteReader, read_grant
 from xds_server.ingest.traffic import read_traffic
-from xds_server.ir import Mesh, Name, Parent, Protocol
+from xds_server.ir import Mesh, Parent, Protocol
 from xds_server.sources.objects import KubeObject
 
-__all__ = ["ingest"]
+__all__ = ["Ingester", "ingest"]
 
 _KINDS = {
     ("v1", "Namespace"),
@@ -42,25 +46,64 @@ _KINDS = {
 
 
 def ingest(objects: Sequence[KubeObject]) -> tuple[Mesh, list[Problem]]:
-    """The mesh that the objects describe, and everything that is wrong with them. A mesh that comes
-    with problems is incomplete and not fit for use."""
-    problems: list[Problem] = []
-    kinds, ignored = _sorted_by_kind(objects, problems)
+    """The mesh that the objects describe, by themselves, and everything that is wrong with them."""
+    return Ingester().ingest(objects)
 
-    pods = {pod.name: pod for pod in map(read_pod, kinds["Pod"]) if pod is not None}
-    services = {item.name: read_service(item) for item in kinds["Service"]}
-    _unique_addresses(kinds["Pod"], pods.values(), services.values())
-    slices = [piece for piece in map(read_slice, kinds["EndpointSlice"]) if piece is not None]
-    grants = [grant for item in kinds["ReferenceGrant"] for grant in read_grant(item)]
 
+class Ingester:
+    """Ingests one state of the objects after the other, and remembers the last good form of every
+    object that there is."""
+
+    def __init__(self) -> None:
+        self._good: Mapping[Key, KubeObject] = {}
+
+    def ingest(
+        self, objects: Sequence[KubeObject], suspects: Collection[str] = ()
+    ) -> tuple[Mesh, list[Problem]]:
+        """The mesh, and everything that is wrong. `suspects` are namespaces for which there may be
+        policies in what nobody could read: everything is refused there."""
+        forms = Forms(self._good)
+        found = sort_by_kind(objects, _KINDS, forms)
+        mesh = _mesh(found, {*found.suspects, *suspects}, forms)
+        self._good = forms.good
+        # A field that is read twice is wrong only once.
+        return mesh, list(dict.fromkeys([*found.problems, *forms.problems]))
+
+
+def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
+    kinds, ignored = found.kinds, found.ignored
+    pod_readings = [forms.read(item, read_pod) for item in kinds["Pod"]]
+    service_readings = [forms.read(item, read_service) for item in kinds["Service"]]
+    slice_readings = [forms.read(item, read_slice) for item in kinds["EndpointSlice"]]
+
+    good_pods = [(one.item, one.value) for one in pod_readings if one.good and one.value]
+    good_services = [one.value for one in service_readings if one.good]
+    claims = contested(good_pods, good_services)
+    # Policies are for bad pods, too, and for those that a bad service selects.
+    bad_pods = [(one.item, one.value) for one in pod_readings if not one.good and one.value]
+    bad_services = [one for one in service_readings if not one.good]
+    pods = {pod.name: pod for _, pod in good_pods}
+    pods |= {pod.name: pod.uncertain() for _, pod in bad_pods}
+    services = {raw.name: raw.without(claims.services) for raw in good_services}
+    slices = [one.value for one in slice_readings if one.good and one.value]
+    members = Members(
+        pods.values(),
+        [*services.values(), *(one.value.without_ports() for one in bad_services)],
+        [*slices, *(s.value.without_ports() for s in slice_readings if not s.good and s.value)],
+    )
+
+    grants = []
+    for item in kinds["ReferenceGrant"]:
+        granted = forms.read(item, read_grant)
+        grants += granted.value if granted.good else []
     route_reader = RouteReader(services, grants)
     routes = []
     for item in kinds["HTTPRoute"]:
-        route = route_reader.read(item)
-        if route is None:
+        reading = forms.read(item, route_reader.read)
+        if reading.value is None:
             ignored.append(f"{item.subject} (no parent is a Service)")
-        else:
-            routes.append((item, route))
+        elif reading.good:
+            routes.append((reading.item, reading.value))
     clashes(routes)
 
     routed = {parent for _, route in routes for parent in route.parents}
@@ -69,10 +112,9 @@ def ingest(objects: Sequence[KubeObject]) -> tuple[Mesh, list[Problem]]:
         for service in services.values()
         for port in service.ports
     }
-    members = Members(pods.values(), services.values(), slices)
-    policy_reader = PolicyReader(pods, services, members, Origins(pods.values()))
+    traffic = [forms.read(item, read_traffic) for item in kinds["TrafficPolicy"]]
     attached = attach(
-        map(read_traffic, kinds["TrafficPolicy"]),
+        [one.value for one in traffic if one.good],
         Places(
             services,
             protocols,
@@ -81,14 +123,32 @@ def ingest(objects: Sequence[KubeObject]) -> tuple[Mesh, list[Problem]]:
                 ("HTTPRoute", item.name): {
                     rule["name"].text("") for rule in item.spec["rules"].items()
                 }
-                for item in kinds["HTTPRoute"]
+                for item, _ in routes
             },
         ),
     )
     pieces = defaultdict(list)
     for piece in slices:
         pieces[piece.service].append(piece)
-    mesh = Mesh(
+    vague = {
+        one.item.name
+        for one in bad_services
+        if not readable(one.item, lambda item: item.spec["selector"].labels())
+    }
+    opaque = {
+        pod.name
+        for item, pod in bad_pods
+        if not readable(item, lambda item: item.root["metadata"]["labels"].labels())
+    }
+    named = {one.item.name for one in service_readings}
+    policies, closed = read_policies(
+        kinds["AuthorizationPolicy"],
+        PolicyReader(pods, named, vague, members, Origins(pods.values(), claims.pods)),
+        forms,
+        opaque,
+        suspects,
+    )
+    return Mesh(
         services={
             name: build_service(services[name], pieces[name], protocols)
             for name in sorted(services)
@@ -103,88 +163,17 @@ def ingest(objects: Sequence[KubeObject]) -> tuple[Mesh, list[Problem]]:
                 key=lambda route: route.name,
             )
         ),
-        policies=tuple(
-            sorted(
-                map(policy_reader.read, kinds["AuthorizationPolicy"]),
-                key=lambda policy: policy.name,
-            )
-        ),
+        policies=tuple(sorted(policies, key=lambda policy: policy.name)),
         traffic=attached.policies,
         ignored=tuple(sorted(ignored)),
+        kept=tuple(sorted(forms.kept)),
+        left_out=tuple(sorted(set(forms.left_out) - set(closed))),
+        closed=tuple(closed),
         statuses=attached.statuses,
     )
-    # A field that is read twice is wrong only once.
-    return mesh, list(dict.fromkeys(problems))
-
-
-def _sorted_by_kind(
-    objects: Sequence[KubeObject], problems: list[Problem]
-) -> tuple[defaultdict[str, list[Item]], list[str]]:
-    kinds: defaultdict[str, list[Item]] = defaultdict(list)
-    ignored: list[str] = []
-    seen: dict[tuple[str, Name], str] = {}
-    for source in objects:
-        if foreign := _foreign_without_name(source):
-            ignored.append(foreign)
-            continue
-        identity = identify(source, problems)
-        if identity is None:
-            continue
-        version, item = identity
-        if (version, item.kind) not in _KINDS:
-            if version.split("/")[0] == POLICY_GROUP:
-                # A policy that is misspelt must not be taken for somebody else's object.
-                item.root["kind"].problem(
-                    f"{version} has no such kind; use AuthorizationPolicy or TrafficPolicy of "
-                    f"{POLICY_VERSION}"
-                )
-            else:
-                ignored.append(f"{item.subject} ({version})")
-            continue
-        key = (item.kind, item.name)
-        if key in seen:
-            item.root["metadata"]["name"].problem(
-                f"{seen[key]} has the same {item.kind}; remove one of them"
-            )
-            continue
-        seen[key] = source.file
-        kinds[item.kind].append(item)
-    return kinds, ignored
-
-
-def _foreign_without_name(source: KubeObject) -> str | None:
-    """What to call an object of another program's kind that has no name (a kustomization)."""
-    version, kind = source.data.get("apiVersion"), source.data.get("kind")
-    metadata = source.data.get("metadata", {})
-    if not isinstance(version, str) or not isinstance(kind, str) or (version, kind) in _KINDS:
-        return None
-    if version.split("/")[0] == POLICY_GROUP or not isinstance(metadata, dict):
-        return None
-    return None if "name" in metadata else f"{kind} ({version})"
 
 
 def _protocol(port: RawPort, routed: bool) -> Protocol:
     if port.declared is not None:
         return port.declared
     return Protocol.HTTP if routed else Protocol.TCP
-
-
-def _unique_addresses(
-    items: Iterable[Item], pods: Iterable[Pod], services: Iterable[RawService]
-) -> None:
-    """Traffic is told apart by its destination, and a peer by its source."""
-    items_by_name = {item.name: item for item in items}
-    owners: dict[IPAddress, str] = {}
-
-    def claim(address: IPAddress, item: Item, field: Field) -> None:
-        owner = owners.setdefault(address, item.subject)
-        if owner != item.subject:
-            field.problem(f"{owner} has {address}, too; give each its own address")
-
-    for pod in pods:
-        for address in () if pod.host_network else pod.addresses:
-            item = items_by_name[pod.name]
-            claim(address, item, item.root["status"]["podIP"])
-    for service in services:
-        for address in service.addresses:
-            claim(address, service.item, service.item.spec["clusterIP"])

@@ -20,7 +20,7 @@ def clashes(routes: Iterable[tuple[Item, Route]]) -> None:
             if other is item or other.subject in reported:
                 continue
             reported.add(other.subject)
-            field.problem(
+            field.misfit(
                 f"clashes with {other.subject} ({other.file}, {place.path}): both take "
                 f"the same requests to port {key[0].port} of Service {key[0].service}; change the "
                 "match of one of them"

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redirector.model import IPAddress
 from xds_server.ingest.reader import Field, Item
@@ -48,6 +48,11 @@ class Pod:
     host_network: bool
     ports: tuple[tuple[int, Protocol | None], ...]
 
+    def uncertain(self) -> "Pod":
+        """Of one that cannot be read: what it listens on is not known, and its addresses, if they
+        are its own, allow nothing."""
+        return replace(self, host_network=True, ports=())
+
 
 @dataclass(frozen=True, eq=False)
 class SlicePort:
@@ -68,6 +73,9 @@ class Slice:
     service: Name
     ports: tuple[SlicePort, ...]
     endpoints: tuple[SliceEndpoint, ...]
+
+    def without_ports(self) -> "Slice":
+        return replace(self, ports=())
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +98,16 @@ class RawService:
 
     def port(self, number: int) -> RawPort | None:
         return next((port for port in self.ports if port.number == number), None)
+
+    def without(self, lost: Mapping[Name, frozenset[IPAddress]]) -> "RawService":
+        """Without the addresses that belong to another object."""
+        if self.name not in lost:
+            return self
+        gone = lost[self.name]
+        return replace(self, addresses=tuple(a for a in self.addresses if a not in gone))
+
+    def without_ports(self) -> "RawService":
+        return replace(self, ports=())
 
 
 def read_pod(item: Item) -> Pod | None:
@@ -194,17 +212,17 @@ class Members:
     def __init__(
         self, pods: Collection[Pod], services: Iterable[RawService], slices: Iterable[Slice]
     ) -> None:
-        by_address: dict[IPAddress, Name] = {}
+        by_address: dict[IPAddress, set[Name]] = defaultdict(set)
         for pod in pods:
-            if not pod.host_network:
-                by_address.update(dict.fromkeys(pod.addresses, pod.name))
+            for address in () if pod.host_network else pod.addresses:
+                by_address[address].add(pod.name)
         self._pods: dict[Name, set[Name]] = defaultdict(set)
         self.ports: dict[Name, list[tuple[RawPort, int]]] = defaultdict(list)
         """For each pod, the service ports it serves, and on which port of its own."""
         known = {service.name: service for service in services}
         for piece in slices:
             for endpoint in piece.endpoints:
-                members = {by_address[a] for a in endpoint.addresses if a in by_address}
+                members = set().union(*(by_address.get(a, ()) for a in endpoint.addresses))
                 if endpoint.pod is not None:
                     members.add(endpoint.pod)
                 # Nobody decides on protocols and policies of another namespace's pods.

@@ -2,13 +2,13 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 
-from redirector.model import IPNetwork
-from xds_server.ingest.core import Members, Pod, RawService, selects
+from redirector.model import IPAddress, IPNetwork
+from xds_server.ingest.core import Members, Pod, selects
 from xds_server.ingest.reader import TOKEN, Field, Item
 from xds_server.ir import (
     Action,
@@ -46,19 +46,20 @@ class Origins:
     """Which addresses traffic of a namespace or service account comes from.
 
     A pod in its node's network shares its address with the whole node. So it cannot be allowed by
-    name, which would let all of them in, but it can be denied.
+    name, which would let all of them in, but it can be denied. So may an address that two pods
+    claim (`shared`).
     """
 
-    def __init__(self, pods: Iterable[Pod]) -> None:
+    def __init__(self, pods: Iterable[Pod], shared: Collection[IPAddress]) -> None:
         self._own: dict[tuple[str, ...], set[IPNetwork]] = defaultdict(set)
         self._any: dict[tuple[str, ...], set[IPNetwork]] = defaultdict(set)
         for pod in pods:
             namespace = pod.name.namespace
             for key in ((namespace,), (namespace, pod.service_account)):
-                networks = {ip_network(address) for address in pod.addresses}
-                self._any[key] |= networks
+                self._any[key] |= {ip_network(address) for address in pod.addresses}
                 if not pod.host_network:
-                    self._own[key] |= networks
+                    own = (address for address in pod.addresses if address not in shared)
+                    self._own[key] |= {ip_network(address) for address in own}
 
     def of(self, keys: Iterable[tuple[str, ...]], action: Action) -> tuple[IPNetwork, ...]:
         known = self._own if action is Action.ALLOW else self._any
@@ -67,10 +68,12 @@ class Origins:
 
 @dataclass(frozen=True, eq=False)
 class PolicyReader:
-    """Reads policies against the pods and services there are."""
+    """Reads policies against the pods and services there are; whom `vague` services select cannot
+    be read."""
 
     pods: Mapping[Name, Pod]
-    services: Mapping[Name, RawService]
+    services: Collection[Name]
+    vague: Collection[Name]
     members: Members
     origins: Origins
 
@@ -83,6 +86,13 @@ class PolicyReader:
         action = spec["action"].choice(Action, Action.ALLOW)
         rules = tuple(self._rule(item.name.namespace, action, r) for r in spec["rules"].items())
         return Policy(item.name, action, self._targets(item), rules)
+
+    def targets(self, item: Item) -> frozenset[Name] | None:
+        """Whom a policy is for that cannot be read otherwise; None, its whole namespace, when that
+        cannot be read either."""
+        again = item.again()
+        found = self._targets(again)
+        return None if again.bad else found
 
     def _targets(self, item: Item) -> frozenset[Name] | None:
         spec, namespace = item.spec, item.name.namespace
@@ -116,6 +126,8 @@ class PolicyReader:
         name = Name(namespace, reference["name"].text())
         match reference["kind"].text():
             case "Service":
+                if name in self.vague:
+                    reference["name"].problem("its selector cannot be read; correct the Service")
                 if name in self.services:
                     return self.members.of(name)
             case "Pod":
@@ -124,7 +136,7 @@ class PolicyReader:
             case _:
                 reference["kind"].problem("must be Service or Pod")
                 return frozenset()
-        reference["name"].problem(
+        reference["name"].misfit(
             f"there is no {reference['kind'].value} {name}; create it or correct this"
         )
         return frozenset()

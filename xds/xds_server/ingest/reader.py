@@ -1,7 +1,7 @@
 """Reads untyped objects and never raises: what is wrong becomes a Problem, and reading goes on.
 
 A getter that has reported a problem answers with something harmless of the right type (empty text,
-the lower bound), which is never translated: a mesh with problems is not used.
+the lower bound), which is never translated: an object that is bad by itself is not used.
 """
 
 import re
@@ -90,11 +90,17 @@ class Field:
             return f"{before}[{self.key}]"
         return f"{before}.{self.key}" if before else self.key
 
-    def problem(self, message: str) -> None:
+    def problem(self, message: str, *, own: bool = True) -> None:
+        """The object is bad by itself."""
         value = shown(self.value) if self.present else ""
         self.origin.problems.append(
-            Problem(self.origin.file, self.origin.subject, self.path, value, message)
+            Problem(self.origin.file, self.origin.subject, self.path, value, message, own)
         )
+
+    def misfit(self, message: str) -> None:
+        """The object is good, but does not fit the others there are: what it says here has no
+        effect, the rest of it has."""
+        self.problem(message, own=False)
 
     def only(self, *names: str, way_out: str = "remove it") -> None:
         """Reports every other field, because what is not understood must not be lost in silence."""
@@ -285,6 +291,7 @@ class Item:
 
     name: Name
     kind: str
+    source: KubeObject
     root: Field
 
     @property
@@ -300,9 +307,34 @@ class Item:
     def spec(self) -> Field:
         return self.root["spec"]
 
+    @property
+    def problems(self) -> list[Problem]:
+        """What was found so far."""
+        return self.root.origin.problems
+
+    @property
+    def bad(self) -> bool:
+        """Nothing of what was read of it may be used."""
+        return any(problem.own for problem in self.problems)
+
+    @property
+    def age(self) -> tuple[bool, str]:
+        """Smaller is older; what does not say when it was made is the youngest."""
+        metadata = self.source.data["metadata"]
+        assert isinstance(metadata, dict)
+        created = metadata.get("creationTimestamp")
+        text = created if isinstance(created, str) else ""
+        return (not text, text)
+
+    def again(self) -> "Item":
+        """The same object, without the problems found so far."""
+        origin = replace(self.root.origin, problems=[])
+        return replace(self, root=Field(self.source.data, origin))
+
 
 def identify(source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | None:
-    """The object's apiVersion and the object; None when it does not say what it is."""
+    """The object's apiVersion and the object; None, and problems, when it does not say what it
+    is."""
     wrong: list[Problem] = []
     anonymous = Field(source.data, Origin(source.file, "", wrong))
     version, kind = anonymous["apiVersion"].text(), anonymous["kind"].text()
@@ -314,5 +346,5 @@ def identify(source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | 
     if wrong:
         problems += (replace(problem, object=subject) for problem in wrong)
         return None
-    root = Field(source.data, Origin(source.file, subject, problems))
-    return version, Item(Name(namespace, name), kind, root)
+    root = Field(source.data, Origin(source.file, subject, []))
+    return version, Item(Name(namespace, name), kind, source, root)

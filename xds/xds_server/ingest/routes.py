@@ -112,21 +112,23 @@ class RouteReader:
         service = self.services.get(name)
         if service is None:
             if reference["name"].present:
-                reference["name"].problem(f"there is no Service {name}; create it or correct this")
+                reference["name"].misfit(f"there is no Service {name}; create it or correct this")
             return []
         if reference["port"].present:
             number = reference["port"].port()
             port = service.port(number)
             if port is None:
-                reference["port"].problem(f"Service {name} has no such port; {_ports(service)}")
-            elif port.declared is Protocol.TCP:
-                reference["port"].problem(
+                reference["port"].misfit(f"Service {name} has no such port; {_ports(service)}")
+                return []
+            if port.declared is Protocol.TCP:
+                reference["port"].misfit(
                     f"port {number} of Service {name} is not HTTP; set its appProtocol to http"
                 )
+                return []
             return [Parent(name, number)]
         numbers = [port.number for port in service.ports if port.declared is not Protocol.TCP]
         if not numbers:
-            reference["name"].problem(
+            reference["name"].misfit(
                 f"Service {name} has no HTTP port; set a port's appProtocol to http"
             )
         return [Parent(name, number) for number in numbers]
@@ -158,27 +160,32 @@ class RouteReader:
         name = Name(reference["namespace"].namespace(item.name.namespace), reference["name"].text())
         if reference["group"].text("") != "" or reference["kind"].text("Service") != "Service":
             reference["kind"].problem("only a Service (group '') can be a backend")
-        backend = Backend(
-            name,
-            reference["port"].port(),
-            reference["weight"].integer(0, MAX_WEIGHT, 1),
-            _filters(reference["filters"]),
-        )
+        number = reference["port"].port()
         service = self.services.get(name)
+        found = False
         if not self._granted(item.name.namespace, name):
             # Said first, and alone: whether the service exists is not for this namespace to know.
-            reference["namespace"].problem(
+            reference["namespace"].misfit(
                 f"RefNotPermitted: a ReferenceGrant in namespace {name.namespace} must allow "
                 f"HTTPRoutes of {item.name.namespace} to refer to Service {name.name}"
             )
         elif service is None:
             if reference["name"].present:
-                reference["name"].problem(f"there is no Service {name}; create it or correct this")
+                reference["name"].misfit(f"there is no Service {name}; create it or correct this")
         elif service.external:
-            reference["name"].problem(f"Service {name} is an ExternalName, which has no endpoints")
-        elif isinstance(reference["port"].value, int) and service.port(backend.port) is None:
-            reference["port"].problem(f"Service {name} has no such port; {_ports(service)}")
-        return backend
+            reference["name"].misfit(f"Service {name} is an ExternalName, which has no endpoints")
+        elif service.port(number) is None:
+            if isinstance(reference["port"].value, int):
+                reference["port"].misfit(f"Service {name} has no such port; {_ports(service)}")
+        else:
+            found = True
+        return Backend(
+            name,
+            number,
+            reference["weight"].integer(0, MAX_WEIGHT, 1),
+            _filters(reference["filters"]),
+            found,
+        )
 
     def _granted(self, namespace: str, service: Name) -> bool:
         return namespace == service.namespace or any(

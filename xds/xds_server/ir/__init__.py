@@ -87,7 +87,9 @@ __all__ = [
 @dataclass(frozen=True, eq=False)
 class Mesh:
     """Everything known, in sorted order. `ignored` names objects that were of no use here,
-    `statuses` tells what became of those that have a status."""
+    `kept` those that are bad now and stay as they were, `left_out` bad ones that never were good;
+    `closed` says in whose place everything is refused. `statuses` tells what became of objects that
+    have a status."""
 
     services: Mapping[Name, Service] = field(default_factory=dict)
     workloads: Mapping[Name, Workload] = field(default_factory=dict)
@@ -95,4 +97,7 @@ class Mesh:
     policies: tuple[Policy, ...] = ()
     traffic: tuple[TrafficPolicy, ...] = ()
     ignored: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    closed: tuple[str, ...] = ()
     statuses: tuple[ObjectStatus, ...] = ()

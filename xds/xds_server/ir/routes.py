@@ -59,12 +59,14 @@ class HeaderChanges:
 
 @dataclass(frozen=True)
 class Backend:
-    """A service port that takes `weight` parts of a rule's requests."""
+    """A service port that takes `weight` parts of a rule's requests; they fail where it is not
+    `found` or not to be used."""
 
     service: Name
     port: int
     weight: int = 1
     headers: HeaderChanges = HeaderChanges()
+    found: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from xds_server.errors import Problem
-from xds_server.sources.files import load
+from xds_server.sources.files import Manifests
 from xds_server.sources.objects import KubeObject
 from xds_server.sources.source import Change
 from xds_server.watch import changes, listing
@@ -16,14 +16,15 @@ class Directory:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._manifests = Manifests(path)
         self._seen = listing(path)
 
     def __str__(self) -> str:
         return str(self._path)
 
     async def read(self) -> tuple[list[KubeObject], list[Problem]]:
-        """As `files.load`, without holding up the event loop."""
-        return await asyncio.to_thread(load, self._path)
+        """As `Manifests.load`, without holding up the event loop."""
+        return await asyncio.to_thread(self._manifests.load)
 
     def changes(self) -> AsyncGenerator[Change, None]:
         """From when this was made on."""

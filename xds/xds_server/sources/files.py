@@ -1,8 +1,10 @@
 """Reads manifests from a directory: YAML or JSON, several documents a file, `List` objects too."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,12 @@ _MAX_DEPTH = 100
 _MAX_VALUES = 1_000_000
 _MAX_KEYS = 100_000
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
+#: What stands in decoded text for bytes that are no character.
+_REPLACED = "\N{REPLACEMENT CHARACTER}"
+_MAX_BYTES = 32 << 20
+# No scalar can hold such a line (YAML 1.2, 9.1.2).
+_DOCUMENT = re.compile(r"^---(?=\s|$)", re.MULTILINE)
+_NAMESPACE = re.compile(r"""\bnamespace["']?\s*:\s*["']?([a-z0-9][-a-z0-9]*)""")
 _TEXT = "tag:yaml.org,2002:str"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
@@ -62,46 +70,96 @@ class _Loader(yaml.CSafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load(directory: Path) -> tuple[list[KubeObject], list[Problem]]:
-    """Every object in the directory's *.yaml, *.yml and *.json files (not in folders below, not in
-    hidden files), by file name and place, and what could not be read. Raises InputError when there
-    is no such directory."""
-    try:
-        paths = sorted(
-            path
-            for path in directory.iterdir()
-            if path.suffix in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
-        )
-    except OSError as error:
-        raise InputError(
-            f"manifests directory {str(directory)!r}: {error.strerror}; give a directory to read"
-        ) from error
-    objects: list[KubeObject] = []
-    problems: list[Problem] = []
-    for path in paths:
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                # Reading a pipe or a device may never end.
-                problems.append(Problem(str(path), "", "", "", "is not a regular file; remove it"))
+class Manifests:
+    """A directory's *.yaml, *.yml and *.json files (not in folders below, not hidden ones). While a
+    file cannot be read, what it last held stays."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._good: dict[str, list[KubeObject]] = {}
+
+    def load(self) -> tuple[list[KubeObject], list[Problem]]:
+        """Every object, by file name and place, and what could not be read. Of a file that never
+        could be, the documents that can. Raises InputError when there is no such directory."""
+        objects: list[KubeObject] = []
+        problems: list[Problem] = []
+        good: dict[str, list[KubeObject]] = {}
+        for path in self._paths():
+            file = str(path)
+            text, wrong = _text(path)
+            if text is None and wrong is None:
                 continue
-            text = path.read_bytes().decode()
-        except FileNotFoundError:
-            if path.is_symlink():
-                wrong = f"leads nowhere: {os.readlink(path)}; correct or remove the link"
-                problems.append(Problem(str(path), "", "", "", wrong))
-            continue  # renamed away since it was listed, as editors do
-        except OSError as error:
-            problems.append(Problem(str(path), "", "", "", f"cannot be read: {error.strerror}"))
-            continue
-        except UnicodeDecodeError as error:
-            problems.append(
-                Problem(str(path), "", f"byte {error.start}", "", "is not UTF-8; save it as UTF-8")
+            read, unreadable = ([], [wrong]) if wrong else parse(file, text or "")
+            if not unreadable:
+                good[file] = read
+            elif file in self._good:
+                read = good[file] = self._good[file]
+            else:
+                read, suspects = _what_can_be_read(file, text or "")
+                unreadable[0] = replace(unreadable[0], suspects=frozenset(suspects))
+            objects += read
+            problems += unreadable
+        self._good = good
+        return objects, problems
+
+    def _paths(self) -> list[Path]:
+        try:
+            return sorted(
+                path
+                for path in self._directory.iterdir()
+                if path.suffix in SUFFIXES and not path.name.startswith(".") and not path.is_dir()
             )
-            continue
-        read, unreadable = parse(str(path), text)
-        objects += read
-        problems += unreadable
-    return objects, problems
+        except OSError as error:
+            raise InputError(
+                f"manifests directory {str(self._directory)!r}: {error.strerror}; "
+                "give a directory to read"
+            ) from error
+
+
+def load(directory: Path) -> tuple[list[KubeObject], list[Problem]]:
+    """What a directory holds, read for once."""
+    return Manifests(directory).load()
+
+
+def _text(path: Path) -> tuple[str | None, Problem | None]:
+    """A file's text, as far as there is any, and what is wrong; neither for one that is gone."""
+
+    def wrong(message: str, place: str = "") -> Problem:
+        return Problem(str(path), "", place, "", message)
+
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            # Reading a pipe or a device may never end.
+            return None, wrong("is not a regular file; remove it")
+        if state.st_size > _MAX_BYTES:
+            return None, wrong(f"is larger than {_MAX_BYTES >> 20} MiB; split it")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        if path.is_symlink():
+            return None, wrong(f"leads nowhere: {os.readlink(path)}; correct or remove the link")
+        return None, None  # renamed away since it was listed, as editors do
+    except OSError as error:
+        return None, wrong(f"cannot be read: {error.strerror}")
+    try:
+        return data.decode(), None
+    except UnicodeDecodeError as error:
+        text = data.decode(errors="replace")
+        return text, wrong("is not UTF-8; save it as UTF-8", f"byte {error.start}")
+
+
+def _what_can_be_read(file: str, text: str) -> tuple[list[KubeObject], set[str]]:
+    """The objects in those documents of a text that can be read, and the namespaces that policies
+    in the others may be for: at worst there is no telling more than that one is there."""
+    objects: list[KubeObject] = []
+    suspects: set[str] = set()
+    for document in _DOCUMENT.split(text):
+        read, unreadable = parse(file, document)
+        if not unreadable and _REPLACED not in document:
+            objects += read
+        elif "AuthorizationPolicy" in document:
+            suspects.update(_NAMESPACE.findall(document) or ["default"])
+    return objects, suspects
 
 
 def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:

@@ -8,6 +8,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
 
 from xds_server.ir import (
+    Backend,
     HeaderChange,
     HeaderChanges,
     MatchKind,
@@ -16,7 +17,7 @@ from xds_server.ir import (
     RouteMatch,
     RouteRule,
 )
-from xds_server.translate.clusters import cluster_name
+from xds_server.translate.clusters import BLACKHOLE, cluster_name
 from xds_server.translate.listeners import catch_all
 from xds_server.translate.messages import (
     NO_TIMEOUT,
@@ -126,7 +127,7 @@ def _route(one: _Candidate) -> route_components_pb2.Route:
     )
     configure(result, for_requests(rule.fault, rule.rate_limit))
     backends = [backend for backend in rule.backends if backend.weight > 0]
-    if not backends:
+    if not any(backend.found for backend in backends):
         result.direct_response.status = 500
         _change(rule.headers, result)
         return result
@@ -140,17 +141,21 @@ def _route(one: _Candidate) -> route_components_pb2.Route:
     if not each_its_own:
         _change(rule.headers, result)
     if len(backends) == 1 and not each_its_own:
-        action.cluster = cluster_name(backends[0].service, backends[0].port)
+        action.cluster = _cluster(backends[0])
         return result
     for backend in backends:
         cluster = action.weighted_clusters.clusters.add()
-        cluster.name = cluster_name(backend.service, backend.port)
+        cluster.name = _cluster(backend)
         cluster.weight.value = backend.weight
         if each_its_own:
             # Envoy changes a backend's headers first and the route's on top of them; the Gateway
             # API has it the other way round.
             _change(rule.headers.then(backend.headers), cluster)
     return result
+
+
+def _cluster(backend: Backend) -> str:
+    return cluster_name(backend.service, backend.port) if backend.found else BLACKHOLE
 
 
 _Changed: TypeAlias = (

@@ -1,0 +1,82 @@
+"""What stays in force of an object that is bad now: its last good form, if it ever had one."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from xds_server.errors import Problem
+from xds_server.ingest.reader import Item, identify
+from xds_server.ir import Name
+from xds_server.sources.objects import KubeObject
+
+T = TypeVar("T")
+
+#: Kind and name.
+Key = tuple[str, Name]
+
+
+@dataclass(frozen=True)
+class Reading(Generic[T]):
+    """What an object says: as it is now, or as it was when it was last good (`item` is the form
+    that was read). Of a bad one that never was good `value` is not to be used as it is."""
+
+    item: Item
+    value: T
+    good: bool
+
+
+@dataclass(eq=False)
+class Forms:
+    """One reading of all objects. `before` are the last good forms known so far, and `good` becomes
+    what is known after it: an object that is gone is not in it."""
+
+    before: Mapping[Key, KubeObject]
+    good: dict[Key, KubeObject] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    _read: list[Item] = field(default_factory=list)
+
+    def read(self, item: Item, reader: Callable[[Item], T]) -> Reading[T]:
+        """Reads the object, or its last good form if it is bad."""
+        value = reader(item)
+        self._read.append(item)
+        key = (item.kind, item.name)
+        if not item.bad:
+            self.good[key] = item.source
+            return Reading(item, value, True)
+        former = self._former(key)
+        if former is not None:
+            value = reader(former)
+            if not former.bad:
+                self._read.append(former)
+                self.good[key] = former.source
+                self.kept.append(item.subject)
+                return Reading(former, value, True)
+        self.left_out.append(item.subject)
+        return Reading(item, value, False)
+
+    def missing_from(self, files: set[str], present: set[Key]) -> Iterator[Item]:
+        """The last good forms of what stood in these files and is not there now."""
+        for key, source in self.before.items():
+            if source.file in files and key not in present:
+                former = self._former(key)
+                if former is not None:
+                    self.kept.append(former.subject)
+                    yield former
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Everything found so far, object by object."""
+        return [problem for item in self._read for problem in item.problems]
+
+    def _former(self, key: Key) -> Item | None:
+        source = self.before.get(key)
+        found = identify(source, []) if source is not None else None
+        return found[1] if found else None
+
+
+def readable(item: Item, read: Callable[[Item], object]) -> bool:
+    """Whether this part of the object is good."""
+    again = item.again()
+    read(again)
+    return not again.bad

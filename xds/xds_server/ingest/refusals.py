@@ -1,0 +1,47 @@
+"""What stands in the place of policies that nobody can read: everything is refused."""
+
+from collections.abc import Collection, Iterable
+
+from xds_server.ingest.lastgood import Forms
+from xds_server.ingest.policies import PolicyReader
+from xds_server.ingest.reader import Item
+from xds_server.ir import Action, Name, Policy, PolicyRule
+
+#: In a policy's name this is no object of Kubernetes.
+_UNREADABLE = "(unreadable)"
+
+
+def refusal(name: Name, targets: frozenset[Name] | None) -> Policy:
+    """Refuses everything."""
+    return Policy(name, Action.DENY, targets, (PolicyRule(),))
+
+
+def read_policies(
+    items: Iterable[Item],
+    reader: PolicyReader,
+    forms: Forms,
+    opaque: Collection[Name],
+    suspects: Collection[str],
+) -> tuple[list[Policy], list[str]]:
+    """The policies, and in whose place everything is refused: of policies that never were good, of
+    pods whose labels cannot be read (`opaque`) where there are policies, and in the `suspects`,
+    namespaces whose policies could not even be told from other things."""
+    policies: list[Policy] = []
+    closed: list[str] = []
+    for item in items:
+        reading = forms.read(item, reader.read)
+        if reading.good:
+            policies.append(reading.value)
+        else:
+            policies.append(refusal(item.name, reader.targets(item)))
+            closed.append(item.subject)
+    governed = {policy.name.namespace for policy in policies}
+    for pod in sorted(opaque):
+        if pod.namespace in governed:
+            name = Name(pod.namespace, f"{_UNREADABLE} {pod.name}")
+            policies.append(refusal(name, frozenset({pod})))
+            closed.append(f"Pod {pod}")
+    for namespace in sorted(suspects):
+        policies.append(refusal(Name(namespace, _UNREADABLE), None))
+        closed.append(f"Namespace {namespace}")
+    return policies, closed
