@@ -4,7 +4,9 @@ All that Envoy serves comes over delta ADS. Field names: envoy.config.bootstrap.
 """
 
 import re
+from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 
 from redirector.errors import InputError
 
@@ -15,7 +17,34 @@ XDS_CLUSTER = "xds"
 _UNIX = "unix:"
 _DNS_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+_TLS = "envoy.extensions.transport_sockets.tls.v3"
 _NO_LIMIT = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class XdsTls:
+    """How the sidecar proves who it is to the xDS server, and the server to it; PEM files.
+
+    `server_name` is the DNS name or address that the server's certificate must have. With
+    `sds_directory`, two files there name the PEM files, and Envoy reads these again when they
+    change; without it, only when it starts.
+    """
+
+    ca: Path
+    certificate: Path
+    key: Path
+    server_name: str
+    sds_directory: Path | None = None
+
+    def __post_init__(self) -> None:
+        for field, path in (
+            ("xds CA", self.ca),
+            ("xds certificate", self.certificate),
+            ("xds key", self.key),
+            ("SDS directory", self.sds_directory),
+        ):
+            if path is not None and not path.is_absolute():
+                raise InputError(f"bootstrap: {field}: {str(path)!r}: give an absolute path")
 
 
 def node_id(pod: str, namespace: str, ip: str) -> str:
@@ -24,12 +53,19 @@ def node_id(pod: str, namespace: str, ip: str) -> str:
 
 
 def bootstrap(
-    pod: str, namespace: str, ip: str, *, xds: str, admin_port: int = 15000
+    pod: str,
+    namespace: str,
+    ip: str,
+    *,
+    xds: str,
+    admin_port: int = 15000,
+    tls: XdsTls | None = None,
 ) -> dict[str, Json]:
     """Return the bootstrap as a JSON object.
 
     `xds` is the xDS server: `unix:/path/to/socket`, `host:port` or `[v6]:port`. The admin
-    interface listens on 127.0.0.1:`admin_port` (0: any free port). InputError on a wrong value.
+    interface listens on 127.0.0.1:`admin_port` (0: any free port). `tls` is for TCP addresses.
+    InputError on a wrong value.
     """
     _check_name("pod", pod)
     _check_name("namespace", namespace)
@@ -55,7 +91,7 @@ def bootstrap(
             "cds_config": _ads_source(),
             "lds_config": _ads_source(),
         },
-        "static_resources": {"clusters": [_xds_cluster(xds)]},
+        "static_resources": {"clusters": [_xds_cluster(xds, tls)]},
         # Envoy's default refuses regular expressions of more than 100 RE2 instructions, and with
         # them the whole resource: a policy with a token of 100 letters would never hold.
         "layered_runtime": {
@@ -92,7 +128,7 @@ def _socket_address(host: str, port: int) -> dict[str, Json]:
     return {"socket_address": {"address": host, "port_value": port}}
 
 
-def _xds_cluster(xds: str) -> dict[str, Json]:
+def _xds_cluster(xds: str, tls: XdsTls | None) -> dict[str, Json]:
     discovery, address = _xds_address(xds)
     endpoint: Json = {"endpoint": {"address": address}}
     cluster: dict[str, Json] = {
@@ -115,11 +151,89 @@ def _xds_cluster(xds: str) -> dict[str, Json]:
             }
         },
     }
+    if tls is not None:
+        if "pipe" in address:
+            raise InputError(f"bootstrap: xds: {xds!r}: a Unix socket has no TLS; leave it out")
+        cluster["transport_socket"] = _tls_socket(tls)
     if "pipe" not in address:
         cluster["upstream_connection_options"] = {
             "tcp_keepalive": {"keepalive_time": 30, "keepalive_interval": 5, "keepalive_probes": 3}
         }
     return cluster
+
+
+def _tls_socket(tls: XdsTls) -> dict[str, Json]:
+    try:
+        ip_address(tls.server_name)
+        kind = "IP_ADDRESS"
+    except ValueError:
+        kind = "DNS"
+    name: Json = {"san_type": kind, "matcher": {"exact": tls.server_name}}
+    server: dict[str, Json] = {"match_typed_subject_alt_names": [name]}
+    context: dict[str, Json]
+    if tls.sds_directory is None:
+        context = {
+            "tls_certificates": [_client_certificate(tls)],
+            "validation_context": {**server, **_trusted(tls)},
+        }
+    else:
+        certificate, trust = (_sds_source(path) for path in sds_files(tls))
+        context = {
+            "tls_certificate_sds_secret_configs": [certificate],
+            "combined_validation_context": {
+                "default_validation_context": server,
+                "validation_context_sds_secret_config": trust,
+            },
+        }
+    # Names only: an address is no SNI (RFC 6066, section 3).
+    sni: dict[str, Json] = {"sni": tls.server_name} if kind == "DNS" else {}
+    return {
+        "name": "envoy.transport_sockets.tls",
+        "typed_config": {
+            "@type": f"type.googleapis.com/{_TLS}.UpstreamTlsContext",
+            "common_tls_context": context,
+            **sni,
+        },
+    }
+
+
+def sds_files(tls: XdsTls) -> dict[Path, Json]:
+    """The files that `sds_directory` must hold, with their content."""
+    assert tls.sds_directory is not None
+    kind = f"type.googleapis.com/{_TLS}.Secret"
+    watched: dict[str, Json] = {"watched_directory": {"path": str(tls.certificate.parent)}}
+    ca_watched: dict[str, Json] = {"watched_directory": {"path": str(tls.ca.parent)}}
+    secrets: dict[str, dict[str, Json]] = {
+        "xds-certificate": {"tls_certificate": {**_client_certificate(tls), **watched}},
+        "xds-ca": {"validation_context": {**_trusted(tls), **ca_watched}},
+    }
+    return {
+        tls.sds_directory / f"{name}.json": {"resources": [{"@type": kind, "name": name, **secret}]}
+        for name, secret in secrets.items()
+    }
+
+
+def _sds_source(path: Path) -> dict[str, Json]:
+    source: Json = {"path_config_source": {"path": str(path)}, "resource_api_version": "V3"}
+    return {"name": path.stem, "sds_config": source}
+
+
+def _client_certificate(tls: XdsTls) -> dict[str, Json]:
+    return {
+        "certificate_chain": {"filename": str(tls.certificate)},
+        "private_key": {"filename": str(tls.key)},
+    }
+
+
+def _trusted(tls: XdsTls) -> dict[str, Json]:
+    return {"trusted_ca": {"filename": str(tls.ca)}}
+
+
+def xds_host(xds: str) -> str:
+    """The host of the xDS server's address; for a Unix socket, nothing."""
+    if xds.startswith(_UNIX):
+        return ""
+    return xds.rpartition(":")[0].removeprefix("[").removesuffix("]")
 
 
 def _xds_address(xds: str) -> tuple[str, dict[str, Json]]:

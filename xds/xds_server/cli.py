@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TextIO
 
 from redirector.errors import InputError, RedirectorError
+from xds_server import options
 from xds_server.following import Reader, follow, note
 from xds_server.ir import NodeId
 from xds_server.lineage import Lineage
 from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars, parse
+from xds_server.options import Shell
 from xds_server.push import Push, count
 from xds_server.server import Server
 from xds_server.sources.directory import Directory
@@ -27,11 +29,11 @@ _DEFAULT_LISTEN = "127.0.0.1:18000"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 1 for bad manifests, 2 for bad options."""
-    options = _parser().parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
-        if options.validate:
-            return validate(options.manifests, sys.stdout, sys.stderr)
-        return _serve(options)
+        if arguments.validate:
+            return validate(arguments.manifests, sys.stdout, sys.stderr)
+        return _serve(arguments)
     except RedirectorError as error:
         print(f"xds-server: {error}", file=sys.stderr)
         return error.exit_code
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="allow --listen addresses that other machines reach, unencrypted",
     )
+    options.add_to(parser)
     parser.add_argument(
         "--validate",
         action="store_true",
@@ -105,13 +108,17 @@ def validate(directory: Path, out: TextIO, err: TextIO) -> int:
     return 0
 
 
-def _serve(options: argparse.Namespace) -> int:
-    _start_log(options.log_level)
-    texts = options.listen or [_DEFAULT_LISTEN]
-    addresses = [parse(text, insecure=options.insecure_listen) for text in texts]
-    report = _reporter(options.events)
-    source = Directory(options.manifests)
-    return asyncio.run(_run(source, addresses, report, strict=options.strict))
+def _serve(arguments: argparse.Namespace) -> int:
+    _start_log(arguments.log_level)
+    texts = arguments.listen or [_DEFAULT_LISTEN]
+    shell = options.shell(arguments)
+    addresses = [
+        parse(text, insecure=arguments.insecure_listen, encrypted=shell.credentials is not None)
+        for text in texts
+    ]
+    report = _reporter(arguments.events)
+    source = Directory(arguments.manifests)
+    return asyncio.run(_run(source, addresses, shell, report, strict=arguments.strict))
 
 
 def _reporter(path: Path | None) -> Callable[[Push], None]:
@@ -135,6 +142,7 @@ def _reporter(path: Path | None) -> Callable[[Push], None]:
 async def _run(
     source: Source,
     addresses: Sequence[Address],
+    shell: Shell,
     report: Callable[[Push], None],
     *,
     strict: bool,
@@ -152,9 +160,15 @@ async def _run(
         claim(address)
     log.info("%s read from %s", count(found.objects, "object"), source)
     lineage = Lineage()
-    server = Server(lineage.next(found.mesh), report=report)
+    server = Server(
+        lineage.next(found.mesh),
+        report=report,
+        limits=shell.limits,
+        trust_domain=shell.trust_domain,
+    )
+    server.know(found.mesh.workloads)
     for address in addresses:
-        _listen(server, address)
+        _listen(server, address, shell)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -177,9 +191,11 @@ async def _run(
     return 0
 
 
-def _listen(server: Server, address: Address) -> None:
+def _listen(server: Server, address: Address, shell: Shell) -> None:
+    # A Unix socket is guarded by the permissions of its folder.
+    encrypted = shell.credentials is not None and not isinstance(address, UnixAddress)
     try:
-        port = server.listen(str(address))
+        port = server.listen(str(address), shell.server_credentials() if encrypted else None)
     except RuntimeError as error:
         raise InputError(f"--listen {address}: {error}; use another address") from error
     if isinstance(address, UnixAddress):
@@ -188,7 +204,8 @@ def _listen(server: Server, address: Address) -> None:
             log.warning("%s: sidecars cannot reach it, %s is closed to others", address, barred)
         log.info("listening on %s", address)
     else:
-        log.info("listening on %s", replace(address, port=port))
+        how = " with client certificates" if encrypted else ""
+        log.info("listening on %s%s", replace(address, port=port), how)
 
 
 class _OneLine(logging.Formatter):

@@ -2,14 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DiscoveryRequest
 
+from xds_server.admission import Limits, Reason, Refused, TokenBucket
 from xds_server.delta import DeltaStream
 from xds_server.generation import Generation
 from xds_server.hub import Hub
+from xds_server.identity import Peer
 from xds_server.ir import NodeId
 from xds_server.push import listed
 from xds_server.references import kind
@@ -22,29 +24,57 @@ log = logging.getLogger(__name__)
 class Connection:
     """The pumps between a gRPC stream and its state machine."""
 
-    def __init__(self, hub: Hub, node: NodeId, stream: DeltaStream | SotwStream) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        node: NodeId,
+        stream: DeltaStream | SotwStream,
+        peer: Peer | None,
+        limits: Limits,
+    ) -> None:
         self.node = node
         self.stream = stream
+        self.peer = peer
         self.wake = asyncio.Event()
+        #: The client ended its side.
         self.closed = False
+        self._leaving = False
         self._hub = hub
+        self._limits = limits
+        self._pace = TokenBucket(limits.requests, 10 * limits.requests)
         self._generation: Generation | None = None
         self._sent_at: dict[str, float] = {}
 
     def __str__(self) -> str:
         return f"{self.node.pod}.{self.node.namespace}"
 
+    def leave(self) -> None:
+        """End the stream in good order, after the message that is on its way.
+
+        A write that the client does not take is left to the connection's own end: gRPC has no
+        way to take it back.
+        """
+        self._leaving = True
+        self.wake.set()
+
     async def read(self, requests: AsyncIterator[Any]) -> None:
         """Take in requests until the client ends its side."""
         try:
             async for request in requests:
                 self.receive(request)
+                if wait := self._pace.owe():
+                    # Not read means held back by HTTP/2's window: a flood costs its sender.
+                    await asyncio.sleep(wait)
         finally:
             self.closed = True
             self.wake.set()
 
     def receive(self, request: Any) -> None:
-        """Take in one request and book the answer that it carries, if any."""
+        """Take in one request and book the answer that it carries, if any.
+
+        Refused when the client asks for more than one may.
+        """
+        _bound(request, self.stream, self._limits)
         now = self._hub.clock()
         answer = self.stream.receive(request)
         log.debug("%s asks %s", self, _question(request))
@@ -68,10 +98,11 @@ class Connection:
         sent a state that was overtaken meanwhile.
         """
         stream, hub = self.stream, self._hub
-        while not (self.closed or hub.closing):
+        while not (self.closed or self._leaving):
             await self.wake.wait()
             self.wake.clear()
-            while not hub.closing:
+            # What a client does not answer is remembered: no more of it until answers come.
+            while not self._leaving and stream.unanswered < self._limits.unanswered:
                 await self._refresh()
                 response = stream.next_response()
                 if response is None:
@@ -100,6 +131,29 @@ class Connection:
             _contents(response),
             len(response.body),
         )
+
+
+def _bound(
+    request: DeltaDiscoveryRequest | DiscoveryRequest,
+    stream: DeltaStream | SotwStream,
+    limits: Limits,
+) -> None:
+    """Raise Refused when the stream would have to keep too much for its client."""
+    if isinstance(request, DiscoveryRequest):
+        asked: Sequence[str] = request.resource_names
+    else:
+        asked = (*request.resource_names_subscribe, *request.initial_resource_versions)
+    kept = stream.kept()
+    if isinstance(request, DiscoveryRequest):
+        # Its names take the place of those before.
+        kept[request.type_url] = 0
+    number = len(asked) + sum(kept.values())
+    if number > limits.names:
+        raise Refused(Reason.NAMES, f"asks for {number} names; {limits.names} is the most")
+    if max(map(len, (request.type_url, *asked))) > limits.name_length:
+        raise Refused(Reason.NAMES, f"asks for a name of more than {limits.name_length} characters")
+    if len({*kept, request.type_url}) > limits.types:
+        raise Refused(Reason.NAMES, f"asks for more than {limits.types} types")
 
 
 def _question(request: DeltaDiscoveryRequest | DiscoveryRequest) -> str:

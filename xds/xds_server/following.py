@@ -77,3 +77,4 @@ async def _reload(reader: Reader, change: Change, lineage: Lineage, server: Serv
         return
     note(found)
     await server.publish(lineage.next(found.mesh), change.reason, change.at)
+    server.know(found.mesh.workloads)

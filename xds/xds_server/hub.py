@@ -48,7 +48,6 @@ class Hub:
         self.generation = generation
         self.connections: set[Client] = set()
         self.clock = clock
-        self.closing = False
         self._report = report
         self._report_after = report_after
         self._pushes: dict[Push, asyncio.TimerHandle] = {}

@@ -46,10 +46,11 @@ class UnixAddress:
 Address = TcpAddress | UnixAddress
 
 
-def parse(text: str, *, insecure: bool = False) -> Address:
+def parse(text: str, *, insecure: bool = False, encrypted: bool = False) -> Address:
     """Read `--listen`: `127.0.0.1:18000`, `[::1]:18000`, `localhost:18000` or `unix:/path`.
 
-    InputError on anything else, and off loopback unless `insecure`: the protocol is plaintext.
+    InputError on anything else, and off loopback unless it is `encrypted` or `insecure` is asked
+    for by name.
     """
     if text.startswith(_UNIX):
         return _unix(text)
@@ -64,10 +65,10 @@ def parse(text: str, *, insecure: bool = False) -> Address:
     except ValueError:
         raise _bad(text) from None
     address = TcpAddress(host, int(port))
-    if not (address.loopback or insecure):
+    if not (address.loopback or insecure or encrypted):
         raise InputError(
             f"--listen {text}: not a loopback address, and the protocol is not encrypted;"
-            " use a Unix socket, or add --insecure-listen to allow it"
+            " use a Unix socket or --tls-cert, or add --insecure-listen to allow it"
         )
     return address
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -11,11 +12,13 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Disc
 from google.protobuf.message import DecodeError
 
 from redirector.errors import InputError, RedirectorError
+from xds_server.admission import Admission, Limits, Reason, Refused
 from xds_server.connection import Connection
 from xds_server.delta import DeltaStream
 from xds_server.generation import Generation
 from xds_server.hub import REPORT_AFTER_S, Hub
-from xds_server.ir import NodeId
+from xds_server.identity import DEFAULT_TRUST_DOMAIN, NotPermitted, Peer, permit
+from xds_server.ir import Name, NodeId, Workload
 from xds_server.push import Push, count
 from xds_server.sotw import SotwStream
 
@@ -24,22 +27,48 @@ log = logging.getLogger(__name__)
 SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 #: Envoy's first request carries a node of about 61 kB; names of 10,000 resources are below 1 MB.
 MAX_REQUEST_BYTES = 4 << 20
+#: Of one connection at a time; an Envoy has one. What comes beyond waits in the client.
+MAX_STREAMS = 100
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_send_message_length", -1),
-    # Two servers on one port would each serve some of the sidecars: the second must fail.
-    ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-)
+_STATUS = {
+    Reason.MALFORMED: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.NODE_ID: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.IDENTITY: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
+}
+#: A stream ends at its age at the latest, up to this part of it earlier.
+_AGE_JITTER = 0.2
+#: Streams that end because the server does: so many a second, within so many seconds at most.
+_DRAIN_RATE = 200.0
+_DRAIN_S = 5.0
+
+
+def _options(limits: Limits) -> list[tuple[str, int]]:
+    age_ms = int(limits.stream_age_s * 1000)
+    return [
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+        ("grpc.max_send_message_length", -1),
+        # Two servers on one port would each serve some of the sidecars: the second must fail.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
+        # A stream that follows another on one connection proves nothing anew, so connections
+        # have an age, too. The grace is for the last stream's own end; what is stuck is cut.
+        ("grpc.max_connection_age_ms", age_ms),
+        ("grpc.max_connection_age_grace_ms", age_ms + 60_000),
+    ]
 
 
 class Server:
-    """Serves one generation at a time to every sidecar that connects; see Hub for `report`."""
+    """Serves one generation at a time to every sidecar that connects; see Hub for `report`.
+
+    Clients on encrypted connections are served as the pod that their certificate names, of those
+    that the server was told of with `know`.
+    """
 
     def __init__(
         self,
@@ -48,17 +77,27 @@ class Server:
         report: Callable[[Push], None],
         report_after: float = REPORT_AFTER_S,
         clock: Callable[[], float] = time.time,
+        limits: Limits | None = None,
+        trust_domain: str = DEFAULT_TRUST_DOMAIN,
     ) -> None:
+        self._limits = limits or Limits()
+        self._admission = Admission(self._limits)
+        self._trust_domain = trust_domain
+        self._workloads: Mapping[Name, Workload] = {}
         self._hub = Hub(generation, report=report, report_after=report_after, clock=clock)
-        self._grpc = grpc.aio.server(options=_OPTIONS)
+        self._grpc = grpc.aio.server(options=_options(self._limits))
         self._grpc.add_generic_rpc_handlers((self._handlers(),))
 
-    def listen(self, address: str) -> int:
+    def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         """Bind a gRPC address (`host:port` or `unix:/path`); returns the port, 1 for a socket.
 
         RuntimeError when it cannot be bound.
         """
-        port: int = self._grpc.add_insecure_port(address)
+        port: int
+        if credentials is None:
+            port = self._grpc.add_insecure_port(address)
+        else:
+            port = self._grpc.add_secure_port(address, credentials)
         return port
 
     async def start(self) -> None:
@@ -66,16 +105,46 @@ class Server:
         await self._grpc.start()
 
     async def stop(self, grace: float = 2.0) -> None:
-        """End every stream in good order; a client that does not let go in `grace` s is cut."""
-        self._hub.closing = True
-        for connection in self._hub.connections:
-            connection.wake.set()
-        await self._grpc.stop(grace)
+        """Let no new client in and end the streams one after the other, in good order.
+
+        Clients come back to whoever serves then: spread out, lest they come all at once. A client
+        that does not let go in `grace` s is cut.
+        """
+        self._admission.draining = True
+        connections = self._connections()
+        window = min(_DRAIN_S, len(connections) / _DRAIN_RATE) if grace else 0.0
+        ended = asyncio.ensure_future(self._grpc.stop(window + grace))
+        await asyncio.sleep(0)
+        for position, connection in enumerate(connections):
+            delay = window * position / len(connections)
+            asyncio.get_running_loop().call_later(delay, connection.leave)
+        await ended
         self._hub.close()
 
     async def publish(self, generation: Generation, reason: str, changed_at: float) -> None:
         """Bring every client to this generation; an error is raised before any sees a change."""
         await self._hub.publish(generation, reason, changed_at)
+
+    def know(self, workloads: Mapping[Name, Workload]) -> None:
+        """Judge clients by these pods from now on, those that are connected included."""
+        self._workloads = workloads
+        for connection in self._connections():
+            try:
+                self._judge(connection.node, connection.peer)
+            except Refused as refused:
+                self._admission.note(refused)
+                connection.leave()
+
+    def _connections(self) -> list[Connection]:
+        return [client for client in self._hub.connections if isinstance(client, Connection)]
+
+    def _judge(self, node: NodeId, peer: Peer | None) -> None:
+        if peer is None:
+            return
+        try:
+            permit(self._workloads, self._trust_domain, node, peer)
+        except NotPermitted as error:
+            raise Refused(Reason.IDENTITY, str(error)) from None
 
     def _handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
         def handler(
@@ -101,36 +170,62 @@ class Server:
         self, stream: DeltaStream | SotwStream, requests: AsyncIterator[Any], context: Any
     ) -> None:
         try:
-            await self._serve_decoded(stream, requests, context)
-        except DecodeError as error:
-            log.warning("refused a client: %s", error)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-
-    async def _serve_decoded(
-        self, stream: DeltaStream | SotwStream, requests: AsyncIterator[Any], context: Any
-    ) -> None:
-        first = await anext(requests, None)
-        if first is None or self._hub.closing:
+            with self._admission.place():
+                connection = await self._admitted(stream, requests, context)
+                if connection is not None:
+                    await self._run(connection, requests, context)
             return
+        except DecodeError as error:
+            refused = Refused(Reason.MALFORMED, str(error))
+        except Refused as error:
+            refused = error
+        self._admission.note(refused)
+        code = _STATUS.get(refused.reason, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        await context.abort(code, str(refused))
+
+    async def _admitted(
+        self, stream: DeltaStream | SotwStream, requests: AsyncIterator[Any], context: Any
+    ) -> Connection | None:
+        """The client once it has said who it is; None when it went without a word."""
+        try:
+            async with asyncio.timeout(self._limits.first_request_s):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise Refused(
+                Reason.NO_REQUEST, f"no request within {self._limits.first_request_s:g} s"
+            ) from None
+        if first is None or self._admission.draining:
+            return None
         try:
             node = NodeId.parse(first.node.id)
         except InputError as error:
-            log.warning("refused a client: %s", error)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        connection = Connection(self._hub, node, stream)
+            raise Refused(Reason.NODE_ID, str(error)) from None
+        peer = Peer.of(context.auth_context())
+        self._judge(node, peer)
+        connection = Connection(self._hub, node, stream, peer, self._limits)
+        connection.receive(first)
+        return connection
+
+    async def _run(
+        self, connection: Connection, requests: AsyncIterator[Any], context: Any
+    ) -> None:
         connections = self._hub.connections
         connections.add(connection)
         log.info("%s connected, %s", connection, count(len(connections), "sidecar"))
-        connection.receive(first)
         reader = asyncio.create_task(connection.read(requests))
+        age = self._limits.stream_age_s * random.uniform(1 - _AGE_JITTER, 1)
+        aged = asyncio.get_running_loop().call_later(age, connection.leave)
         try:
             await connection.write(context)
             if connection.closed:
                 await reader
+        except Refused:
+            raise
         except RedirectorError as error:
             log.error("%s", error)
             await context.abort(grpc.StatusCode.INTERNAL, str(error))
         finally:
+            aged.cancel()
             reader.cancel()
             connections.discard(connection)
             log.info("%s gone, %s left", connection, count(len(connections), "sidecar"))

@@ -217,6 +217,15 @@ class Stream(ABC):
             and (bool(self.rejected) or self._routes_delivered())
         )
 
+    def kept(self) -> dict[str, int]:
+        """How many names are kept for the client, by type."""
+        return {url: max(len(t.names), len(t.sent)) for url, t in self._types.items()}
+
+    @property
+    def unanswered(self) -> int:
+        """How many responses the client owes an answer."""
+        return sum(len(state.unanswered) for state in self._types.values())
+
     def next_response(self) -> Response | None:
         """The next message to send, or None while there is nothing to say."""
         if self._desired is None:

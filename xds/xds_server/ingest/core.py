@@ -291,7 +291,7 @@ def build_workload(
         AppPort(number, next((p for p in order if p in seen[number]), Protocol.TCP))
         for number in sorted(seen)
     )
-    return Workload(pod.name, pod.addresses, tuple(ports))
+    return Workload(pod.name, pod.addresses, tuple(ports), pod.service_account)
 
 
 def _pairs(service: RawService | None, piece: Slice) -> list[tuple[RawPort, int]]:

@@ -47,3 +47,4 @@ class Workload:
     name: Name
     addresses: tuple[IPAddress, ...] = ()
     ports: tuple[AppPort, ...] = ()
+    service_account: str = "default"

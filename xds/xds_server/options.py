@@ -1,0 +1,118 @@
+"""How a user says what the shell around the state machines does: TLS, limits."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from redirector.errors import InputError
+from xds_server.admission import Limits
+from xds_server.identity import DEFAULT_TRUST_DOMAIN
+from xds_server.tls import Credentials, TlsFiles
+
+_DEFAULTS = Limits()
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Shell:
+    """What was chosen; without credentials TCP addresses are plaintext."""
+
+    limits: Limits
+    trust_domain: str
+    credentials: Credentials | None
+
+    def server_credentials(self) -> grpc.ServerCredentials | None:
+        """For gRPC's ports."""
+        return None if self.credentials is None else self.credentials.server_credentials()
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the options to the command's parser."""
+    tls = parser.add_argument_group(
+        "TLS", "With these, TCP addresses are encrypted and clients must bring a certificate."
+    )
+    files = (
+        ("--tls-cert", "the server's certificate chain (PEM); read again when it changes"),
+        ("--tls-key", "its key (PEM, no password)"),
+        ("--client-ca", "who signs the certificates of sidecars (PEM)"),
+    )
+    for option, text in files:
+        tls.add_argument(option, type=_file, metavar="FILE", help=text)
+    tls.add_argument(
+        "--trust-domain",
+        default=DEFAULT_TRUST_DOMAIN,
+        metavar="NAME",
+        help="of the service accounts in certificates: spiffe://NAME/ns/NAMESPACE/sa/ACCOUNT"
+        " (default: %(default)s)",
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-clients",
+        type=_number,
+        default=_DEFAULTS.clients,
+        metavar="N",
+        help="so many sidecars at a time (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--connect-rate",
+        type=_number,
+        default=int(_DEFAULTS.connects),
+        metavar="N",
+        help="so many new ones a second, twice as many at once (default: %(default)s)",
+    )
+    limits.add_argument(
+        "--max-stream-age",
+        type=_age,
+        default=_DEFAULTS.stream_age_s,
+        metavar="TIME",
+        help="let sidecars come anew after at most 90s, 30m, 12h (default: 30m)",
+    )
+
+
+def shell(arguments: argparse.Namespace) -> Shell:
+    """What the arguments ask for. InputError: files that cannot be used, or one without others."""
+    limits = Limits(
+        clients=arguments.max_clients,
+        connects=float(arguments.connect_rate),
+        stream_age_s=arguments.max_stream_age,
+    )
+    return Shell(limits, arguments.trust_domain, _credentials(arguments))
+
+
+def _credentials(arguments: argparse.Namespace) -> Credentials | None:
+    given = {
+        "--tls-cert": arguments.tls_cert,
+        "--tls-key": arguments.tls_key,
+        "--client-ca": arguments.client_ca,
+    }
+    lacking = [option for option, path in given.items() if path is None]
+    if len(lacking) == len(given):
+        return None
+    if lacking:
+        there = next(option for option, path in given.items() if path is not None)
+        raise InputError(f"{there}: needs {' and '.join(lacking)} beside it")
+    return Credentials(TlsFiles(arguments.tls_cert, arguments.tls_key, arguments.client_ca))
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a file")
+    return Path(text)
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 1_000_000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000000")
+    return int(text)
+
+
+def _age(text: str) -> float:
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdecimal() and unit in _UNITS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m or 12h")
+    seconds = int(number) * _UNITS[unit]
+    if not 1 <= seconds <= 24 * 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 1s and 24h")
+    return float(seconds)
