@@ -12,7 +12,7 @@ from typing import Any
 
 from waiting import PATIENCE_S, eventually
 
-from redirector.bootstrap import bootstrap
+from redirector.bootstrap import XdsTls, bootstrap
 from redirector.lab import LabPod
 from redirector.machine import envoy_binary
 
@@ -26,9 +26,16 @@ sys.stdout.write(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode()
 
 
 class XdsServer:
-    """`xds-server` on a directory, listening on a Unix socket and a loopback port."""
+    """`xds-server` on a directory, listening on a Unix socket and a loopback port; `popen` starts
+    it in another place than here."""
 
-    def __init__(self, place: Path, manifests: Path, *options: str) -> None:
+    def __init__(
+        self,
+        place: Path,
+        manifests: Path,
+        *options: str | Path,
+        popen: Callable[..., "subprocess.Popen[Any]"] = subprocess.Popen,
+    ) -> None:
         self.socket = place / "xds.sock"
         self.events_file = place / "events.jsonl"
         self._log_file = place / "server.log"
@@ -41,7 +48,7 @@ class XdsServer:
         command += ["--listen", f"unix:{self.socket}", "--listen", "127.0.0.1:0"]
         command += ["--events", self.events_file, "--log-level", "debug", *options]
         with self._log_file.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = popen(command, stdout=log, stderr=log)
         self.wait_for_log(r"serving")
 
     @property
@@ -103,12 +110,13 @@ class Sidecar:
         namespace: str,
         xds: str,
         changed: dict[str, Any] | None = None,
+        tls: XdsTls | None = None,
     ) -> None:
         self._pod = pod
         self.name = name
         config = place / f"{pod.name}.json"
         admin = place / f"{pod.name}-admin"
-        content: dict[str, Any] = bootstrap(name, namespace, pod.ip, xds=xds, admin_port=0)
+        content: dict[str, Any] = bootstrap(name, namespace, pod.ip, xds=xds, admin_port=0, tls=tls)
         content["dynamic_resources"]["ads_config"].update(changed or {})
         config.write_text(json.dumps(content))
         admin.mkdir(mode=0o700)
