@@ -33,6 +33,7 @@ KINDS = {
     "authorizationpolicies": ("AuthorizationPolicy", _POLICY),
     "trafficpolicies": ("TrafficPolicy", _POLICY),
 }
+_RESOURCES = {kind: resource for resource, (kind, _) in KINDS.items()}
 #: A server's own kinds; the others come with a definition.
 BUILT_IN = frozenset(("pods", "namespaces", "services", "endpointslices"))
 METADATA = "as=PartialObjectMetadata"
@@ -155,6 +156,18 @@ class ApiServer:
             kind = "MODIFIED" if name in self.objects[resource] else "ADDED"
             self._event(resource, kind, value)
             self.objects[resource][name] = value
+
+    def apply(self, *values: Object) -> None:
+        """Create or change objects of kinds that are known; others are ignored."""
+        for value in values:
+            resource = _RESOURCES.get(value["kind"])
+            if resource is None:
+                continue
+            stored = copy.deepcopy(value)
+            stored["apiVersion"] = KINDS[resource][1]
+            if resource != "namespaces":
+                stored["metadata"].setdefault("namespace", "default")
+            self.put(resource, stored)
 
     def delete(self, resource: str, name: str) -> None:
         """Delete an object by namespace/name or name."""

@@ -24,7 +24,7 @@ _MERGE_PATCH = "application/merge-patch+json"
 MAX_LINE = 8 << 20
 MAX_BODY = 48 << 20
 #: Kept open for the next request; watches have theirs for themselves.
-_CONNECTIONS = 4
+_CONNECTIONS = 16
 _CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
 #: A peer that vanished without a FIN is noticed after a minute (tcp(7)).

@@ -1,8 +1,9 @@
-"""The `xds-server` command: manifests in a directory become configuration of the sidecars."""
+"""The `xds-server` command: Kubernetes objects become configuration of the sidecars."""
 
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+from redirector.apiserver.client import Client, in_cluster
+from redirector.apiserver.kubeconfig import from_file
 from redirector.errors import InputError, RedirectorError
 from xds_server import options
 from xds_server.following import Reader, follow, note
@@ -20,6 +23,7 @@ from xds_server.options import Shell
 from xds_server.push import Push, count
 from xds_server.server import Server
 from xds_server.sources.directory import Directory
+from xds_server.sources.kubernetes import Kubernetes
 from xds_server.sources.source import Source
 
 log = logging.getLogger("xds_server")
@@ -31,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 1 for bad manifests, 2 for bad options."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.kubeconfig is not None and not arguments.kubernetes:
+            raise InputError("--kubeconfig: is for a cluster; add --kubernetes")
         if arguments.validate:
-            return validate(arguments.manifests, sys.stdout, sys.stderr)
+            return asyncio.run(validate(_source(arguments), sys.stdout, sys.stderr))
         return _serve(arguments)
     except RedirectorError as error:
         print(f"xds-server: {error}", file=sys.stderr)
@@ -41,14 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="xds-server", description="Serve Envoy sidecars from Kubernetes manifests, over ADS."
+        prog="xds-server", description="Serve Envoy sidecars from Kubernetes objects, over ADS."
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--manifests",
         type=_path,
-        required=True,
         metavar="DIR",
         help="directory of *.yaml, *.yml and *.json files, watched for changes",
+    )
+    source.add_argument(
+        "--kubernetes", action="store_true", help="follow the API server of the pod's own cluster"
+    )
+    parser.add_argument(
+        "--kubeconfig",
+        type=_path,
+        metavar="FILE",
+        help="with --kubernetes: follow the cluster of this file's current context instead",
     )
     parser.add_argument(
         "--listen",
@@ -65,12 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--validate",
         action="store_true",
-        help="check the manifests, print what is ignored and every problem, and exit",
+        help="check the objects, print what is ignored and every problem, and exit",
     )
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="do not start while anything is wrong with the manifests (otherwise what is bad is "
+        help="do not start while anything is wrong with the objects (otherwise what is bad is "
         "left out, or stays as it last was good, and is logged)",
     )
     parser.add_argument(
@@ -89,9 +104,20 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def validate(directory: Path, out: TextIO, err: TextIO) -> int:
-    """Check a directory: 0, or 1 after one line for each problem."""
-    found = asyncio.run(Reader(Directory(directory)).read())
+def _source(arguments: argparse.Namespace) -> Callable[[], Source]:
+    """What makes the source, once an event loop runs."""
+    if not arguments.kubernetes:
+        return partial(Directory, arguments.manifests)
+    if arguments.kubeconfig is not None:
+        access = from_file(arguments.kubeconfig)
+    else:
+        access = in_cluster(os.environ, "name one with --kubeconfig, or use --manifests")
+    return partial(Kubernetes, Client(access), access.url)
+
+
+async def validate(make: Callable[[], Source], out: TextIO, err: TextIO) -> int:
+    """Check a source: 0, or 1 after one line for each problem."""
+    found = await Reader(make()).read()
     mesh, objects = found.mesh, count(found.objects, "object")
     if found.problems:
         for problem in found.problems:
@@ -117,7 +143,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         for text in texts
     ]
     report = _reporter(arguments.events)
-    source = Directory(arguments.manifests)
+    source = _source(arguments)
     return asyncio.run(_run(source, addresses, shell, report, strict=arguments.strict))
 
 
@@ -140,25 +166,35 @@ def _reporter(path: Path | None) -> Callable[[Push], None]:
 
 
 async def _run(
-    source: Source,
+    make: Callable[[], Source],
     addresses: Sequence[Address],
     shell: Shell,
     report: Callable[[Push], None],
     *,
     strict: bool,
 ) -> int:
-    reader = Reader(source)
-    found = await reader.read()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    reader = Reader(make())
+    # A cluster may take its time.
+    reading = asyncio.create_task(reader.read())
+    await asyncio.wait({stopped, reading}, return_when=asyncio.FIRST_COMPLETED)
+    if not reading.done():
+        return 0
+    found = reading.result()
     if found.problems and strict:
         for problem in found.problems:
             print(f"xds-server: {problem}", file=sys.stderr)
         problems = count(len(found.problems), "problem")
-        print(f"xds-server: {problems} in {source}: nothing to serve", file=sys.stderr)
+        print(f"xds-server: {problems} in {reader.source}: nothing to serve", file=sys.stderr)
         return 1
     note(found)
     for address in addresses:
         claim(address)
-    log.info("%s read from %s", count(found.objects, "object"), source)
+    log.info("%s read from %s", count(found.objects, "object"), reader.source)
     lineage = Lineage()
     server = Server(
         lineage.next(found.mesh),
@@ -169,15 +205,10 @@ async def _run(
     server.know(found.mesh.workloads)
     for address in addresses:
         _listen(server, address, shell)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     await server.start()
     log.info("serving")
     watcher = asyncio.create_task(follow(reader, lineage, server))
     try:
-        stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if watcher.done():
             watcher.result()  # it ends by an error of ours only: better no server than a deaf one
