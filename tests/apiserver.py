@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -444,6 +445,19 @@ def _selected(value: Object, query: dict[str, str]) -> bool:
     name, _, wanted = selector.partition("=")
     assert name == "spec.nodeName", selector
     return value["spec"].get("nodeName") == wanted
+
+
+def kubeconfig(directory: Path, url: str, token: str) -> Path:
+    """A kubeconfig file for a server."""
+    file = directory / "kubeconfig"
+    content = {
+        "current-context": "c",
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": url}}],
+        "users": [{"name": "u", "user": {"token": token}}],
+    }
+    file.write_text(json.dumps(content))
+    return file
 
 
 def namespace(name: str, **annotations: str) -> Object:

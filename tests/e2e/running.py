@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ sys.stdout.write(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode()
 
 
 class XdsServer:
-    """`xds-server` on a directory, listening on a Unix socket and a loopback port; `popen` starts
-    it in another place than here."""
+    """`xds-server`, listening on a Unix socket and a loopback port. `source`: a directory of
+    manifests, or options that name another source; `popen` starts it in another place than here."""
 
     def __init__(
         self,
         place: Path,
-        manifests: Path,
+        source: Path | Sequence[str],
         *options: str | Path,
         popen: Callable[..., "subprocess.Popen[Any]"] = subprocess.Popen,
     ) -> None:
@@ -42,8 +42,7 @@ class XdsServer:
         self._log_start = self._log_file.stat().st_size if self._log_file.exists() else 0
         command: list[str | Path] = [
             Path(sys.executable).with_name("xds-server"),
-            "--manifests",
-            manifests,
+            *(["--manifests", str(source)] if isinstance(source, Path) else source),
         ]
         command += ["--listen", f"unix:{self.socket}", "--listen", "127.0.0.1:0"]
         command += ["--events", self.events_file, "--log-level", "debug", *options]

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from apiserver import ApiServer, kubeconfig
 from xds_server.cli import main
+from xds_server.sources.files import load
 
 DEMO = Path(__file__).parents[3] / "manifests" / "demo"
 COMMAND = Path(sys.executable).with_name("xds-server")
@@ -143,3 +145,49 @@ def test_signal_ends_it_in_good_order_and_the_socket_is_gone(
     assert "stopping" in rest
     assert "Traceback" not in rest
     assert not path.exists()
+
+
+def test_a_cluster_that_does_not_answer_yet_is_waited_for(tmp_path: Path) -> None:
+    """Nothing is served meanwhile, and a signal ends the waiting."""
+    path = tmp_path / "xds.sock"
+    with ApiServer() as cluster:
+        config = kubeconfig(tmp_path, cluster.url, "secret")
+        cluster.down()
+        command: list[str | Path] = [COMMAND, "--kubernetes", "--kubeconfig", config]
+        command += ["--listen", f"unix:{path}"]
+        for arrives in (False, True):
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+                assert running.stderr is not None
+                lines = iter(running.stderr.readline, "")
+                assert any("API server: " in line and "refused" in line for line in lines)
+                assert not path.exists()
+                if arrives:
+                    cluster.up()
+                    assert any("serving" in line for line in lines)
+                    assert path.exists()
+                running.terminate()
+                rest = running.stderr.read()
+                assert running.wait(60) == 0
+                assert "Traceback" not in rest
+
+
+def test_outside_of_a_cluster_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], manifests: Path
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert main(["--kubernetes"]) == 5
+    err = capsys.readouterr().err
+    assert "is not a pod of a cluster" in err
+    assert err.endswith("name one with --kubeconfig, or use --manifests\n")
+    assert main(["--manifests", str(manifests), "--kubeconfig", "x"]) == 2
+    assert (
+        capsys.readouterr().err == "xds-server: --kubeconfig: is for a cluster; add --kubernetes\n"
+    )
+
+
+def test_validate_asks_a_cluster_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ApiServer() as cluster:
+        cluster.apply(*(each.data for each in load(DEMO)[0]))
+        config = kubeconfig(tmp_path, cluster.url, "secret")
+        assert main(["--kubernetes", "--kubeconfig", str(config), "--validate"]) == 0
+    assert capsys.readouterr().out == "14 objects, no problems\n"
