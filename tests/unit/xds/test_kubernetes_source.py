@@ -24,6 +24,8 @@ from redirector.apiserver.reflector import Backoff
 DEMO = Path(__file__).parents[3] / "manifests" / "demo"
 PATIENCE_S = 20.0
 NEVER_S = 3600.0
+#: The one that is left out has a Service twice, which a cluster cannot have.
+SAME = [name for name in test_golden.NAMES if name != "problems"]
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -68,7 +70,7 @@ async def names(source: Kubernetes) -> set[str]:
     return {f"{o.data['kind']} {o.data['metadata']['name']}" for o in objects}  # type: ignore[index]
 
 
-@pytest.mark.parametrize("name", test_golden.good())
+@pytest.mark.parametrize("name", SAME)
 async def test_files_and_api_give_the_same(server: ApiServer, name: str) -> None:
     """So nothing is cut away that anything is made of."""
     file = test_golden.GOLDEN / f"{name}.in.yaml"
@@ -76,8 +78,10 @@ async def test_files_and_api_give_the_same(server: ApiServer, name: str) -> None
     objects, _ = await asyncio.wait_for(follow(server).read(), PATIENCE_S)
     node = file.read_text().splitlines()[0].removeprefix("# node: ")
     mesh, problems = ingest(objects)
-    assert problems == []
-    assert translate(mesh, NodeId.parse(node)) == test_golden.outcome(name)[0]
+    expected, resources, others = test_golden.outcome(name)
+    assert {(p.object, p.field) for p in problems} == {(p.object, p.field) for p in others}
+    assert (mesh.left_out, mesh.closed) == (expected.left_out, expected.closed)
+    assert translate(mesh, NodeId.parse(node)) == resources
 
 
 async def test_every_object_of_the_demo_arrives(demo: ApiServer) -> None:
