@@ -120,6 +120,8 @@ class Sidecar:
         config.write_text(json.dumps(content))
         admin.mkdir(mode=0o700)
         os.chown(admin, SIDECAR_ID, SIDECAR_ID)
+        #: A folder that Envoy may write to.
+        self.folder = admin
         self._log_file = place / f"{pod.name}.log"
         command: list[str | Path] = [
             envoy_binary(),
@@ -138,8 +140,12 @@ class Sidecar:
         eventually("Envoy's admin address", lambda: (admin / "address").exists() or self._dead())
         self._admin = eventually("an address", (admin / "address").read_text)
 
+    def log(self) -> str:
+        """All that Envoy has written, on both of its outputs."""
+        return self._log_file.read_text()
+
     def _dead(self) -> bool:
-        assert self.process.poll() is None, f"Envoy ended:\n{self._log_file.read_text()}"
+        assert self.process.poll() is None, f"Envoy ended:\n{self.log()}"
         return False
 
     def admin(self, path: str) -> str:

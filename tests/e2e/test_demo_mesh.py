@@ -1,17 +1,16 @@
 """The demo's manifests, served by the xDS server, steered in each mode: what applications see."""
 
 import http.client
-import json
-import socket
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from apps import APP, PATIENCE_S, Answer, Request, ask, listens
 from running import Sidecar, XdsServer
 from sockets import pod_socket
 from waiting import eventually
@@ -22,33 +21,10 @@ from redirector.model import Mode
 
 pytestmark = pytest.mark.root
 
-PATIENCE_S = 30
 WEB, WEB_V1 = "10.96.77.1", "10.96.77.2"
 PODS = {"client": "10.77.0.10", "web-v1": "10.77.0.11", "web-v2": "10.77.0.12"}
 PLAIN_IP = "10.77.0.13"
 APP_PORT = 8080
-
-#: Answers with its own name and what it saw.
-APP = """
-import json, socket, sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-class App(BaseHTTPRequestHandler):
-    wbufsize = -1
-    def do_GET(self):
-        seen = {"app": sys.argv[1], "peer": self.client_address[0], "path": self.path,
-                "headers": {key.lower(): value for key, value in self.headers.items()}}
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(seen).encode())
-    do_POST = do_GET
-class Server(ThreadingHTTPServer):
-    address_family = socket.AF_INET6
-Server(("::", int(sys.argv[2])), App).serve_forever()
-"""
-
-
-#: Method, path, headers.
-Request = tuple[str, str, dict[str, str]]
 
 #: Ends the object that is being told of, after another one.
 MORE = """metadata: {name: more, namespace: demo}
@@ -57,32 +33,6 @@ spec: {clusterIP: 10.96.77.9, ports: [{name: http, port: 80}]}
 apiVersion: v1
 kind: Service
 """
-
-
-@dataclass
-class Answer:
-    status: int
-    headers: dict[str, str] = field(default_factory=dict)
-    seen: dict[str, Any] = field(default_factory=dict)
-
-
-def _ask(address: str, port: int, requests: list[Request]) -> list[Answer]:
-    """Each request on a connection of its own; runs inside a pod."""
-    answers = []
-    for method, path, headers in requests:
-        connection = http.client.HTTPConnection(address, port, timeout=PATIENCE_S)
-        try:
-            connection.request(method, path, headers=headers)
-            response = connection.getresponse()
-            body = response.read()
-            seen = json.loads(body) if response.status == 200 else {}
-            named = {key.lower(): value for key, value in response.getheaders()}
-            answers.append(Answer(response.status, named, seen))
-        except (ConnectionError, http.client.BadStatusLine):
-            answers.append(Answer(0))
-        finally:
-            connection.close()
-    return answers
 
 
 @dataclass
@@ -104,20 +54,12 @@ class Demo:
     def ask_all(
         self, address: str, port: int, requests: list[Request], pod: LabPod | None = None
     ) -> list[Answer]:
-        answers: list[Answer] = (pod or self.client).call(_ask, address, port, requests)
+        answers: list[Answer] = (pod or self.client).call(ask, address, port, requests)
         return answers
 
 
 def _configured(sidecar: Sidecar) -> bool:
     return sidecar.listeners() == ["inbound", "outbound"]
-
-
-def _listens(address: str) -> bool:
-    try:
-        socket.create_connection((address, APP_PORT), 1).close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(params=list(Mode))
@@ -136,7 +78,7 @@ def demo(
     for name, pod in pods.items():
         with (place / f"{name}-app.log").open("wb") as log:
             pod.popen([sys.executable, "-c", APP, name, str(APP_PORT)], stdout=log, stderr=log)
-        eventually(f"the application of {name}", partial(pod.call, _listens, pod.ip))
+        eventually(f"the application of {name}", partial(pod.call, listens, pod.ip, APP_PORT))
     for one in sidecars:
         eventually("listeners", partial(_configured, one))
         pod = one._pod

@@ -1,0 +1,78 @@
+"""Applications in pods: one that answers with what it saw, and one that asks."""
+
+import http.client
+import json
+import socket
+from dataclasses import dataclass, field
+from typing import Any
+
+PATIENCE_S = 30
+
+#: Answers with its own name and what it saw, on the ports given. A request may ask for more:
+#: `x-fail: NAME` for 503 from who is called so, /hold for no answer before /release was asked.
+APP = """
+import json, socket, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+released = threading.Event()
+held = []
+class App(BaseHTTPRequestHandler):
+    wbufsize = -1
+    def do_GET(self):
+        if self.path == "/release":
+            released.set()
+        elif self.path == "/hold":
+            held.append(self.path)
+            released.wait()
+        seen = {"app": sys.argv[1], "peer": self.client_address[0], "path": self.path,
+                "held": len(held),
+                "headers": {key.lower(): value for key, value in self.headers.items()}}
+        self.send_response(503 if self.headers.get("x-fail") == sys.argv[1] else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(seen).encode())
+    do_POST = do_GET
+class Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+servers = [Server(("::", int(port)), App) for port in sys.argv[2:]]
+for server in servers[1:]:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+servers[0].serve_forever()
+"""
+
+
+#: Method, path, headers.
+Request = tuple[str, str, dict[str, str]]
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    seen: dict[str, Any] = field(default_factory=dict)
+
+
+def ask(address: str, port: int, requests: list[Request]) -> list[Answer]:
+    """Each request on a connection of its own; runs inside a pod."""
+    answers = []
+    for method, path, headers in requests:
+        connection = http.client.HTTPConnection(address, port, timeout=PATIENCE_S)
+        try:
+            connection.request(method, path, headers=headers)
+            response = connection.getresponse()
+            body = response.read()
+            seen = json.loads(body) if response.status == 200 else {}
+            named = {key.lower(): value for key, value in response.getheaders()}
+            answers.append(Answer(response.status, named, seen))
+        except (ConnectionError, http.client.BadStatusLine):
+            answers.append(Answer(0))
+        finally:
+            connection.close()
+    return answers
+
+
+def listens(address: str, port: int) -> bool:
+    """Whether somebody does; runs inside a pod."""
+    try:
+        socket.create_connection((address, port), 1).close()
+    except OSError:
+        return False
+    return True

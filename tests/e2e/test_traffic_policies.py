@@ -1,0 +1,285 @@
+"""What TrafficPolicies do to the traffic of applications, through the server and real Envoys."""
+
+import json
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from apps import APP, PATIENCE_S, Answer, Request, ask, listens
+from running import Sidecar, XdsServer
+from sockets import pod_socket
+from waiting import eventually
+
+from redirector.datapath.pins import Datapath
+from redirector.enrollment import Enrollment
+from redirector.lab import LabPod, Node
+from redirector.model import Mode
+from redirector.records import Records
+
+pytestmark = pytest.mark.root
+
+BOTH, ONE = "10.96.77.5", "10.96.77.6"
+PODS = {"client": "10.77.0.10", "web-v1": "10.77.0.11", "web-v2": "10.77.0.12"}
+OUTSIDE = "10.77.0.13"
+HTTP, RAW, NOBODY = 8080, 9090, 9
+ROUTE = {"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "name": "one"}
+
+
+@dataclass
+class World:
+    """Three enrolled pods, and one outside of the mesh."""
+
+    sidecars: dict[str, Sidecar]
+    pods: dict[str, LabPod]
+    server: XdsServer
+    manifests: Path
+
+    @contextmanager
+    def policy(self, target: dict[str, str], **parts: Any) -> Iterator[None]:
+        """A TrafficPolicy that every sidecar has taken."""
+        file = self.manifests / f"policy-{secrets.token_hex(3)}.yaml"
+        content = {
+            "apiVersion": "policy.redirector.io/v1alpha1",
+            "kind": "TrafficPolicy",
+            "metadata": {"name": "it", "namespace": "demo"},
+            "spec": {"targetRefs": [target], **parts},
+        }
+        event = self.server.event_after(lambda: file.write_text(yaml.safe_dump(content)))
+        assert (event["nacks"], event["waiting"]) == ([], [])
+        self._settle()
+        try:
+            yield
+        finally:
+            self.server.event_after(file.unlink)
+
+    def _settle(self) -> None:
+        """Envoy's main thread has acknowledged; what comes after a connection, which nobody takes,
+        finds its worker up to date."""
+        for name in ("web-v1", "web-v2"):
+            assert self.statuses(PODS[name], get(), port=NOBODY, pod="outside") == [0]
+        assert self.statuses(OUTSIDE, get(), port=NOBODY) == [0]
+
+    def ask(
+        self, address: str, *requests: Request, port: int = 80, pod: str = "client"
+    ) -> list[Answer]:
+        answers: list[Answer] = self.pods[pod].call(
+            ask, address, port, list(requests), timeout=PATIENCE_S
+        )
+        return answers
+
+    def statuses(
+        self, address: str, *requests: Request, port: int = 80, pod: str = "client"
+    ) -> list[int]:
+        return [answer.status for answer in self.ask(address, *requests, port=port, pod=pod)]
+
+
+def service(name: str, section: str = "") -> dict[str, str]:
+    return {"kind": "Service", "name": name} | ({"sectionName": section} if section else {})
+
+
+def get(path: str = "/", **headers: str) -> Request:
+    return ("GET", path, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+@pytest.fixture(scope="module")
+def world(pins: Path) -> Iterator[World]:
+    with ExitStack() as stack:
+        place = Path(tempfile.mkdtemp(prefix="rdrtest-"))
+        stack.callback(shutil.rmtree, place)
+        place.chmod(0o755)
+        manifests = place / "manifests"
+        manifests.mkdir()
+        (manifests / "mesh.yaml").write_text(
+            (Path(__file__).parent / "traffic.in.yaml").read_text()
+        )
+        node = stack.enter_context(Node(prefix="rdrtest"))
+        server = XdsServer(place, manifests)
+        stack.callback(server.stop)
+        pods = {name: node.pod(name, ip) for name, ip in PODS.items()}
+        pods["outside"] = node.pod("outside", OUTSIDE)
+        xds = f"unix:{server.socket}"
+        sidecars = {name: Sidecar(pods[name], place, name, "demo", xds) for name in PODS}
+        for name in ("web-v1", "web-v2"):
+            argv = [sys.executable, "-c", APP, name, str(HTTP), str(RAW)]
+            with (place / f"{name}-app.log").open("wb") as log:
+                pods[name].popen(argv, stdout=log, stderr=log)
+        for name in ("web-v1", "web-v2"):
+            eventually("applications", partial(pods[name].call, listens, PODS[name], HTTP))
+        enrollment = Enrollment(Records(place / "pods"), Datapath(pins))
+        for name, sidecar in sidecars.items():
+            eventually("listeners", lambda s=sidecar: s.listeners() == ["inbound", "outbound"])
+            pod = pods[name]
+            enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF)
+            stack.callback(enrollment.unenroll, pod.name)
+        yield World(sidecars, pods, server, manifests)
+
+
+def test_a_pod_takes_so_many_requests_of_all_clients_together(world: World) -> None:
+    # Nothing is granted anew while the test runs.
+    limit = {"requests": 1, "interval": "24h", "burst": 6}
+    with world.policy(service("both", "http"), rateLimit=limit):
+        # What is refused does not count, and other ports have nothing to do with it.
+        post: Request = ("POST", "/", {})
+        direct = {"port": HTTP}
+        assert world.statuses(PODS["web-v1"], *[post] * 10, **direct) == [403] * 10
+        first = world.statuses(PODS["web-v1"], *[get()] * 4, **direct)
+        second = world.statuses(PODS["web-v1"], *[get()] * 8, **direct, pod="outside")
+        assert Counter(first + second) == {200: 6, 429: 6}
+        assert world.statuses(PODS["web-v2"], get(), **direct) == [200]
+    assert world.statuses(PODS["web-v1"], *[get()] * 8, port=HTTP) == [200] * 8
+
+
+def test_a_port_that_is_not_http_takes_so_many_connections(world: World) -> None:
+    limit = {"requests": 1, "interval": "24h", "burst": 3}
+    with world.policy(service("both", "raw"), rateLimit=limit):
+        answers = world.statuses(PODS["web-v1"], *[get()] * 7, port=RAW, pod="outside")
+        assert Counter(answers) == {200: 3, 0: 4}
+        assert world.statuses(PODS["web-v1"], get(), port=HTTP, pod="outside") == [200]
+
+
+def test_a_clients_requests_by_a_rule_are_limited(world: World) -> None:
+    limit = {"requests": 1, "interval": "24h", "burst": 2}
+    with world.policy(ROUTE | {"sectionName": "teapot"}, rateLimit=limit):
+        assert world.statuses(ONE, *[get("/teapot")] * 5) == [200, 200, 429, 429, 429]
+        assert world.statuses(ONE, *[get("/coffee")] * 5) == [200] * 5
+
+
+def test_faults(world: World) -> None:
+    with world.policy(
+        ROUTE | {"sectionName": "teapot"}, faultInjection={"abort": {"httpStatus": 418}}
+    ):
+        assert world.statuses(ONE, get("/teapot"), get("/coffee")) == [418, 200]
+    with world.policy(ROUTE, faultInjection={"abort": {"httpStatus": 500, "percentage": 25}}):
+        counts = Counter(world.statuses(ONE, *[get()] * 200))
+        # Outside of this range once in a hundred million runs.
+        assert set(counts) == {200, 500}
+        assert 18 <= counts[500] <= 88
+    delay = {"delay": {"fixedDelay": "300ms"}}
+    with world.policy(service("both"), faultInjection=delay):
+        began = time.monotonic()
+        assert world.statuses(BOTH, get()) == [200]
+        assert time.monotonic() - began >= 0.3
+        # Meant for who asks the service; nothing is done to who is asked.
+        stats = world.sidecars["web-v1"].admin("/stats?filter=fault")
+        assert "delays_injected: 1" not in stats
+    with world.policy(service("both"), faultInjection={"abort": {"grpcStatus": 14}}):
+        assert world.pods["client"].call(_grpc_code, BOTH) == "UNAVAILABLE"
+
+
+def _grpc_code(address: str) -> str:
+    with grpc.insecure_channel(f"{address}:80") as channel:
+        try:
+            channel.unary_unary("/demo.Echo/Say", bytes, bytes)(b"", timeout=PATIENCE_S)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def test_an_endpoint_that_fails_is_left_out(world: World) -> None:
+    outliers = {"consecutive5xxErrors": 2, "baseEjectionTime": "1h", "maxEjectionTime": "1h"}
+    failing = get(x_fail="web-v2")
+    balancer = {"type": "RoundRobin"}
+    with world.policy(service("both"), outlierDetection=outliers, loadBalancer=balancer):
+        assert 503 in world.statuses(BOTH, *[failing] * 2)
+        eventually("the ejection", lambda: world.statuses(BOTH, *[failing] * 10) == [200] * 10)
+        assert {a.seen["app"] for a in world.ask(BOTH, *[get()] * 10)} == {"web-v1"}
+        stats = world.sidecars["client"].admin("/stats?filter=outlier_detection.ejections_active")
+        assert ": 1" in stats
+        # The only endpoint is never given up.
+    with world.policy(service("one"), outlierDetection=outliers):
+        world.ask(ONE, *[get(x_fail="web-v1")] * 5)
+        assert world.statuses(ONE, *[get()] * 3) == [200] * 3
+
+
+def test_a_circuit_breaker(world: World) -> None:
+    held: list[Answer] = []
+    with world.policy(service("one"), circuitBreaker={"maxRequests": 1}):
+        with pod_socket(world.pods["client"]) as first:
+            first.settimeout(PATIENCE_S)
+            first.connect((ONE, 80))
+            first.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
+            # The other way round the breaker: to the pod's own address.
+            direct = partial(world.ask, PODS["web-v1"], get(), port=HTTP)
+            eventually("the first request", lambda: direct()[0].seen["held"])
+            assert world.statuses(ONE, *[get()] * 3) == [503] * 3
+            held += world.ask(PODS["web-v1"], get("/release"), port=HTTP)
+            assert first.recv(12) == b"HTTP/1.1 200"
+        eventually("room", lambda: world.statuses(ONE, get()) == [200])
+    overflown = world.sidecars["client"].admin("/stats?filter=one.demo.upstream_rq_active_overflow")
+    assert held[0].status == 200
+    assert overflown.split() == ["cluster.outbound|80|one.demo.upstream_rq_active_overflow:", "3"]
+
+
+def test_a_pod_accepts_so_many_connections(world: World) -> None:
+    with world.policy(service("one"), connectionLimit={"maxConnections": 1}):
+        with pod_socket(world.pods["outside"]) as first:
+            first.settimeout(PATIENCE_S)
+            first.connect((PODS["web-v1"], HTTP))
+            first.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert first.recv(12) == b"HTTP/1.1 200"
+            assert world.statuses(PODS["web-v1"], get(), port=HTTP, pod="outside") == [0]
+        again = partial(world.statuses, PODS["web-v1"], get(), port=HTTP, pod="outside")
+        eventually("room", lambda: again() == [200])
+
+
+@pytest.mark.parametrize("kind", ["RingHash", "Maglev"])
+def test_what_hashes_alike_goes_to_one_endpoint(world: World, kind: str) -> None:
+    users = [f"user{n}" for n in range(20)]
+
+    def apps(*requests: Request, port: int = 80) -> list[str]:
+        return [answer.seen["app"] for answer in world.ask(BOTH, *requests, port=port)]
+
+    by_header = {"type": kind, "hashOn": [{"type": "Header", "header": "X-User"}]}
+    with world.policy(service("both"), loadBalancer=by_header):
+        once, twice = (apps(*(get(x_user=user) for user in users)) for _ in "12")
+        assert once == twice
+        assert set(once) == {"web-v1", "web-v2"}
+    cookie = {"type": "Cookie", "cookie": {"name": "session", "ttl": "0s", "path": "/"}}
+    with world.policy(service("both"), loadBalancer={"type": kind, "hashOn": [cookie]}):
+        # Who comes without a cookie is given one that brings him back.
+        for given in world.ask(BOTH, *[get()] * 4):
+            crumb = given.headers["set-cookie"].split(";")[0]
+            assert set(apps(*[get(cookie=crumb)] * 4)) == {given.seen["app"]}
+    source = {"type": kind, "hashOn": [{"type": "SourceIP"}]}
+    with world.policy(service("both"), loadBalancer=source):
+        assert len(set(apps(*[get()] * 20))) == 1
+        # Bytes have a source as well.
+        assert len(set(apps(*[get()] * 20, port=90))) == 1
+
+
+def test_access_logs(world: World) -> None:
+    file = world.sidecars["web-v2"].folder / "access.log"
+    logs = [
+        {"format": "JSON", "filter": {"minStatus": 400, "maxStatus": 499}},
+        {"type": "File", "path": str(file), "text": "%PROTOCOL% %REQ(:PATH)% %RESPONSE_CODE% 1%%"},
+    ]
+    one = {"kind": "Service", "name": "second"}
+    with world.policy(one, accessLog=logs):
+        direct = partial(world.statuses, PODS["web-v2"], port=HTTP)
+        assert direct(get("/fine"), ("POST", "/refused", {})) == [200, 403]
+        assert world.statuses(PODS["web-v2"], get("/bytes"), port=RAW) == [200]
+    # Envoy writes what it holds back when it ends.
+    sidecar = world.sidecars["web-v2"]
+    sidecar.process.terminate()
+    sidecar.process.wait(PATIENCE_S)
+    assert sorted(file.read_text().splitlines()) == [
+        "- - 0 1%",
+        "HTTP/1.1 /fine 200 1%",
+        "HTTP/1.1 /refused 403 1%",
+    ]
+    lines = sidecar.log().splitlines()
+    (told,) = [json.loads(line) for line in lines if line.startswith("{")]
+    assert (told["path"], told["status"], told["method"]) == ("/refused", 403, "POST")
+    assert told["peer"].startswith(f"{PODS['client']}:")
