@@ -9,6 +9,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Disc
 
 from xds_server.admission import Limits, Reason, Refused, TokenBucket
 from xds_server.delta import DeltaStream
+from xds_server.exchange import Nack, Response
 from xds_server.generation import Generation
 from xds_server.hub import Hub
 from xds_server.identity import Peer
@@ -16,7 +17,7 @@ from xds_server.ir import NodeId
 from xds_server.push import listed
 from xds_server.references import kind
 from xds_server.sotw import SotwStream
-from xds_server.stream import Nack, Response
+from xds_server.stream import MAX_RESPONSE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,14 @@ class Connection:
             self.stream.offer(snapshot)
 
     def _note_sent(self, response: Response) -> None:
+        if len(response.body) > MAX_RESPONSE_BYTES:
+            log.warning(
+                "%s is sent %d bytes of %s in one message, which cannot be split; gRPC's clients "
+                "refuse more than 4 MiB unless told otherwise",
+                self,
+                len(response.body),
+                kind(response.type_url),
+            )
         self._sent_at[response.nonce] = self._hub.clock()
         self._hub.sent(self, response.nonce)
         log.info(

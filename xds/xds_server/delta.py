@@ -1,13 +1,17 @@
 """The incremental ADS variant. Source: "Incremental xDS" in Envoy's API documentation."""
 
+from collections.abc import Iterable
+
 from envoy.service.discovery.v3.discovery_pb2 import (
     DeltaDiscoveryRequest,
     DeltaDiscoveryResponse,
 )
 
+from xds_server.exchange import Ack, Nack, Response
 from xds_server.references import CLUSTER, LISTENER
 from xds_server.snapshot import Encoded, ResourceSet
-from xds_server.stream import WILDCARD, Ack, Interest, Nack, Response, Stream, TypeState
+from xds_server.stream import WILDCARD, Stream
+from xds_server.typestate import Interest, TypeState
 
 
 class DeltaStream(Stream):
@@ -60,28 +64,35 @@ class DeltaStream(Stream):
     def _update(self, state: TypeState, desired: ResourceSet) -> Response | None:
         names = state.candidates(desired)
         fresh = [desired[n] for n in sorted(names) if n in desired and state.outdated(desired[n])]
+        fresh = self._ready(state, fresh)
         lost = {n for n in names if n not in desired and state.wants(n)}
         absent = {n for n in lost if n in state.due or (n in state.names and n not in state.sent)}
         gone = {n for n in lost - absent if state.sent.get(n)}
         if state.type_url == LISTENER:
             absent |= gone
         else:
+            for name in gone - state.stale:
+                state.linger(name)
             state.stale |= gone
         state.stale -= desired.keys()
+        fresh, told = self._fit(state, fresh, sorted(absent))
+        state.book(fresh)
         state.base = desired
-        state.due.clear()
-        if not (fresh or absent or state.owed):
-            return None
+        if not (fresh or told or state.owed):
+            return self._try_apart(state, desired)
         if state.type_url == CLUSTER:
             self._send_endpoints_of(fresh)
-        state.book(fresh)
-        state.book_absent(absent)
-        return self._emit(state, desired.version, fresh, sorted(absent))
+        state.book_absent(told)
+        return self._emit(state, desired.version, fresh, told)
 
-    def _remove(self, state: TypeState, desired: ResourceSet) -> Response:
-        names = sorted(state.stale)
+    def _remove(self, state: TypeState, desired: ResourceSet, names: Iterable[str]) -> Response:
+        _, names = self._fit(state, (), names)
         state.book_absent(names)
         return self._emit(state, desired.version, (), names)
+
+    @staticmethod
+    def _frame(entry: Encoded) -> bytes:
+        return entry.delta_frame
 
     def _encode(
         self,
@@ -94,4 +105,4 @@ class DeltaStream(Stream):
         head: bytes = DeltaDiscoveryResponse(
             type_url=type_url, nonce=nonce, system_version_info=version, removed_resources=removed
         ).SerializeToString()
-        return b"".join((head, *(entry.delta_frame for entry in resources)))
+        return b"".join((head, *map(self._frame, resources)))

@@ -3,20 +3,15 @@
 Source: "The xDS transport protocol" in Envoy's API documentation.
 """
 
+from collections.abc import Iterable, Sequence
+
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
+from xds_server.exchange import Ack, Nack, Response
 from xds_server.references import CLUSTER
 from xds_server.snapshot import Encoded, ResourceSet, set_version
-from xds_server.stream import (
-    WHOLE_TYPES,
-    WILDCARD,
-    Ack,
-    Interest,
-    Nack,
-    Response,
-    Stream,
-    TypeState,
-)
+from xds_server.stream import MAX_RESPONSE_BYTES, WHOLE_TYPES, WILDCARD, Stream
+from xds_server.typestate import Interest, TypeState
 
 
 class SotwStream(Stream):
@@ -26,14 +21,16 @@ class SotwStream(Stream):
     are sent resource by resource, and there is no way to say that one does not exist.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, limit: int = MAX_RESPONSE_BYTES) -> None:
+        super().__init__(limit)
         #: type -> version that the client says it still has from an earlier stream.
         self._claimed: dict[str, str] = {}
-        #: The clusters as sent, and those of them that the client took: when they are to go, they
-        #: stay in responses until nothing uses them.
-        self._offered: dict[str, Encoded] = {}
-        self._clusters: dict[str, Encoded] = {}
+        #: Types of which the client came with a state that is not known here.
+        self._unknown: set[str] = set()
+        #: Complete responses without an answer, by nonce, and what the client took, by type. What
+        #: is to go, and what stands in for a version that was refused, stays in responses.
+        self._offered: dict[str, Sequence[Encoded]] = {}
+        self._taken: dict[str, dict[str, Encoded]] = {url: {} for url in WHOLE_TYPES}
 
     def receive(self, request: DiscoveryRequest) -> Ack | Nack | None:
         """Take in a request; returns the answer that it carries, if any.
@@ -55,14 +52,25 @@ class SotwStream(Stream):
         return self._book(state, request.response_nonce, error)
 
     def _book(self, state: TypeState, nonce: str, error: str | None) -> Ack | Nack | None:
-        _, contents = state.unanswered.get(nonce, ("", {}))
+        offered = self._offered.pop(nonce, None)
         answer = self._answer(state, nonce, error)
-        if isinstance(answer, Ack) and state.type_url == CLUSTER:
-            for name, version in contents.items():
-                offered = self._offered.get(name)
-                if offered is not None and offered.version == version:
-                    self._clusters[name] = offered
+        if offered is not None and isinstance(answer, Ack):
+            self._taken[state.type_url] = {entry.name: entry for entry in offered}
+            self._unknown.discard(state.type_url)
         return answer
+
+    def _suspects(self, state: TypeState, contents: dict[str, str]) -> dict[str, str]:
+        """In a complete response, only what the client has not taken before.
+
+        To leave something out of one deletes it; so nothing is tried apart as long as it is not
+        known what the client has.
+        """
+        if state.type_url not in WHOLE_TYPES:
+            return contents
+        if state.type_url in self._unknown:
+            return {}
+        taken = self._taken[state.type_url]
+        return {n: v for n, v in contents.items() if n not in taken or taken[n].version != v}
 
     def _replace(self, state: TypeState, names: set[str]) -> None:
         """Bring the subscription to exactly these names."""
@@ -85,52 +93,92 @@ class SotwStream(Stream):
             return self._update_whole(state, desired)
         names = state.candidates(desired)
         fresh = [desired[n] for n in sorted(names) if n in desired and state.outdated(desired[n])]
+        fresh = self._ready(state, fresh)
         for name in names - desired.keys():
-            state.forget(name)
-        state.base = desired
-        state.due.clear()
-        if not fresh:
-            return None
+            # There is no way to say that it is gone: the client has it until it asks no more.
+            state.linger(name)
+        fresh, _ = self._fit(state, fresh)
         state.book(fresh)
+        state.base = desired
+        if not fresh:
+            return self._try_apart(state, desired)
         return self._emit(state, _version(state, desired), fresh)
 
     def _update_whole(self, state: TypeState, desired: ResourceSet) -> Response | None:
+        if state.doubts.trying:
+            # The answer decides which versions a complete response may hold.
+            return None
+        taken = self._taken[state.type_url]
         chosen = [entry for name, entry in desired.items() if state.wants(name)]
-        resumed = self._claimed.pop(state.type_url, None) == _version(state, desired)
+        claimed = self._claimed.pop(state.type_url, None)
+        resumed = claimed is not None and claimed == _version(state, desired)
+        if claimed is not None and not resumed:
+            self._unknown.add(state.type_url)
         fresh = [entry for entry in chosen if state.outdated(entry)]
         gone = {n for n, version in state.sent.items() if version and n not in desired}
-        is_cluster = state.type_url == CLUSTER
         # Only what the client took can be in use; what it refused must not be offered again.
-        kept = gone & self._clusters.keys() if is_cluster else set()
+        kept = gone & taken.keys() if state.type_url == CLUSTER else set()
         news = bool(fresh or state.owed or gone - kept) and not resumed
+        for name in kept - state.stale:
+            state.linger(name)
         state.stale = kept
+        state.book(chosen)
         state.base = desired
         state.due.clear()
         state.owed = False
-        state.book(chosen)
         state.book_absent(gone - kept)
-        if is_cluster:
-            self._offered.update((entry.name, entry) for entry in chosen)
-            if resumed:
-                self._clusters.update((entry.name, entry) for entry in chosen)
+        if resumed:
+            taken.update((entry.name, entry) for entry in chosen)
+            state.new.clear()
         if not news:
+            return self._try_apart(state, desired)
+        return self._emit_whole(state, desired)
+
+    def _try_apart(self, state: TypeState, desired: ResourceSet) -> Response | None:
+        if state.type_url not in WHOLE_TYPES:
+            return super()._try_apart(state, desired)
+        part = state.doubts.next_part()
+        if not part:
             return None
-        if is_cluster:
-            self._send_endpoints_of(fresh)
-        entries = (*chosen, *(self._clusters[name] for name in sorted(kept)))
-        response = self._emit(state, set_version(entries), entries)
-        for name in kept:
-            # Whether the client likes what is about to go does not matter.
-            state.unanswered[response.nonce][1].pop(name)
+        response = self._emit_whole(state, desired, part)
+        state.doubts.on_trial(part, response.nonce)
         return response
 
-    def _remove(self, state: TypeState, desired: ResourceSet) -> Response:
-        for name in state.stale:
-            self._clusters.pop(name, None)
-            self._offered.pop(name, None)
-        state.book_absent(set(state.stale))
-        chosen = [entry for name, entry in desired.items() if state.wants(name)]
-        return self._emit(state, _version(state, desired), chosen)
+    def _remove(self, state: TypeState, desired: ResourceSet, names: Iterable[str]) -> Response:
+        state.book_absent(names)
+        return self._emit_whole(state, desired)
+
+    def _emit_whole(
+        self, state: TypeState, desired: ResourceSet, part: Iterable[str] = ()
+    ) -> Response:
+        """All that the client asked for, but what it refused only in the version that it took.
+
+        `part` is what is tried again.
+        """
+        taken = self._taken[state.type_url]
+        entries = []
+        for name, entry in desired.items():
+            if not state.wants(name):
+                continue
+            if name not in part and state.doubts.holds(name, entry.version):
+                if name in taken:
+                    entries.append(taken[name])
+            else:
+                entries.append(entry)
+        entries += (taken[name] for name in sorted(state.stale))
+        if state.type_url == CLUSTER:
+            self._send_endpoints_of(
+                entry
+                for entry in entries
+                if entry.name not in taken or taken[entry.name].version != entry.version
+            )
+        response = self._emit(state, set_version(entries), entries)
+        self._offered[response.nonce] = entries
+        return response
+
+    @staticmethod
+    def _frame(entry: Encoded) -> bytes:
+        return entry.sotw_frame
 
     def _encode(
         self,
@@ -143,7 +191,7 @@ class SotwStream(Stream):
         head: bytes = DiscoveryResponse(
             type_url=type_url, nonce=nonce, version_info=version
         ).SerializeToString()
-        return b"".join((head, *(entry.sotw_frame for entry in resources)))
+        return b"".join((head, *map(self._frame, resources)))
 
 
 def _version(state: TypeState, desired: ResourceSet) -> str:

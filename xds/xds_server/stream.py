@@ -6,191 +6,48 @@ A stream keeps, for each type, what the client asked for and which versions it w
 desired state is one snapshot, replaced at will; what to send is always the difference of the
 two, so a slow client skips the states in between and nothing queues up.
 
-A type's interest moves so (TRANSITIONS is this table as data):
-
-    interest \\ request names  nothing        something
-    UNASKED                   ALL_BY_LEGACY  NAMED         "nothing" means "*" only at first, and
-    ALL_BY_LEGACY             ALL_BY_LEGACY  NAMED         only for listeners and clusters
-    NAMED                     NAMED          NAMED
-
 A response moves so:
 
-    sent --ACK--> accepted        sent --NACK--> refused (not sent again until a part changes)
+    sent --ACK--> accepted        sent --NACK--> sent again in parts --> accepted, quarantined
 
 Order: clusters, their endpoints right behind them, listeners, routes, then whatever else was
-asked for; each is sent without waiting for an answer. What is to go (routes, clusters,
-endpoints) goes last: when all is answered, nothing stands refused and every route that a
-listener waits for was delivered, since until then the client may still be using it. Listeners
-go together with their successors, which may want the same address.
+asked for; each is sent without waiting for an answer, but for routes: one that the client has in
+an earlier version goes once the client has taken the clusters that are new in it. What is to go
+(routes, clusters, endpoints) goes last: when all is answered and every route that a listener
+waits for was delivered, since until then the client may still be using it. Listeners go together
+with their successors, which may want the same address.
+
+What the client refuses stays with the client in the version before, and so does whatever that
+version refers to.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from types import MappingProxyType
+from collections.abc import Iterable
 
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
-from xds_server.snapshot import ABSENT, Encoded, ResourceSet, Snapshot
+from xds_server.exchange import Ack, Nack, Response
+from xds_server.quarantine import MAX_ERROR, Quarantined
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, Reference
+from xds_server.snapshot import Encoded, ResourceSet, Snapshot
+from xds_server.typestate import TRANSITIONS, UNSURE, Interest, TypeState
 
 WILDCARD = "*"
+#: gRPC's clients refuse messages above 4 MiB unless told otherwise.
+MAX_RESPONSE_BYTES = 3 << 20
+#: Room for a message's own fields, and for what comes with each name in it.
+_HEAD, _NAME = 512, 6
 ORDER = (CLUSTER, ENDPOINT, LISTENER, ROUTE)
 REMOVAL_ORDER = (ROUTE, CLUSTER, ENDPOINT)
+#: Which types refer to one, of those in REMOVAL_ORDER.
+_USERS = {ROUTE: (LISTENER,), CLUSTER: (LISTENER, ROUTE), ENDPOINT: (CLUSTER,)}
 #: Types that know a wildcard, and whose state-of-the-world responses are always complete.
 WHOLE_TYPES = frozenset({CLUSTER, LISTENER})
-
-
-class Interest(Enum):
-    """What a client asked of a type so far."""
-
-    UNASKED = auto()
-    ALL_BY_LEGACY = auto()
-    NAMED = auto()
-
-
-TRANSITIONS: Mapping[tuple[Interest, bool], Interest] = MappingProxyType(
-    {
-        (Interest.UNASKED, False): Interest.ALL_BY_LEGACY,
-        (Interest.UNASKED, True): Interest.NAMED,
-        (Interest.ALL_BY_LEGACY, False): Interest.ALL_BY_LEGACY,
-        (Interest.ALL_BY_LEGACY, True): Interest.NAMED,
-        (Interest.NAMED, False): Interest.NAMED,
-        (Interest.NAMED, True): Interest.NAMED,
-    }
-)
-
-
-@dataclass(frozen=True)
-class Ack:
-    """The client applied a response."""
-
-    type_url: str
-    nonce: str
-
-
-@dataclass(frozen=True)
-class Nack:
-    """The client refused a response, or a part of it; `error` is its own text."""
-
-    type_url: str
-    nonce: str
-    version: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Response:
-    """One message to the client. `body` is its encoding, ready for the wire."""
-
-    type_url: str
-    nonce: str
-    version: str
-    resources: tuple[Encoded, ...]
-    removed: tuple[str, ...]
-    body: bytes = field(repr=False)
-
-    def versions(self) -> dict[str, str]:
-        """name -> version of everything in it, ABSENT for what it takes away."""
-        sent = {entry.name: entry.version for entry in self.resources}
-        return sent | dict.fromkeys(self.removed, ABSENT)
-
-
-@dataclass
-class TypeState:
-    """What one client asked for, and has, of one type."""
-
-    type_url: str
-    interest: Interest = Interest.UNASKED
-    wildcard: bool = False
-    #: Names asked for one by one, WILDCARD left out.
-    names: set[str] = field(default_factory=set)
-    #: Names to be told of whatever was sent before: asked for (again), or due with their cluster.
-    due: set[str] = field(default_factory=set)
-    #: The client waits for a response even if there is nothing in it.
-    owed: bool = False
-    #: name -> version that the client has, or ABSENT.
-    sent: dict[str, str] = field(default_factory=dict)
-    #: Names sent once, no longer desired, still to be taken away.
-    stale: set[str] = field(default_factory=set)
-    #: The state that `sent` and `stale` reflect in full; None: compare name by name.
-    base: ResourceSet | None = None
-    last_nonce: str = ""
-    #: By nonce, the responses without an answer: the type's version, and what was in them. Not
-    #: the response itself, since nothing makes a client answer.
-    unanswered: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
-    #: The last refusal, and name -> version (or ABSENT) of what it was about.
-    rejected: Nack | None = None
-    refused: dict[str, str] = field(default_factory=dict)
-
-    def wants(self, name: str) -> bool:
-        """Whether the client asked for this name, or for all."""
-        return self.wildcard or name in self.names
-
-    def up_to_date(self, desired: ResourceSet) -> bool:
-        """Nothing can have changed since `base`: spares a comparison of every name."""
-        unchanged = self.base is not None and self.base.version == desired.version
-        return unchanged and not self.due and not self.owed
-
-    def candidates(self, desired: ResourceSet) -> set[str]:
-        """Names whose state may differ from what the client was sent."""
-        if self.base is not None:
-            names = {name for name in desired.changed_since(self.base) if self.wants(name)}
-        elif self.wildcard:
-            names = self.names | desired.keys() | self.sent.keys()
-        else:
-            names = set(self.names)
-        return names | self.due
-
-    def reconsider(self, desired: ResourceSet) -> None:
-        """When a part of what was refused changes, the rest is due again.
-
-        A client may apply the good parts of a response or none, and does not say which.
-        """
-        if any(desired.version_of(name) != version for name, version in self.refused.items()):
-            self.due.update(self.refused)
-            self.refused.clear()
-
-    def outdated(self, entry: Encoded) -> bool:
-        """Whether the client must be sent this resource."""
-        return entry.name in self.due or self.sent.get(entry.name) != entry.version
-
-    def book(self, entries: Iterable[Encoded]) -> None:
-        """Remember what was sent; resources that nobody asked for yet are not the client's."""
-        self.sent.update((e.name, e.version) for e in entries if self.wants(e.name))
-
-    def book_absent(self, names: Iterable[str]) -> None:
-        """Remember what the client was told does not exist (any more)."""
-        for name in names:
-            self.stale.discard(name)
-            if name in self.names:
-                self.sent[name] = ABSENT
-            else:
-                self.sent.pop(name, None)
-
-    def forget(self, name: str) -> None:
-        """The client lost interest in a name."""
-        self.sent.pop(name, None)
-        self.stale.discard(name)
-        self.due.discard(name)
-        self.refused.pop(name, None)
-
-    def start_wildcard(self, *, owed: bool) -> None:
-        """Everything is asked for; what was sent by name stays known."""
-        self.wildcard = True
-        self.base = None
-        self.owed = owed
-
-    def end_wildcard(self) -> None:
-        """Only what was asked for by name is left."""
-        self.wildcard = False
-        for name in [n for n in {*self.sent, *self.due} if n not in self.names]:
-            self.forget(name)
 
 
 class Stream(ABC):
     """What both variants share: order, nonces, answers and the wait before removals."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_RESPONSE_BYTES) -> None:
+        self._limit = limit
         self._types: dict[str, TypeState] = {url: TypeState(url) for url in ORDER}
         self._desired: Snapshot | None = None
         self._nonces = 0
@@ -205,15 +62,25 @@ class Stream(ABC):
 
     @property
     def rejected(self) -> tuple[Nack, ...]:
-        """What the client refused and nothing has taken the place of, by type."""
-        return tuple(t.rejected for t in self._types.values() if t.rejected and t.refused)
+        """The last refusal of each type of which something still stands refused."""
+        return tuple(t.rejected for t in self._types.values() if t.rejected)
+
+    @property
+    def quarantined(self) -> tuple[Quarantined, ...]:
+        """What the client refused on its own, and keeps in an earlier version or not at all."""
+        return tuple(
+            found
+            for url, state in self._types.items()
+            if self._desired is not None and state.doubts
+            for found in state.doubts.standing(self._desired.of(url).version_of)
+        )
 
     @property
     def settled(self) -> bool:
         """Nothing is left to send, and the client answered all that was sent."""
         return (
             self._drained
-            and not self._unanswered
+            and not self.unanswered
             and (bool(self.rejected) or self._routes_delivered())
         )
 
@@ -238,22 +105,50 @@ class Stream(ABC):
             if response := self._update(state, desired):
                 return response
         if self._may_remove():
+            self._note_takeovers(self._desired)
             for type_url in (*REMOVAL_ORDER, *self._others()):
-                state = self._types[type_url]
-                if state.stale:
-                    return self._remove(state, self._desired.of(type_url))
+                if names := self._removable(type_url):
+                    return self._remove(self._types[type_url], self._desired.of(type_url), names)
         self._drained = True
         return None
-
-    @property
-    def _unanswered(self) -> bool:
-        return any(state.unanswered for state in self._types.values())
 
     def _others(self) -> Iterable[str]:
         return [url for url in self._types if url not in ORDER]
 
     def _may_remove(self) -> bool:
-        return not self._unanswered and not self.rejected and self._routes_delivered()
+        return (
+            not self.unanswered
+            and not any(state.stuck for state in self._types.values())
+            and self._routes_delivered()
+        )
+
+    def _removable(self, type_url: str) -> list[str]:
+        """What is to go and nothing that the client may still have refers to."""
+        stale = self._types[type_url].stale
+        for user in _USERS.get(type_url, ()) if stale else ():
+            for targets in self._types[user].lingering.values():
+                if targets is None:
+                    return []
+                stale = stale - {t.name for t in targets if t.type_url == type_url}
+        return sorted(stale)
+
+    def _note_takeovers(self, desired: Snapshot) -> None:
+        """What was replaced, and refers to nothing any more. All has been answered.
+
+        A listener takes over once its routes are taken, too.
+        """
+        for user in (LISTENER, ROUTE, CLUSTER):
+            state, entries = self._types[user], desired.of(user)
+            for name in list(state.lingering):
+                if state.taken(name, entries) and (
+                    user != LISTENER
+                    or all(
+                        self._types[ROUTE].taken(target.name, desired.of(ROUTE))
+                        for target in entries[name].refers
+                        if target.type_url == ROUTE
+                    )
+                ):
+                    del state.lingering[name]
 
     def _routes_delivered(self) -> bool:
         """Every route that the client's listeners name has been sent, if there is one.
@@ -273,9 +168,17 @@ class Stream(ABC):
         routes, sent = self._desired.of(ROUTE), self._types[ROUTE].sent
         return all(
             target.name in sent or target.name not in routes
-            for target in self._desired.of(LISTENER).refers
+            for target in self._targets(listeners, self._desired.of(LISTENER))
             if target.type_url == ROUTE
         )
+
+    @staticmethod
+    def _targets(state: TypeState, desired: ResourceSet) -> Iterable[Reference]:
+        """What the resources of a type refer to, but for those that the client refused."""
+        if not state.doubts:
+            return desired.refers
+        taken = (e for e in desired.values() if not state.doubts.holds(e.name, e.version))
+        return frozenset().union(*(entry.refers for entry in taken))
 
     def _state(self, type_url: str) -> TypeState:
         return self._types.setdefault(type_url, TypeState(type_url))
@@ -293,18 +196,84 @@ class Stream(ABC):
         if found is None:
             return None
         version, contents = found
+        state.doubts.answered(nonce)
         if error is None:
-            for name in contents:
-                state.refused.pop(name, None)
+            state.accept(contents)
+            if state.rejected and self._desired is not None:
+                state.note_doubts(self._desired.of(state.type_url))
             return Ack(state.type_url, nonce)
-        state.refused.update(
-            (name, content) for name, content in contents.items() if state.wants(name)
-        )
-        state.rejected = Nack(state.type_url, nonce, version, error)
-        if self._desired is not None:
-            # What was refused may have been overtaken meanwhile.
-            state.reconsider(self._desired.of(state.type_url))
-        return state.rejected
+        error = error[:MAX_ERROR]
+        nack = Nack(state.type_url, nonce, version, error)
+        if state.current(contents):
+            state.rejected = nack
+            suspects = self._suspects(state, contents)
+            current = state.current(suspects)
+            state.doubts.refuse(state.type_url, current, error, alone=len(suspects) == 1)
+            if state.stuck:
+                state.sent.update(dict.fromkeys(state.current(contents), UNSURE))
+        return nack
+
+    def _suspects(self, state: TypeState, contents: dict[str, str]) -> dict[str, str]:  # noqa: ARG002
+        """Those parts of a refused response that may be what was wrong with it."""
+        return contents
+
+    def _may_go(self, state: TypeState, entry: Encoded) -> bool:
+        """A route that the client has in an earlier version waits until its clusters are taken."""
+        if state.type_url != ROUTE or entry.name in state.due:
+            return True
+        untried = self._types[CLUSTER].new
+        if not untried or not state.has_earlier(entry.name):
+            return True
+        return not any(t.type_url == CLUSTER and t.name in untried for t in entry.refers)
+
+    def _ready(self, state: TypeState, entries: Iterable[Encoded]) -> list[Encoded]:
+        """Those that may be sent; the others are held."""
+        ready = []
+        state.held.clear()
+        for entry in entries:
+            if self._may_go(state, entry):
+                ready.append(entry)
+            else:
+                state.hold(entry.name)
+        return ready
+
+    def _fit(
+        self, state: TypeState, entries: Iterable[Encoded], absent: Iterable[str] = ()
+    ) -> tuple[list[Encoded], list[str]]:
+        """As much as one message may hold; the rest waits for the next one."""
+        room = self._limit - _HEAD
+        some: list[Encoded] = []
+        told: list[str] = []
+        waiting = set()
+        for entry in entries:
+            room -= len(self._frame(entry))
+            if room >= 0 or not some:
+                some.append(entry)
+            else:
+                waiting.add(entry.name)
+        for name in absent:
+            room -= len(name.encode()) + _NAME
+            if room >= 0 or not (some or told):
+                told.append(name)
+            else:
+                waiting.add(name)
+        for name in waiting - state.due:
+            state.hold(name)
+        state.due &= waiting
+        return some, told
+
+    def _try_apart(self, state: TypeState, desired: ResourceSet) -> Response | None:
+        """A part of what was refused, on its own."""
+        part = state.doubts.next_part()
+        if not part:
+            return None
+        entries = [desired[name] for name, version in part.items() if version]
+        if state.type_url == CLUSTER:
+            self._send_endpoints_of(entries)
+        gone = [name for name, version in part.items() if not version]
+        response = self._emit(state, desired.version, entries, gone)
+        state.doubts.on_trial(part, response.nonce)
+        return response
 
     def _emit(
         self,
@@ -331,9 +300,14 @@ class Stream(ABC):
         """
         if self._desired is not None:
             served = self._desired.of(ENDPOINT)
+            state = self._types[ENDPOINT]
             targets = (target for cluster in clusters for target in cluster.refers)
-            self._types[ENDPOINT].due.update(
-                t.name for t in targets if t.type_url == ENDPOINT and t.name in served
+            state.due.update(
+                t.name
+                for t in targets
+                if t.type_url == ENDPOINT
+                and t.name in served
+                and not state.doubts.holds(t.name, served[t.name].version)
             )
 
     @abstractmethod
@@ -341,8 +315,13 @@ class Stream(ABC):
         """What is new, changed or asked for of one type."""
 
     @abstractmethod
-    def _remove(self, state: TypeState, desired: ResourceSet) -> Response:
-        """Takes away what is stale of one type."""
+    def _remove(self, state: TypeState, desired: ResourceSet, names: Iterable[str]) -> Response:
+        """Takes away these stale resources of one type."""
+
+    @staticmethod
+    @abstractmethod
+    def _frame(entry: Encoded) -> bytes:
+        """A resource as it stands in a message."""
 
     @abstractmethod
     def _encode(

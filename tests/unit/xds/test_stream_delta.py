@@ -6,9 +6,9 @@ import pytest
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 from worlds import Resources, world
 from xds_server.delta import DeltaStream
+from xds_server.exchange import Ack, Nack, Response
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, kind
 from xds_server.snapshot import Encoder
-from xds_server.stream import Ack, Nack, Response
 
 Said = tuple[str, tuple[str, ...], tuple[str, ...]]
 
@@ -223,7 +223,7 @@ def test_only_what_changed_is_sent() -> None:
     assert talk.said() == [("endpoints", ("a",), ())]
 
 
-def test_order_of_a_large_change_without_waiting_for_acks() -> None:
+def test_order_of_a_large_change() -> None:
     talk = connected()
     talk.offer(
         world(
@@ -236,8 +236,33 @@ def test_order_of_a_large_change_without_waiting_for_acks() -> None:
         ("cluster", ("new", "web"), ()),
         ("endpoints", ("new", "web"), ()),
         ("listener", ("in",), ()),
+    ]
+    # What it leads to newly is taken first.
+    talk.ack(CLUSTER)
+    assert talk.said() == [("route", ("to-web",), ())]
+
+
+def test_route_to_a_changed_cluster_does_not_wait() -> None:
+    talk = connected()
+    talk.offer(world(clusters={"web": 1}, routes={"to-web": ("web", 1)}))
+    assert talk.said() == [
+        ("cluster", ("web",), ()),
+        ("endpoints", ("web",), ()),
         ("route", ("to-web",), ()),
     ]
+
+
+def test_new_route_does_not_wait_for_its_cluster() -> None:
+    """A listener may wait for it, with routes to other clusters in it."""
+    talk = connected()
+    talk.ask(ROUTE, ["fresh"])
+    talk.offer(
+        world(
+            clusters={"new": 0, "web": 0},
+            routes={"to-web": ("web", 0), "fresh": ("new", 0)},
+        )
+    )
+    assert ("route", ("fresh",), ()) in talk.said()
 
 
 def test_changed_cluster_gets_its_unchanged_endpoints_again() -> None:
@@ -303,10 +328,54 @@ def test_nack_is_kept_and_does_not_loop() -> None:
     assert not talk.stream.rejected
 
 
-def test_nothing_is_removed_while_a_response_stands_rejected() -> None:
-    talk = connected(world(clusters={"old": 0, "web": 0}, routes={"to-web": ("old", 0)}))
+def test_what_a_refused_route_left_in_use_is_not_removed() -> None:
+    clusters = {"old": 0, "other": 0, "web": 0}
+    talk = connected(world(clusters=clusters, routes={"to-web": ("old", 0)}))
     talk.offer(world())
+    assert talk.said() == [("route", ("to-web",), ())]
+    talk.nack(ROUTE)
+    # The route of before leads to it; what nothing leads to goes.
+    assert talk.said() == [("cluster", (), ("other",))]
+    talk.ack(CLUSTER)
+    assert talk.said() == [("endpoints", (), ("other",))]
+    talk.ack(ENDPOINT)
+    assert talk.said() == []
+    assert talk.stream.settled
+    talk.offer(world(routes={"to-web": ("web", 2)}))
     talk.said()
+    talk.ack(ROUTE)
+    assert talk.said() == [("cluster", (), ("old",))]
+
+
+def test_what_a_refused_listener_left_in_use_is_not_removed() -> None:
+    old = world(
+        clusters={"old": 0, "web": 0},
+        routes={"to-old": ("old", 0)},
+        listeners={"in": ("to-old", 0)},
+    )
+    talk = connected(old)
+    talk.offer(world(listeners={"in": ("to-web", 1)}))
+    assert talk.said() == [("listener", ("in",), ())]
+    talk.nack(LISTENER)
+    assert talk.said() == []
+    assert talk.stream.settled
+    talk.offer(world(listeners={"in": ("to-web", 2)}))
+    assert talk.said() == [("listener", ("in",), ())]
+    talk.ack(LISTENER)
+    talk.ask(ROUTE, ["to-web"], unsubscribe=["to-old"])
+    assert talk.said() == [("route", ("to-web",), ())]
+    talk.ack(ROUTE)
+    assert talk.said() == [("cluster", (), ("old",))]
+
+
+def test_after_a_reconnect_nothing_goes_while_it_is_not_known_what_a_refused_route_leaves() -> None:
+    old = world(clusters={"old": 0, "web": 0}, routes={"to-web": ("old", 0)})
+    talk = Talk(world())
+    for type_url in (CLUSTER, LISTENER):
+        talk.ask(type_url, known=versions(old, type_url))
+    for type_url in (ENDPOINT, ROUTE):
+        talk.ask(type_url, old[type_url], known=versions(old, type_url))
+    assert talk.said() == [("route", ("to-web",), ())]
     talk.nack(ROUTE)
     assert talk.said() == []
     talk.offer(world(routes={"to-web": ("web", 2)}))
@@ -372,20 +441,121 @@ def test_cluster_changed_while_away_gets_its_endpoints_even_if_the_client_says_i
     assert talk.said() == [("endpoints", ("web",), ())]
 
 
-def test_what_was_refused_together_is_sent_again_together_once_a_part_changes() -> None:
+def refused(talk: Talk, bad: set[str], error: str = "no") -> int:
+    """Answers clusters until nothing more is said, refusing those; how many refusals that took."""
+    refusals = 0
+    while talk.said():
+        names = set(talk.last[CLUSTER].versions())
+        if names & bad and talk.nack(CLUSTER, error):
+            refusals += 1
+        talk.ack_all()
+    return refusals
+
+
+def many(variant: int) -> Resources:
+    return world(clusters={"web": 0, **{f"c{n:03}": variant for n in range(64)}})
+
+
+@pytest.mark.parametrize(
+    ("error", "refusals"),
+    [
+        ("Proto constraint validation failed", 7),
+        ("Error adding/updating cluster(s) c031: no such filter", 2),
+        # A name that is mentioned without being meant costs a round, and nothing else.
+        ("c030 is fine", 8),
+        ("c03", 7),
+    ],
+)
+def test_bad_resource_is_found_and_the_others_are_taken(error: str, refusals: int) -> None:
+    talk = connected(many(0))
+    talk.offer(many(1))
+    assert refused(talk, {"c031"}, error) == refusals
+    (found,) = talk.stream.quarantined
+    assert (found.type_url, found.name, found.error) == (CLUSTER, "c031", error)
+    assert found.version == versions(many(1), CLUSTER)["c031"]
+    assert talk.stream.settled
+    assert talk.said() == []
+
+
+def test_several_bad_resources_are_found() -> None:
+    talk = connected(many(0))
+    talk.offer(many(1))
+    bad = {"c001", "c002", "c063"}
+    refused(talk, bad)
+    assert {found.name for found in talk.stream.quarantined} == bad
+
+
+def test_quarantine_ends_when_the_resource_changes_or_goes() -> None:
     talk = connected(world(clusters={"a": 0, "b": 0, "web": 0}))
     talk.offer(world(clusters={"a": 1, "b": 1, "web": 0}))
-    talk.said()
-    talk.nack(CLUSTER, "a is malformed")
-    talk.ack(ENDPOINT)
+    refused(talk, {"a", "b"})
+    assert [found.name for found in talk.stream.quarantined] == ["a", "b"]
+    # Everything else goes on.
     talk.offer(world(clusters={"a": 1, "b": 1, "web": 2}))
     assert talk.said() == [("cluster", ("web",), ()), ("endpoints", ("web",), ())]
     talk.ack_all()
-    assert talk.stream.rejected
-    talk.offer(world(clusters={"a": 2, "b": 1, "web": 2}))
-    assert talk.said() == [("cluster", ("a", "b"), ()), ("endpoints", ("a", "b"), ())]
+    assert len(talk.stream.rejected) == 1
+    talk.offer(world(clusters={"a": 2, "web": 2}))
+    assert talk.said() == [("cluster", ("a",), ()), ("endpoints", ("a",), ())]
     talk.ack_all()
-    assert not talk.stream.rejected
+    assert talk.said() == [("cluster", (), ("b",))]
+    assert talk.stream.quarantined == ()
+    assert talk.stream.rejected == ()
+
+
+def test_part_that_was_overtaken_is_not_tried_again() -> None:
+    talk = connected(world(clusters={"a": 0, "b": 0, "web": 0}))
+    talk.offer(world(clusters={"a": 1, "b": 1, "web": 0}))
+    talk.said()
+    first = talk.last[CLUSTER]
+    talk.offer(world(clusters={"a": 2, "b": 1, "web": 0}))
+    assert talk.said()[0] == ("cluster", ("a",), ())
+    talk.ack(CLUSTER)
+    talk.last[CLUSTER] = first
+    talk.nack(CLUSTER)
+    # It may have been `a` alone that was wrong.
+    assert talk.said() == [("cluster", ("b",), ()), ("endpoints", ("b",), ())]
+    talk.ack_all()
+    assert talk.stream.quarantined == ()
+
+
+def test_route_to_a_refused_new_cluster_stays_as_it_was() -> None:
+    talk = connected(world(clusters={"old": 0, "web": 0}, routes={"to-web": ("old", 0)}))
+    talk.offer(world(clusters={"bad": 0, "web": 0}, routes={"to-web": ("bad", 0)}))
+    assert talk.said() == [("cluster", ("bad",), ()), ("endpoints", ("bad",), ())]
+    talk.nack(CLUSTER)
+    talk.ack(ENDPOINT)
+    assert talk.said() == []
+    assert talk.stream.settled
+    talk.offer(world(clusters={"bad": 1, "web": 0}, routes={"to-web": ("bad", 0)}))
+    talk.said()
+    talk.ack_all()
+    assert talk.said() == [("route", ("to-web",), ())]
+    talk.ack(ROUTE)
+    assert talk.said() == [("cluster", (), ("old",))]
+
+
+def test_message_holds_no_more_than_its_limit() -> None:
+    talk = Talk()
+    talk.stream = DeltaStream(limit=2000)
+    talk.offer(many(0))
+    talk.ask(CLUSTER)
+    bodies, names = [], []
+    while (response := talk.stream.next_response()) is not None:
+        if response.type_url == CLUSTER:
+            bodies.append(response.body)
+            names += response.versions()
+    assert max(map(len, bodies)) <= 2000
+    assert len(bodies) > 2
+    assert sorted(names) == sorted(many(0)[CLUSTER])
+
+
+def test_resource_beyond_the_limit_goes_alone() -> None:
+    talk = Talk()
+    talk.stream = DeltaStream(limit=10)
+    talk.offer(world(clusters={"a": 0, "web": 0}))
+    talk.ask(CLUSTER)
+    assert talk.said() == [("cluster", ("a",), ()), ("cluster", ("web",), ())]
 
 
 def test_refused_resource_that_is_removed_does_not_hold_up_removals() -> None:

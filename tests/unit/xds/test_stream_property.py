@@ -2,7 +2,8 @@
 
 The model of a client follows Envoy: wildcards for clusters and listeners, endpoints and routes by
 the names those use, a listener takes over once its routes are there, a cluster once its endpoints
-came after it. It refuses resources of variant BAD and keeps what it had.
+came after it. It refuses resources of variant BAD and keeps what it had: it may apply the rest of
+the response or nothing, and name what was wrong or not.
 """
 
 from collections import deque
@@ -26,14 +27,17 @@ from hypothesis.stateful import (
 )
 from worlds import Resources, world
 from xds_server.delta import DeltaStream
+from xds_server.exchange import Response
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, references
 from xds_server.snapshot import Encoder, Snapshot
-from xds_server.stream import ORDER, Response
+from xds_server.stream import MAX_RESPONSE_BYTES, ORDER
 
 BAD = 9
 CLUSTERS, ROUTES, LISTENERS = "abcd", "rst", "lm"
 #: A message is delivered or handled at most so often before everything must have come to rest.
-REST = 400
+REST = 1000
+#: Room for about two resources in a message.
+SMALL = 900
 
 MESSAGES: dict[str, type[Message]] = {
     CLUSTER: Cluster,
@@ -119,12 +123,30 @@ class Config:
         messages = [*users.values(), *active.values()]
         return {t.name for message in messages for t in references(message)}
 
-    def holes(self) -> list[str]:
-        """Clusters that live traffic is sent to and that are not there or not warm."""
+    def live(self) -> set[str]:
+        """Clusters that live traffic is sent to."""
         routes = {t.name for entry in self.active_listeners.values() for t in references(entry)}
         live = [self.has[ROUTE][name] for name in routes if name in self.has[ROUTE]]
-        clusters = {target.name for entry in live for target in references(entry)}
-        return sorted(clusters - self.warm_clusters.keys())
+        return {target.name for entry in live for target in references(entry)}
+
+    def holes(self) -> list[str]:
+        """Clusters that live traffic is sent to and that are not there or not warm."""
+        return sorted(self.live() - self.warm_clusters.keys())
+
+    def check(self, resources: Resources) -> None:
+        """All that is good was taken, and what is bad hindered nothing else.
+
+        A route whose new version needs a cluster that was refused stays in the one before.
+        """
+        for type_url in (CLUSTER, LISTENER):
+            good = {n: m for n, m in resources[type_url].items() if not is_bad(m)}
+            assert {n: self.has[type_url].get(n) for n in good} == good
+        assert self.warm_clusters.keys() >= self.has[CLUSTER].keys() & resources[CLUSTER].keys()
+        for type_url in (ENDPOINT, ROUTE):
+            for name in self.wanted(type_url) & resources[type_url].keys():
+                message, has = resources[type_url][name], self.has[type_url].get(name)
+                lacking = {t.name for t in references(message)} - self.has[CLUSTER].keys()
+                assert is_bad(message) or has == message or (has and lacking)
 
 
 class DeltaClient(RuleBasedStateMachine):
@@ -132,9 +154,14 @@ class DeltaClient(RuleBasedStateMachine):
 
     bad = True
 
-    @initialize(first=worlds(bad=False), whole=st.booleans())
-    def start(self, first: Resources, whole: bool) -> None:
+    @initialize(
+        first=worlds(bad=False), whole=st.booleans(), names_it=st.booleans(), small=st.booleans()
+    )
+    def start(self, first: Resources, whole: bool, names_it: bool, small: bool) -> None:
         self.resources = first
+        #: Whether the words of a refusal name what was bad.
+        self.names_it = names_it
+        self.limit = SMALL if small else MAX_RESPONSE_BYTES
         #: Whether one bad resource makes the client refuse all of a response (Envoy does either).
         self.whole = whole
         self.config = Config()
@@ -142,7 +169,7 @@ class DeltaClient(RuleBasedStateMachine):
         self.connect()
 
     def connect(self) -> None:
-        self.stream = DeltaStream()
+        self.stream = DeltaStream(self.limit)
         self.stream.offer(self.snapshot())
         self.config.give_up_warming()
         self.to_server: deque[DeltaDiscoveryRequest] = deque()
@@ -250,6 +277,7 @@ class DeltaClient(RuleBasedStateMachine):
 
     def check_sent(self, response: Response) -> None:
         """No byte is sent again unless it was asked for, or is due with its cluster."""
+        assert len(response.body) <= self.limit or len(response.versions()) == 1
         has_sent, may = self.has_sent[response.type_url], self.may_repeat[response.type_url]
         for entry in response.resources:
             repeated = has_sent.get(entry.name) == entry.version
@@ -270,6 +298,7 @@ class DeltaClient(RuleBasedStateMachine):
             return
         for name in response.removed_resources:
             self.versions[type_url].pop(name, None)
+            assert type_url != CLUSTER or name not in self.config.live()
             if type_url in (CLUSTER, LISTENER):
                 self.config.drop(type_url, name)
         for resource in response.resources:
@@ -294,7 +323,7 @@ class DeltaClient(RuleBasedStateMachine):
     def answer(self, response: DeltaDiscoveryResponse, refused: list[str]) -> None:
         answer = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
         if refused:
-            answer.error_detail.message = f"refused {refused}"
+            answer.error_detail.message = f"refused {refused}" if self.names_it else "refused"
             self.refusals[response.nonce] = {r.name for r in response.resources}
         self.to_server.append(answer)
 
@@ -306,12 +335,19 @@ class DeltaClient(RuleBasedStateMachine):
             return
         self.rest()
         if any(is_bad(m) for named in self.resources.values() for m in named.values()):
-            # What was refused, and whatever hangs on it, stays as it was; repaired, all is well.
             assert self.bad
+            self.config.check(self.resources)
+            assert all(is_bad(self.resources[q.type_url][q.name]) for q in self.stream.quarantined)
+            for type_url in (CLUSTER, LISTENER):
+                bad = {n for n, m in self.resources[type_url].items() if is_bad(m)}
+                found = {q.name for q in self.stream.quarantined if q.type_url == type_url}
+                assert found == bad
+            # Repaired, all is well.
             self.resources = world()
             self.stream.offer(self.snapshot())
             self.rest()
         assert self.stream.rejected == ()
+        assert self.stream.quarantined == ()
         for type_url in (CLUSTER, LISTENER):
             assert self.config.has[type_url] == self.resources[type_url]
         for type_url in (ENDPOINT, ROUTE):

@@ -7,12 +7,12 @@ from google.protobuf.message import Message
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from test_stream_property import MESSAGES, REST, Config, is_bad, worlds
+from test_stream_property import MESSAGES, REST, SMALL, Config, is_bad, worlds
 from worlds import Resources, world
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds_server.snapshot import Encoder, Snapshot
 from xds_server.sotw import SotwStream
-from xds_server.stream import ORDER, WHOLE_TYPES
+from xds_server.stream import MAX_RESPONSE_BYTES, ORDER, WHOLE_TYPES
 
 
 class SotwClient(RuleBasedStateMachine):
@@ -20,9 +20,13 @@ class SotwClient(RuleBasedStateMachine):
 
     bad = True
 
-    @initialize(first=worlds(bad=False))
-    def start(self, first: Resources) -> None:
+    @initialize(first=worlds(bad=False), names_it=st.booleans(), small=st.booleans())
+    def start(self, first: Resources, names_it: bool, small: bool) -> None:
         self.resources = first
+        #: Whether the words of a refusal name what was bad.
+        self.names_it = names_it
+        self.limit = SMALL if small else MAX_RESPONSE_BYTES
+        self.reconnected = False
         self.config = Config()
         self.versions = dict.fromkeys(ORDER, "")
         self.connect()
@@ -31,7 +35,7 @@ class SotwClient(RuleBasedStateMachine):
         #: A new stream knows nothing of clusters that the client had and that are to go.
         self.steady = False
         self.config.give_up_warming()
-        self.stream = SotwStream()
+        self.stream = SotwStream(self.limit)
         self.stream.offer(self.snapshot())
         self.to_server: deque[DiscoveryRequest] = deque()
         self.to_client: deque[DiscoveryResponse] = deque()
@@ -71,6 +75,7 @@ class SotwClient(RuleBasedStateMachine):
 
     @rule()
     def reconnect(self) -> None:
+        self.reconnected = True
         self.connect()
 
     @rule(moves=st.lists(st.sampled_from(["deliver", "send", "handle"]), min_size=1, max_size=12))
@@ -101,6 +106,8 @@ class SotwClient(RuleBasedStateMachine):
     def send(self) -> bool:
         response = self.stream.next_response()
         if response is not None:
+            whole = response.type_url in WHOLE_TYPES
+            assert whole or len(response.body) <= self.limit or len(response.resources) == 1
             self.to_client.append(DiscoveryResponse.FromString(response.body))
         return response is not None
 
@@ -109,8 +116,9 @@ class SotwClient(RuleBasedStateMachine):
         type_url = response.type_url
         self.nonces[type_url] = response.nonce
         messages = [MESSAGES[type_url].FromString(each.value) for each in response.resources]
-        if any(map(is_bad, messages)):
-            self.request(type_url, "refused")
+        refused = [self.config.name(message) for message in messages if is_bad(message)]
+        if refused:
+            self.request(type_url, f"refused {refused}" if self.names_it else "refused")
             return
         self.take(type_url, messages)
         self.versions[type_url] = response.version_info
@@ -135,6 +143,10 @@ class SotwClient(RuleBasedStateMachine):
             return
         self.rest()
         if any(is_bad(m) for named in self.resources.values() for m in named.values()):
+            if not self.reconnected:
+                self.config.check(self.resources)
+                found = {(q.type_url, q.name) for q in self.stream.quarantined}
+                assert all(is_bad(self.resources[type_url][name]) for type_url, name in found)
             self.resources = world()
             self.stream.offer(self.snapshot())
             self.rest()

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import pytest
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 from worlds import Resources, world
+from xds_server.exchange import Ack, Nack, Response
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, kind
 from xds_server.snapshot import Encoder
 from xds_server.sotw import SotwStream
-from xds_server.stream import Ack, Nack, Response
 
 
 class Talk:
@@ -213,9 +213,80 @@ def test_nack_is_kept_and_does_not_loop() -> None:
     assert talk.said() == []
     assert talk.stream.rejected == (nack,)
     talk.offer(world())
-    assert talk.said() == [("cluster", ("web",)), ("endpoints", ("web",))]
+    assert talk.said() == [("cluster", ("web",))]
     talk.ack()
     assert not talk.stream.rejected
+
+
+def test_refused_part_of_the_whole_is_found_and_stays_as_it_was() -> None:
+    names = [f"c{n}" for n in range(8)]
+    talk = connected(world(clusters={"web": 0, **dict.fromkeys(names, 0)}))
+    new = world(clusters={"web": 0, "fresh": 0, **dict.fromkeys(names, 1)})
+    talk.offer(new)
+    bad = Encoder().snapshot(new).of(CLUSTER)["c3"]
+    refusals = 0
+    while talk.said():
+        if bad in talk.last[CLUSTER].resources and talk.ask(CLUSTER, error="no"):
+            refusals += 1
+        talk.ack()
+    assert refusals == 4
+    assert [found.name for found in talk.stream.quarantined] == ["c3"]
+    # The client keeps what it had of it; responses are complete all the same.
+    new = world(clusters={"web": 1, "fresh": 0, **dict.fromkeys(names, 1)})
+    talk.offer(new)
+    assert talk.said()[0] == ("cluster", ("c0", "c1", "c2", "c3", *names[4:], "fresh", "web"))
+    last = {entry.name: entry.version for entry in talk.last[CLUSTER].resources}
+    wanted = {n: e.version for n, e in Encoder().snapshot(new).of(CLUSTER).items()}
+    old = Encoder().snapshot(world(clusters=dict.fromkeys(names, 0), routes={}, listeners={}))
+    assert last == {**wanted, "c3": old.of(CLUSTER)["c3"].version}
+    talk.ack()
+    assert talk.said() == []
+    assert talk.stream.settled
+
+
+def test_what_a_refused_listener_left_in_use_is_not_removed() -> None:
+    old = world(
+        clusters={"old": 0, "web": 0},
+        routes={"to-old": ("old", 0)},
+        listeners={"in": ("to-old", 0)},
+    )
+    talk = connected(old)
+    talk.offer(world(listeners={"in": ("to-web", 1)}))
+    assert talk.said() == [("listener", ("in",))]
+    talk.ask(LISTENER, error="no")
+    assert talk.said() == []
+    talk.offer(world(listeners={"in": ("to-web", 2)}))
+    assert talk.said() == [("listener", ("in",))]
+    talk.ack(LISTENER)
+    talk.ask(ROUTE, ["to-web"])
+    assert talk.said() == [("route", ("to-web",))]
+    talk.ack(ROUTE)
+    assert talk.said() == [("cluster", ("web",))]
+
+
+def test_nothing_is_left_out_for_a_try_while_it_is_not_known_what_the_client_has() -> None:
+    talk = Talk(world(clusters={"a": 1, "web": 1}))
+    talk.ask(CLUSTER, version="from an earlier stream")
+    assert talk.said() == [("cluster", ("a", "web"))]
+    talk.ask(CLUSTER, error="no")
+    assert talk.said() == []
+    assert len(talk.stream.rejected) == 1
+    talk.offer(world(clusters={"a": 2, "web": 1}))
+    assert talk.said() == [("cluster", ("a", "web"))]
+
+
+def test_endpoints_are_split_at_the_limit_and_clusters_cannot_be() -> None:
+    two = world(clusters={"a": 0, "b": 0}, routes={}, listeners={})
+    talk = Talk(two)
+    talk.stream = SotwStream(limit=10)
+    talk.offer(two)
+    talk.ask(CLUSTER)
+    talk.ask(ENDPOINT, ["a", "b"])
+    assert talk.said() == [
+        ("cluster", ("a", "b")),
+        ("endpoints", ("a",)),
+        ("endpoints", ("b",)),
+    ]
 
 
 def test_slow_client_skips_the_states_in_between() -> None:

@@ -1,0 +1,40 @@
+"""What a stream sends, and what the client answers. Pure."""
+
+from dataclasses import dataclass, field
+
+from xds_server.snapshot import ABSENT, Encoded
+
+
+@dataclass(frozen=True)
+class Ack:
+    """The client applied a response."""
+
+    type_url: str
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Nack:
+    """The client refused a response, or a part of it; `error` is its own text."""
+
+    type_url: str
+    nonce: str
+    version: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Response:
+    """One message to the client. `body` is its encoding, ready for the wire."""
+
+    type_url: str
+    nonce: str
+    version: str
+    resources: tuple[Encoded, ...]
+    removed: tuple[str, ...]
+    body: bytes = field(repr=False)
+
+    def versions(self) -> dict[str, str]:
+        """name -> version of everything in it, ABSENT for what it takes away."""
+        sent = {entry.name: entry.version for entry in self.resources}
+        return sent | dict.fromkeys(self.removed, ABSENT)
