@@ -336,6 +336,7 @@ def _mode(arguments: argparse.Namespace, context: Context) -> int:
 
 def _explain(arguments: argparse.Namespace, context: Context) -> int:
     pod = context.enrollment().get(arguments.name)
+    explain.require_there(pod, arguments.interface)
     context.out.write(explain.explain(arguments, pod) + "\n")
     return 0
 

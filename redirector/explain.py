@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import socket
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -60,6 +61,11 @@ def explain(arguments: argparse.Namespace, pod: Pod) -> str:
     if _passes_through(pod, connection):
         return f"{arguments.to}: direct: it only passes through the pod ({pod.mode} mode)"
     decision = decide(pod.steering, connection)
+    if decision.verdict is Verdict.DIRECT and _refused(pod, connection):
+        return (
+            f"{arguments.to}: refused: the sidecar's own port takes what was steered to it, and "
+            f"rule {decision.rule} steers this nowhere ({pod.mode} mode)"
+        )
     ports = {
         Verdict.OUTBOUND: f"steered to the sidecar's outbound port {pod.steering.outbound_port}",
         Verdict.INBOUND: f"steered to the sidecar's inbound port {pod.steering.inbound_port}",
@@ -67,6 +73,27 @@ def explain(arguments: argparse.Namespace, pod: Pod) -> str:
         Verdict.DIRECT: "direct",
     }
     return f"{arguments.to}: {ports[decision.verdict]}, by rule {decision.rule} ({pod.mode} mode)"
+
+
+def require_there(pod: Pod, interface: str = "") -> None:
+    """Raise InputError when the pod's namespace is gone, or has no interface of that name.
+
+    What its options name is no mistake: it may come later.
+    """
+    try:
+        there = network.is_pods(pod)
+    except InputError:
+        there = False
+    if not there:
+        raise InputError(
+            f"pod {pod.name}: its network namespace {pod.netns} is gone, nothing of it is steered; "
+            f"take it off: redirector unenroll {pod.name}"
+        )
+    known = {name for _, name in network.within(pod.netns, socket.if_nameindex)}
+    known |= pod.steering.exclude_interfaces | pod.steering.kubevirt_interfaces
+    if interface and interface not in known:
+        listed = ", ".join(sorted(known))
+        raise InputError(f"--interface {interface}: pod {pod.name} has none; it has {listed}")
 
 
 def _own(pod: Pod) -> tuple[IPAddress, ...]:
@@ -81,6 +108,17 @@ def _passes_through(pod: Pod, connection: Connection) -> bool:
     """What the pod merely forwards reaches no socket of it: only iptables rules see it."""
     inbound = connection.direction is Direction.INBOUND and pod.mode is Mode.EBPF
     return inbound and not connection.local and not connection.destination.is_link_local
+
+
+def _refused(pod: Pod, connection: Connection) -> bool:
+    """Dialled by hand, the sidecar's ports refuse in eBPF mode: `no-flow` (inbound.c)."""
+    return (
+        pod.mode is Mode.EBPF
+        and connection.protocol is Protocol.TCP
+        and connection.direction is Direction.OUTBOUND
+        and connection.destination in connection.own
+        and connection.port in (pod.steering.outbound_port, pod.steering.inbound_port)
+    )
 
 
 def _interface(pod: Pod, connection: Connection) -> str:

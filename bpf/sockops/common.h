@@ -119,6 +119,13 @@ ALWAYS bool is_host(const struct pod *pod, const struct address *a)
 	return is_local(a, 1);
 }
 
+ALWAYS bool is_own(struct address *ip, __u64 netns)
+{
+	__u64 *owner = pods_by_address.lookup(ip);
+
+	return owner && *owner == netns;
+}
+
 ALWAYS bool is_member(__u64 netns, __u32 value, __u32 set)
 {
 	struct member_key key = {.netns = netns, .value = value, .set = set};

@@ -48,16 +48,16 @@ ALWAYS void note_arrival(struct flow_key *key, __u32 rule)
 		arrivals.update(key, &rule);
 }
 
-ALWAYS void refuse(struct flow_key *key, __u64 netns, __u32 reason)
+ALWAYS void refuse_from_outside(const struct flow_key *key, __u64 netns)
 {
 	struct event event = {
 	    .netns = netns,
 	    .client = {.ip = key->client, .port = key->client_port},
 	    .server = {.ip = key->server, .port = key->server_port},
-	    .reason = reason,
+	    .reason = REFUSED_NO_LISTENER,
 	};
 
-	count(netns, reason);
+	count(netns, REFUSED_NO_LISTENER);
 	tell_refused(&event);
 }
 
@@ -78,7 +78,7 @@ ALWAYS int from_outside(struct bpf_sk_lookup *ctx, const struct pod *pod, __u64 
 		return SK_PASS;
 	}
 	// As with REDIRECT to a closed port: refused, never past the sidecar.
-	refuse(key, netns, REFUSED_NO_LISTENER);
+	refuse_from_outside(key, netns);
 	return SK_DROP;
 }
 
@@ -90,14 +90,6 @@ ALWAYS __u64 own_netns(void)
 
 	asm volatile("%0 = %1 ll" : "=r"(netns) : "i"(NETNS_MARK));
 	return netns;
-}
-
-// The kernel drops packets from outside that claim one of our own addresses as source.
-ALWAYS bool is_own(struct address *ip, __u64 netns)
-{
-	__u64 *owner = pods_by_address.lookup(ip);
-
-	return owner && *owner == netns;
 }
 
 ALWAYS int inbound(struct bpf_sk_lookup *ctx)
@@ -134,13 +126,15 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 		if (flow && flow->client_netns == netns && flow->flags & FLOW_STEERED)
 			return SK_PASS;
 	}
+	// The kernel drops packets from outside that claim one of our own addresses as source.
 	if (!is_loopback(&key.client) && !same(&key.client, &key.server) &&
 	    !is_own(&key.client, netns))
 		return from_outside(ctx, pod, netns, &key);
 	// A sidecar that is told of no original destination leads it nowhere.
 	if (!sidecars || pod->flags & POD_TAKEOVER)
 		return SK_PASS;
-	refuse(&key, netns, REFUSED_NO_FLOW);
+	// Who dialled tells of it (sockops.c), and knows the process.
+	count(netns, REFUSED_NO_FLOW);
 	return SK_DROP;
 }
 

@@ -85,6 +85,8 @@ struct sock_state {
 	__u32 rule;
 	__u32 connect_us; // from its SYN to established
 	__u32 passed;	  // enum counter: why this side went to TCP, 0 while it has not
+	__u32 habit;	  // 1 + the slot that its length is noted in, 0: nowhere
+	__u32 pad;
 };
 
 enum pod_flag {
@@ -220,6 +222,7 @@ enum counter {
 	PASSED_FULL,	    // socket left alone: no room in the sockhash
 	PASSED_UNSUPPORTED, // socket left alone: of a kind that the sockhash does not take (MPTCP)
 	PASSED_ZEROCOPY,    // socket left alone: it wants to be told when its bytes are sent
+	PASSED_BRIEF,	    // connection left alone: those like it have been brief lately
 	WITHHELD_KTLS, // an option that a socket of the sockhash is not given: TLS in the kernel
 	WITHHELD_ZEROCOPY, // likewise SO_ZEROCOPY
 	REFUSED_NO_STATE,  // connect refused: its original destination could not be kept

@@ -39,6 +39,9 @@ SOCKHASH(listeners, struct listener_key, 2 * LISTENER_SLOTS * MAX_PODS);
 // Index 0: this datapath and what it found out about the kernel.
 BPF_TABLE("array", __u32, struct about, about, 1);
 
+// Kind of connection (a hash, habits.h) -> CLOCK_MONOTONIC until which they count as brief.
+BPF_TABLE("array", __u32, __u64, habits, MAX_HABITS);
+
 // Who follows the events: a ring buffer in each slot (redirector/datapath/followers.py). The first
 // one only tells the verifier what a slot holds.
 BPF_RINGBUF_OUTPUT(no_events, 1);

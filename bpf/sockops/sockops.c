@@ -23,6 +23,18 @@ ALWAYS struct sock_state *state_of(struct bpf_sock_ops *ops, __u64 flags)
 	return sk ? states.sk_storage_get(sk, 0, flags) : NULL;
 }
 
+ALWAYS void leave_brief_ones_out(struct sock_state *state, __u64 netns)
+{
+	__u32 habit = habit_of(state, netns);
+
+	state->habit = habit + 1;
+	if (!are_brief(habit, state->opened_ns))
+		return;
+	state->flags &= ~FLOW_ACCELERATE;
+	state->passed = PASSED_BRIEF;
+	count(netns, PASSED_BRIEF);
+}
+
 // tcp_connect(), before the SYN leaves: the source port is known, nobody has answered yet.
 ALWAYS void client_starts(struct bpf_sock_ops *ops)
 {
@@ -40,6 +52,8 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	scope(&state->flow, netns);
 	state->id = bpf_get_socket_cookie(ops);
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	if (state->flags & FLOW_ACCELERATE)
+		leave_brief_ones_out(state, netns);
 	if (!(state->flags & (FLOW_STEERED | FLOW_ACCELERATE)))
 		return;
 
@@ -50,6 +64,7 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	flow.opened_ns = state->opened_ns;
 	flow.process = state->process;
 	flow.rule = state->rule;
+	flow.passed = state->passed;
 	// Without its flow a steered SYN is refused by inbound.c, an accelerated one stays plain.
 	if (flows.update(&state->flow, &flow)) {
 		if (!(state->flags & FLOW_STEERED))
@@ -287,6 +302,41 @@ ALWAYS void server_established(struct bpf_sock_ops *ops)
 		server_enters(ops, state, flow, netns);
 }
 
+// What went either way: redirected, or in segments of TCP's.
+ALWAYS __u64 messages_of(struct bpf_sock_ops *ops, const struct flow *flow)
+{
+	__u64 messages = ops->data_segs_out + ops->data_segs_in;
+
+	if (flow)
+		messages += flow->messages[CLIENT] + flow->messages[SERVER];
+	return messages;
+}
+
+// Whether inbound.c has refused this SYN: it came to a port of the pod's sidecar without a flow.
+ALWAYS bool had_no_flow(struct sock_state *state, __u64 netns)
+{
+	struct pod *pod = pods.lookup(&netns);
+
+	if (!pod || pod->flags & POD_TAKEOVER || is_loopback(&state->flow.server))
+		return false;
+	if (state->flow.server_port != pod->outbound_port &&
+	    state->flow.server_port != pod->inbound_port)
+		return false;
+	return same(&state->flow.client, &state->flow.server) || is_own(&state->flow.server, netns);
+}
+
+ALWAYS void tell_failed(struct bpf_sock_ops *ops, struct sock_state *state, const struct flow *flow)
+{
+	if (!followed())
+		return;
+	if (flow || !had_no_flow(state, bpf_get_netns_cookie(ops))) {
+		tell(ops, state, flow, EVENT_FAILED);
+		return;
+	}
+	state->passed = REFUSED_NO_FLOW;
+	tell(ops, state, flow, EVENT_REFUSED);
+}
+
 ALWAYS void closed(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
@@ -299,7 +349,13 @@ ALWAYS void closed(struct bpf_sock_ops *ops)
 	flow = flows.lookup(&state->flow);
 	if (flow && flow->id != state->id)
 		flow = NULL;
-	tell(ops, state, flow, before == BPF_TCP_SYN_SENT ? EVENT_FAILED : EVENT_CLOSE);
+	if (before == BPF_TCP_SYN_SENT) {
+		tell_failed(ops, state, flow);
+	} else {
+		if (state->habit)
+			note_habit(state->habit - 1, messages_of(ops, flow), bpf_ktime_get_ns());
+		tell(ops, state, flow, EVENT_CLOSE);
+	}
 	if (!flow)
 		return;
 	if (flow->messages[CLIENT] + flow->messages[SERVER]) {

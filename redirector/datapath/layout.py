@@ -148,6 +148,8 @@ class SockState(Struct):
         ("rule", ctypes.c_uint32),
         ("connect_us", ctypes.c_uint32),
         ("passed", ctypes.c_uint32),
+        ("habit", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
     )
 
 
@@ -311,11 +313,12 @@ class Counter(IntEnum):
     PASSED_FULL = 12
     PASSED_UNSUPPORTED = 13
     PASSED_ZEROCOPY = 14
-    WITHHELD_KTLS = 15
-    WITHHELD_ZEROCOPY = 16
-    REFUSED_NO_STATE = 17
-    REFUSED_NO_FLOW = 18
-    REFUSED_NO_LISTENER = 19
+    PASSED_BRIEF = 15
+    WITHHELD_KTLS = 16
+    WITHHELD_ZEROCOPY = 17
+    REFUSED_NO_STATE = 18
+    REFUSED_NO_FLOW = 19
+    REFUSED_NO_LISTENER = 20
 
 
 class ConnectKind(IntEnum):

@@ -47,6 +47,7 @@ MAPS = (
     "following",
     "lost_events",
     "arrivals",
+    "habits",
 )
 
 

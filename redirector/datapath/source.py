@@ -30,6 +30,7 @@ FILES = (
     "common.h",
     "events.h",
     "verdict.h",
+    "habits.h",
     "rules.h",
     "connect.c",
     "dns.c",
@@ -46,7 +47,8 @@ INCLUDES = (
     "linux/socket.h",
 )
 
-#: Entries of each map, all pods of a node together. A full map is counted, never silent.
+#: Entries of each map, all pods of a node together; a full map is counted, never silent. And the
+#: nanoseconds for which a brief connection counts (habits.h).
 SIZES: Mapping[str, int] = {
     "MAX_PODS": 4096,
     "MAX_ADDRESSES": 16384,
@@ -54,6 +56,8 @@ SIZES: Mapping[str, int] = {
     "MAX_MEMBERS": 1 << 17,
     "MAX_FLOWS": 1 << 17,
     "MAX_SOCKETS": 1 << 18,
+    "MAX_HABITS": 1 << 12,
+    "BRIEF_NS": 1_000_000,
 }
 
 #: What is read of the kernel's own structs; 0 when the kernel has no BTF. Then a direction's budget

@@ -85,6 +85,9 @@ def test_flags_win_and_mistakes_change_nothing(
             assert told in out
             assert out.endswith(f"({mode} mode)\n")
     assert [pod.name for pod in enrollment.pods()] == ["demo/other"]
+    code, out, err = run("explain", "demo/other", "--to", "10.1.2.3:80", "--interface", "nope")
+    assert (code, out) == (2, "")
+    assert err == "redirector: --interface nope: pod demo/other has none; it has eth0, lo\n"
 
     code, out, err = run("enroll", "--netns", str(lab.netns))
     assert (code, out) == (2, "")

@@ -247,11 +247,13 @@ def test_what_is_refused_says_why(
         by_hand = probes.Call(ip_address(plain.ip), 15001)
         assert plain.call(probes.dial, [by_hand]) == ["ECONNREFUSED"]
         events = told(eventually(follower.read, 2), enrollment)
+        assert follower.read() == []
     refused = {event.reason: event for event in events if event.what is What.REFUSED}
     assert set(refused) == {"no-listener", "no-flow"}
     assert refused["no-listener"].destination == f"{plain.ip}:8080"
     assert refused["no-listener"].source.startswith(outside.ip)
     assert refused["no-flow"].destination == f"{plain.ip}:15001"
+    assert refused["no-flow"].comm == "python"
     assert all(event.verdict == "refused" for event in refused.values())
 
 

@@ -1,4 +1,4 @@
-"""A million short connections leave nothing behind."""
+"""A million short connections leave nothing behind, short-circuited or not."""
 
 import socket
 import time
@@ -15,31 +15,35 @@ from redirector.lab import LabPod
 
 pytestmark = pytest.mark.root
 
-#: Half of them by IPv4, half by IPv6, at the same time.
+#: Half of them by IPv4, half by IPv6, at the same time. Those by IPv6 are so brief that most are
+#: left out of the sockhash.
 CONNECTIONS = 1_000_000
 #: Less than a hundred bytes for each connection: a leak of whatever the datapath keeps shows.
 SLACK = 64 << 20
 SERVICES = {socket.AF_INET: ("10.96.1.1", 80), socket.AF_INET6: ("fd96::1", 80)}
+REQUESTS = {socket.AF_INET: 2, socket.AF_INET6: 1}
 ANY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 
 
 def test_a_million_short_connections(
     pod: LabPod, datapath: Datapath, enrollment: Enrollment
 ) -> None:
-    pod.call(soak, socket.AF_INET, 1000)  # what is allocated once is not counted
+    pod.call(soak, socket.AF_INET, 1000, 2)  # what is allocated once is not counted
     before = entries(enrollment)
     unreclaimed = slab()
     with ThreadPoolExecutor(2) as families:
         runs = [
-            families.submit(pod.call, soak, family, CONNECTIONS // 2, timeout=300)
-            for family in SERVICES
+            families.submit(pod.call, soak, family, CONNECTIONS // 2, requests, timeout=300)
+            for family, requests in REQUESTS.items()
         ]
         assert [run.result() for run in runs] == [None, None]
     made = CONNECTIONS + 1000
     counters = counted(datapath, pod)
     assert counters[Counter.STEERED_OUTBOUND] == made
-    assert counters[Counter.ACCELERATED] == 2 * made
-    assert counters[Counter.REDIRECTED_MESSAGES] == 2 * made
+    accelerated = made - counters[Counter.PASSED_BRIEF]
+    assert accelerated >= CONNECTIONS // 2 + 1000
+    assert counters[Counter.ACCELERATED] == 2 * accelerated
+    assert counters[Counter.REDIRECTED_MESSAGES] == 2 * accelerated + CONNECTIONS // 2 + 1000
     # Sockets and their storage are freed a little later (call_rcu).
     deadline = time.monotonic() + 20
     while (entries(enrollment) != before or slab() > unreclaimed + SLACK) and (
@@ -50,8 +54,8 @@ def test_a_million_short_connections(
     assert slab() <= unreclaimed + SLACK
 
 
-def soak(family: int, count: int) -> None:
-    """`count` connections to a service, one after the other; a request and a reply on each."""
+def soak(family: int, count: int, requests: int) -> None:
+    """`count` connections to a service, one after the other; requests and a reply on each."""
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -62,8 +66,9 @@ def soak(family: int, count: int) -> None:
             client = socket.socket(family)
             client.connect(SERVICES[family])
             server, _ = listener.accept()
-            client.send(b"request")
-            assert server.recv(16) == b"request"
+            for _ in range(requests):
+                client.send(b"request")
+                assert server.recv(16) == b"request"
             server.send(b"reply")
             assert client.recv(16) == b"reply"
             server.close()  # first, so that no port of the client's waits in TIME_WAIT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from redirector.errors import InputError
-from redirector.explain import add_arguments, explain
+from redirector.explain import add_arguments, explain, require_there
 from redirector.model import Mode, Pod, Steering
 
 POD = Pod(
@@ -60,6 +60,10 @@ def ask(*words: str, pod: Pod = POD) -> str:
         ),
         (["--to", "10.0.0.5:8080", "--inbound"], "inbound port 15006, by rule inbound.included-"),
         (["--to", "10.0.0.5:15020", "--inbound"], "direct, by rule inbound.excluded-port"),
+        (["--to", "10.0.0.5:15001"], "refused: the sidecar's own port"),
+        (["--to", "10.0.0.5:15006"], "refused: the sidecar's own port"),
+        (["--to", "127.0.0.1:15001"], "direct, by rule outbound.app-local"),
+        (["--to", "10.0.0.5:15001", "--inbound"], "inbound port 15006, by rule inbound.included-"),
     ],
 )
 def test_it_names_the_way_and_the_rule(words: list[str], answer: str) -> None:
@@ -85,6 +89,16 @@ def test_it_names_the_way_and_the_rule(words: list[str], answer: str) -> None:
 def test_wrong_addresses_are_named(words: list[str], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         ask(*words)
+
+
+def test_dialled_by_hand_the_sidecars_ports_answer_in_iptables_mode() -> None:
+    pod = replace(POD, mode=Mode.IPTABLES)
+    assert "direct, by rule outbound.app-local" in ask("--to", "10.0.0.5:15001", pod=pod)
+
+
+def test_a_pod_that_is_gone_is_told_so() -> None:
+    with pytest.raises(InputError, match=r"/run/netns/x is gone.*redirector unenroll demo/web"):
+        require_there(POD)
 
 
 def test_what_passes_through_the_pod_is_captured_by_iptables_rules_only() -> None:
