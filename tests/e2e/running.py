@@ -98,7 +98,8 @@ class XdsServer:
 class Sidecar:
     """A real Envoy in a pod, as the sidecar's user, with the product's bootstrap.
 
-    `changed` is merged into the bootstrap's ads_config, for clients that differ from ours.
+    `changed` is merged into the bootstrap's ads_config, for clients that differ from ours, and
+    `more` into the bootstrap.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Sidecar:
         xds: str,
         changed: dict[str, Any] | None = None,
         tls: XdsTls | None = None,
+        more: dict[str, Any] | None = None,
     ) -> None:
         self._pod = pod
         self.name = name
@@ -117,6 +119,7 @@ class Sidecar:
         admin = place / f"{pod.name}-admin"
         content: dict[str, Any] = bootstrap(name, namespace, pod.ip, xds=xds, admin_port=0, tls=tls)
         content["dynamic_resources"]["ads_config"].update(changed or {})
+        content.update(more or {})
         config.write_text(json.dumps(content))
         admin.mkdir(mode=0o700)
         os.chown(admin, SIDECAR_ID, SIDECAR_ID)

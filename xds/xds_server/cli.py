@@ -16,7 +16,7 @@ from redirector.apiserver.client import Client, in_cluster
 from redirector.apiserver.kubeconfig import from_file
 from redirector.errors import InputError, RedirectorError
 from xds_server import options
-from xds_server.following import Reader, follow, note
+from xds_server.following import Reader, follow
 from xds_server.ir import NodeId
 from xds_server.lineage import Lineage
 from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars, parse
@@ -192,7 +192,7 @@ async def _run(
         problems = count(len(found.problems), "problem")
         print(f"xds-server: {problems} in {reader.source}: nothing to serve", file=sys.stderr)
         return 1
-    note(found)
+    reader.note(found)
     for address in addresses:
         claim(address)
     log.info("%s read from %s", count(found.objects, "object"), reader.source)

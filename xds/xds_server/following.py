@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from redirector.errors import RedirectorError
@@ -23,6 +24,18 @@ class Read:
     objects: int
     problems: list[Problem]
 
+    def lines(self) -> Iterator[tuple[str, int]]:
+        """What there is to say of it, and how loudly."""
+        mesh = self.mesh
+        yield from ((str(problem), logging.ERROR) for problem in self.problems)
+        for subjects, outcome in (
+            (mesh.kept, "stays as it last was good"),
+            (mesh.left_out, "left out until it is good"),
+            (mesh.closed, "cannot be read, so everything it may be for is refused"),
+        ):
+            yield from ((f"{subject}: {outcome}", logging.WARNING) for subject in subjects)
+        yield from ((f"ignored: {subject}", logging.INFO) for subject in mesh.ignored)
+
 
 class Reader:
     """Reads a source again and again; what is bad now stays as it last was good."""
@@ -30,6 +43,7 @@ class Reader:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._ingester = Ingester()
+        self._said: Collection[str] = ()
 
     async def read(self) -> Read:
         """What there is now."""
@@ -38,20 +52,13 @@ class Reader:
         mesh, more = await asyncio.to_thread(self._ingester.ingest, objects, suspects)
         return Read(mesh, len(objects), [*problems, *more])
 
-
-def note(found: Read) -> None:
-    """Say what is wrong, and what became of it."""
-    for problem in found.problems:
-        log.error("%s", problem)
-    mesh = found.mesh
-    for subject in mesh.kept:
-        log.warning("%s: stays as it last was good", subject)
-    for subject in mesh.left_out:
-        log.warning("%s: left out until it is good", subject)
-    for subject in mesh.closed:
-        log.warning("%s: cannot be read, so everything it may be for is refused", subject)
-    for name in mesh.ignored:
-        log.debug("ignored: %s", name)
+    def note(self, found: Read) -> None:
+        """Say what is wrong and what became of it, as far as it is news."""
+        lines = dict(found.lines())
+        for line, level in lines.items():
+            if line not in self._said:
+                log.log(level, "%s", line)
+        self._said = lines.keys()
 
 
 async def follow(reader: Reader, lineage: Lineage, server: Server) -> None:
@@ -75,6 +82,6 @@ async def _reload(reader: Reader, change: Change, lineage: Lineage, server: Serv
             reader.source,
         )
         return
-    note(found)
+    reader.note(found)
     await server.publish(lineage.next(found.mesh), change.reason, change.at)
     server.know(found.mesh.workloads)

@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from xds_server.errors import Problem
 from xds_server.ingest.addresses import contested
 from xds_server.ingest.attachment import Places, attach
+from xds_server.ingest.building import build_service, build_workload
 from xds_server.ingest.clashes import clashes
 from xds_server.ingest.core import (
     Members,
     RawPort,
-    build_service,
-    build_workload,
+    read_node,
     read_pod,
     read_service,
     read_slice,
@@ -26,13 +26,14 @@ from xds_server.ingest.policies import POLICY_VERSION, Origins, PolicyReader
 from xds_server.ingest.refusals import read_policies
 from xds_server.ingest.routes import GATEWAY_GROUP, RouteReader, read_grant
 from xds_server.ingest.traffic import read_traffic
-from xds_server.ir import Mesh, Parent, Protocol
+from xds_server.ir import Mesh, Name, Parent, Protocol
 from xds_server.sources.objects import KubeObject
 
 __all__ = ["Ingester", "ingest"]
 
 _KINDS = {
     ("v1", "Namespace"),
+    ("v1", "Node"),
     ("v1", "Pod"),
     ("v1", "Service"),
     ("discovery.k8s.io/v1", "EndpointSlice"),
@@ -105,7 +106,18 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
         elif reading.good:
             routes.append((reading.item, reading.value))
     clashes(routes)
+    ignored += (
+        f"{raw.item.subject}: {said} (served as TCP)"
+        for raw in services.values()
+        for said in raw.foreign
+    )
 
+    wanted: dict[Name, set[int]] = defaultdict(set)
+    for _, route in routes:
+        for rule in route.rules:
+            for backend in rule.backends:
+                wanted[backend.service].add(backend.port)
+    services = {name: raw.reached_at(wanted[name]) for name, raw in services.items()}
     routed = {parent for _, route in routes for parent in route.parents}
     protocols = {
         port: _protocol(port, Parent(service.name, port.number) in routed)
@@ -127,6 +139,8 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
             },
         ),
     )
+    node_readings = [forms.read(item, read_node) for item in kinds["Node"]]
+    nodes = {one.item.name.name: one.value for one in node_readings if one.good}
     pieces = defaultdict(list)
     for piece in slices:
         pieces[piece.service].append(piece)
@@ -154,7 +168,12 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
             for name in sorted(services)
         },
         workloads={
-            name: build_workload(pods[name], members.ports[name], protocols)
+            name: build_workload(
+                pods[name],
+                members.ports[name],
+                protocols,
+                pods[name].zone or nodes.get(pods[name].node) or members.zones.get(name, ""),
+            )
             for name in sorted(pods)
         },
         routes=tuple(

@@ -1,24 +1,22 @@
 """Pods, Services and EndpointSlices: what listens where."""
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from redirector.model import IPAddress
-from xds_server.ingest.reader import Field, Item
+from xds_server.ingest.reader import DNS_NAME, Field, Item
 from xds_server.ir import (
     INBOUND_PORT,
     OUTBOUND_PORT,
-    AppPort,
-    Endpoint,
     Name,
     Protocol,
-    Service,
-    ServicePort,
-    Workload,
 )
 
 SERVICE_NAME = "kubernetes.io/service-name"
+ZONE = "topology.kubernetes.io/zone"
 
 #: Names used as appProtocol (also with the kubernetes.io/ prefix) and, up to the first dash, as
 #: port names.
@@ -37,6 +35,15 @@ _PROTOCOLS = {
 }
 
 
+_SAME_ZONE = ("PreferClose", "PreferSameZone", "PreferSameNode")
+_EXTERNAL = re.compile(rf"(?i:{DNS_NAME.pattern}\.?)")
+
+
+class _Affinity(StrEnum):
+    NONE = "None"
+    CLIENT = "ClientIP"
+
+
 @dataclass(frozen=True, eq=False)
 class Pod:
     """`ports` are those its containers declare, with the protocol they declare, if any."""
@@ -47,6 +54,8 @@ class Pod:
     addresses: tuple[IPAddress, ...]
     host_network: bool
     ports: tuple[tuple[int, Protocol | None], ...]
+    node: str = ""
+    zone: str = ""
 
     def uncertain(self) -> "Pod":
         """Of one that cannot be read: what it listens on is not known, and its addresses, if they
@@ -66,6 +75,8 @@ class SliceEndpoint:
     pod: Name | None
     ready: bool
     serving: bool
+    zone: str
+    hints: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +104,24 @@ class RawService:
     item: Item
     addresses: tuple[IPAddress, ...]
     selector: Mapping[str, str]
-    external: bool
+    external: str
     ports: tuple[RawPort, ...]
+    affinity: bool
+    same_zone: bool
+    foreign: tuple[str, ...] = ()
+    """Protocols that say nothing to us, each with its port."""
 
     def port(self, number: int) -> RawPort | None:
+        """An ExternalName that lists no ports has every one."""
+        if self.external and not self.ports:
+            return RawPort("", number, None)
         return next((port for port in self.ports if port.number == number), None)
+
+    def reached_at(self, numbers: Iterable[int]) -> "RawService":
+        """An ExternalName with the ports that somebody wants of it."""
+        if not self.external or self.ports:
+            return self
+        return replace(self, ports=tuple(RawPort("", n, None) for n in sorted(set(numbers))))
 
     def without(self, lost: Mapping[Name, frozenset[IPAddress]]) -> "RawService":
         """Without the addresses that belong to another object."""
@@ -129,10 +153,17 @@ def read_pod(item: Item) -> Pod | None:
         item.name,
         item.root["metadata"]["labels"].labels(),
         spec["serviceAccountName"].text("default"),
-        tuple(sorted({a for a in addresses if a is not None}, key=_address_key)),
+        tuple(sorted({a for a in addresses if a is not None}, key=address_key)),
         spec["hostNetwork"].boolean(False),
         tuple(sorted(ports.items())),
+        spec["nodeName"].text(""),
+        item.root["metadata"]["labels"][ZONE].text(""),
     )
+
+
+def read_node(item: Item) -> str:
+    """The zone that a node is in, or empty."""
+    return item.root["metadata"]["labels"][ZONE].text("")
 
 
 def read_service(item: Item) -> RawService:
@@ -142,6 +173,7 @@ def read_service(item: Item) -> RawService:
         field.address() for field in given if field.present and field.value not in ("", "None")
     ]
     ports: list[RawPort] = []
+    foreign: list[str] = []
     for field in spec["ports"].items():
         number, name = field["port"].port(), field["name"].text("")
         if isinstance(field["targetPort"].value, int):
@@ -153,15 +185,42 @@ def read_service(item: Item) -> RawService:
             continue
         if any(name == port.name for port in ports):
             field["name"].problem("must be there and differ between the ports of a service")
-        ports.append(RawPort(name, number, protocol_of(field["appProtocol"].text(""), name)))
+        said = field["appProtocol"].text("")
+        if said and _plain(said) not in _PROTOCOLS:
+            foreign.append(f"appProtocol {said} of port {number}")
+        ports.append(RawPort(name, number, protocol_of(said, name)))
     return RawService(
         item.name,
         item,
-        tuple(sorted({a for a in addresses if a is not None}, key=_address_key)),
+        tuple(sorted({a for a in addresses if a is not None}, key=address_key)),
         spec["selector"].labels(),
-        spec["type"].text("ClusterIP") == "ExternalName",
+        _external_name(spec) if spec["type"].text("ClusterIP") == "ExternalName" else "",
         tuple(sorted(ports, key=lambda port: port.number)),
+        spec["sessionAffinity"].choice(_Affinity, _Affinity.NONE) is _Affinity.CLIENT,
+        _stays_in_zone(spec["trafficDistribution"]),
+        tuple(foreign),
     )
+
+
+def _external_name(spec: Field) -> str:
+    """Where an ExternalName leads. Names of the client's own machine are refused: behind them is
+    the sidecar's administration, which is not for those who write services."""
+    field = spec["externalName"]
+    name = field.matching(_EXTERNAL, "a host name such as db.example.com").rstrip(".")
+    last = name.lower().rpartition(".")[2]
+    if last == "localhost":
+        field.problem("must not be the client itself; use a Service with a selector")
+    elif last.isdecimal():
+        field.problem("must not be an IP address; use a Service with an EndpointSlice")
+    return name
+
+
+def _stays_in_zone(field: Field) -> bool:
+    """What is nearer than a zone is not told apart."""
+    value = field.text("")
+    if value and value not in _SAME_ZONE:
+        field.misfit(f"is not known (known: {', '.join(_SAME_ZONE)}); all endpoints count alike")
+    return value in _SAME_ZONE
 
 
 def read_slice(item: Item) -> Slice | None:
@@ -189,6 +248,8 @@ def read_slice(item: Item) -> Slice | None:
                 pod,
                 ready,
                 conditions["serving"].boolean(ready),
+                endpoint["zone"].text(""),
+                tuple(zone["name"].text() for zone in endpoint["hints"]["forZones"].items()),
             )
         )
     if not service:
@@ -200,10 +261,13 @@ def protocol_of(app_protocol: str, port_name: str) -> Protocol | None:
     """What a port declares; appProtocol beats the name. An appProtocol we do not know is somebody's
     own protocol, so TCP to us."""
     if app_protocol:
-        plain = app_protocol.lower().removeprefix("kubernetes.io/")
-        return _PROTOCOLS.get(plain, Protocol.TCP)
+        return _PROTOCOLS.get(_plain(app_protocol), Protocol.TCP)
     word = port_name.split("-")[0]
     return _PROTOCOLS.get(word, Protocol.HTTP if word.startswith("http") else None)
+
+
+def _plain(app_protocol: str) -> str:
+    return app_protocol.lower().removeprefix("kubernetes.io/")
 
 
 class Members:
@@ -219,6 +283,8 @@ class Members:
         self._pods: dict[Name, set[Name]] = defaultdict(set)
         self.ports: dict[Name, list[tuple[RawPort, int]]] = defaultdict(list)
         """For each pod, the service ports it serves, and on which port of its own."""
+        self.zones: dict[Name, str] = {}
+        """For each pod, the zone that slices tell."""
         known = {service.name: service for service in services}
         for piece in slices:
             for endpoint in piece.endpoints:
@@ -228,7 +294,9 @@ class Members:
                 # Nobody decides on protocols and policies of another namespace's pods.
                 members = {pod for pod in members if pod.namespace == piece.service.namespace}
                 self._pods[piece.service] |= members
-                for port, number in _pairs(known.get(piece.service), piece):
+                if endpoint.zone:
+                    self.zones |= dict.fromkeys(members, endpoint.zone)
+                for port, number in pairs(known.get(piece.service), piece):
                     for member in members:
                         self.ports[member].append((port, number))
         # Slices lag behind pods: a policy must hold from a pod's first moment.
@@ -250,51 +318,8 @@ def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     return all(labels.get(key) == value for key, value in selector.items())
 
 
-def build_service(
-    raw: RawService, slices: Iterable[Slice], protocols: Mapping[RawPort, Protocol]
-) -> Service:
-    """The service with the endpoints its slices (all those given) name."""
-    ready: dict[int, set[Endpoint]] = defaultdict(set)
-    serving: dict[int, set[Endpoint]] = defaultdict(set)
-    for piece in slices:
-        for port, number in _pairs(raw, piece):
-            for endpoint in piece.endpoints:
-                places = {Endpoint(address, number) for address in endpoint.addresses}
-                if endpoint.ready:
-                    ready[port.number] |= places
-                elif endpoint.serving:
-                    serving[port.number] |= places
-    ports = []
-    for port in raw.ports:
-        # As kube-proxy does: with none ready, those that still serve while they end.
-        usable = ready[port.number] or serving[port.number]
-        chosen = sorted(usable, key=lambda at: (*_address_key(at.address), at.port))
-        ports.append(ServicePort(port.number, protocols[port], tuple(chosen)))
-    return Service(raw.name, raw.addresses, tuple(ports))
-
-
-def build_workload(
-    pod: Pod, served: Iterable[tuple[RawPort, int]], protocols: Mapping[RawPort, Protocol]
-) -> Workload:
-    """The pod with what it listens on. A port is TCP if anything declares it so (Envoy must not
-    parse it), else HTTP if anything declares or routes it as HTTP."""
-    seen: dict[int, set[Protocol | None]] = defaultdict(set)
-    for number, declared in pod.ports:
-        seen[number].add(declared)
-    for port, number in served:
-        if number in (OUTBOUND_PORT, INBOUND_PORT):
-            continue
-        assumed = port.declared is None and protocols[port] is Protocol.TCP
-        seen[number].add(None if assumed else protocols[port])
-    order = (Protocol.TCP, Protocol.HTTP2, Protocol.HTTP)
-    ports = (
-        AppPort(number, next((p for p in order if p in seen[number]), Protocol.TCP))
-        for number in sorted(seen)
-    )
-    return Workload(pod.name, pod.addresses, tuple(ports), pod.service_account)
-
-
-def _pairs(service: RawService | None, piece: Slice) -> list[tuple[RawPort, int]]:
+def pairs(service: RawService | None, piece: Slice) -> list[tuple[RawPort, int]]:
+    """The service's ports, each with the port that it leads to according to the slice."""
     if service is None:
         return []
     by_name = {port.name: port for port in service.ports}
@@ -305,5 +330,6 @@ def _is_tcp(port: Field) -> bool:
     return port["protocol"].text("TCP") == "TCP"
 
 
-def _address_key(address: IPAddress) -> tuple[int, int]:
+def address_key(address: IPAddress) -> tuple[int, int]:
+    """Sorts addresses of both families."""
     return address.version, int(address)

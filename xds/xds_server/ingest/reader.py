@@ -34,6 +34,7 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # RBAC objects, which are not ours, may have colons.
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")
 _DURATION = re.compile(r"([0-9]{1,5}(h|m|s|ms)){1,4}")
+_WITHOUT_NAMESPACE = ("Namespace", "Node")
 _UNITS = {"h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 # What Python's re takes and RE2 (Envoy's) does not: lookaround, conditions, backreferences, some
 # flags and escapes, possessive repeats. Character classes and plain escapes are taken out first.
@@ -341,7 +342,7 @@ def identify(source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | 
     metadata = anonymous["metadata"]
     name = metadata["name"].matching(_OBJECT_NAME, "a name: use a-z, 0-9, '-' and '.'")
     namespace = metadata["namespace"].namespace("default")
-    where = name if kind == "Namespace" else f"{namespace}/{name}"
+    where = name if kind in _WITHOUT_NAMESPACE else f"{namespace}/{name}"
     subject = f"{kind} {where}" if kind and name else ""
     if wrong:
         problems += (replace(problem, object=subject) for problem in wrong)

@@ -172,8 +172,6 @@ class RouteReader:
         elif service is None:
             if reference["name"].present:
                 reference["name"].misfit(f"there is no Service {name}; create it or correct this")
-        elif service.external:
-            reference["name"].misfit(f"Service {name} is an ExternalName, which has no endpoints")
         elif service.port(number) is None:
             if isinstance(reference["port"].value, int):
                 reference["port"].misfit(f"Service {name} has no such port; {_ports(service)}")

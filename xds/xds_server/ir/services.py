@@ -8,10 +8,13 @@ from xds_server.ir.names import Name, Protocol
 
 @dataclass(frozen=True, order=True)
 class Endpoint:
-    """A place that serves a port of a service."""
+    """A place that serves a port of a service. `zone` is where it is; `near` are the zones whose
+    clients it is meant for before others, none when it is for everybody alike."""
 
     address: IPAddress
     port: int
+    zone: str = ""
+    near: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,16 @@ class ServicePort:
 
 @dataclass(frozen=True)
 class Service:
-    """`addresses` are its cluster IPs; a headless service has none."""
+    """`addresses` are its cluster IPs; a headless service has none. An ExternalName has a
+    `hostname` instead, and no endpoints. With `affinity` a client's connections all go to one
+    endpoint. In `zones` clients have endpoints that are meant for them."""
 
     name: Name
     addresses: tuple[IPAddress, ...]
     ports: tuple[ServicePort, ...]
+    hostname: str = ""
+    affinity: bool = False
+    zones: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,3 +56,4 @@ class Workload:
     addresses: tuple[IPAddress, ...] = ()
     ports: tuple[AppPort, ...] = ()
     service_account: str = "default"
+    zone: str = ""

@@ -85,6 +85,7 @@ class Translator:
         row = self.memo.row
         self._all_policies, self._all_traffic = row(mesh.policies), row(mesh.traffic)
         self._services = row(mesh.services.values())
+        self._zones = frozenset(zone for service in self._services for zone in service.zones)
         #: Without their endpoints, which change often and concern nothing but themselves.
         self._bare = row(self.memo(self._bared, service) for service in self._services)
 
@@ -106,7 +107,11 @@ class Translator:
         return memo(
             self._whole,
             memo(self._clusters, self._bare, self._all_traffic),
-            memo(self._endpoints, self._services),
+            memo(
+                self._endpoints,
+                self._services,
+                workload.zone if workload.zone in self._zones else "",
+            ),
             memo(_listener, self._bare),
             self._outbound_routes(node.namespace),
             inbound,
@@ -140,7 +145,7 @@ class Translator:
 
     def _bared(self, service: Service) -> Service:
         ports = tuple(replace(port, endpoints=()) for port in service.ports)
-        return self.memo.value(replace(service, ports=ports))
+        return self.memo.value(replace(service, ports=ports, zones=()))
 
     def _inbound_of(
         self,
@@ -177,10 +182,10 @@ class Translator:
             found |= self.memo(_service_clusters, service, policies)
         return dict(sorted(found.items()))
 
-    def _endpoints(self, services: tuple[Service, ...]) -> Mapping[str, Message]:
+    def _endpoints(self, services: tuple[Service, ...], zone: str) -> Mapping[str, Message]:
         found: dict[str, Message] = {}
         for service in services:
-            found |= self.memo(_service_endpoints, service)
+            found |= self.memo(_service_endpoints, service, zone if zone in service.zones else "")
         return dict(sorted(found.items()))
 
     def _outbound_routes(self, namespace: str) -> Mapping[str, Message]:
@@ -264,8 +269,8 @@ def _service_clusters(
     return outbound_clusters((service,), traffic)
 
 
-def _service_endpoints(service: Service) -> Mapping[str, Message]:
-    return outbound_endpoints((service,))
+def _service_endpoints(service: Service, zone: str) -> Mapping[str, Message]:
+    return outbound_endpoints((service,), zone)
 
 
 def _port_routes(

@@ -5,12 +5,24 @@ from collections.abc import Iterable, Mapping
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2
 from envoy.config.core.v3 import address_pb2, protocol_pb2
 from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
+from envoy.extensions.clusters.common.dns.v3 import dns_pb2
+from envoy.extensions.clusters.dns.v3 import dns_cluster_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from xds_server.ir import Endpoint, Name, Parent, Protocol, Service, TrafficPolicy
-from xds_server.translate.endpoints import shape
+from xds_server.ir import (
+    Balancing,
+    Endpoint,
+    LoadBalancer,
+    Name,
+    Parent,
+    Protocol,
+    Service,
+    SourceHash,
+    TrafficPolicy,
+)
+from xds_server.translate.endpoints import balance, shape
 from xds_server.translate.messages import ads, packed, socket_address
 
 PASSTHROUGH = "passthrough"
@@ -20,6 +32,9 @@ BLACKHOLE = "blackhole"
 #: What the datapath knows the sidecar's own connections to its application by.
 INBOUND_SOURCE_IPV4 = "127.0.0.6"
 INBOUND_SOURCE_IPV6 = "::6"
+
+#: Kubernetes' sessionAffinity: what a client sends goes to one endpoint.
+_BY_CLIENT = LoadBalancer(Balancing.MAGLEV, (SourceHash(),))
 
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _UNLIMITED = 2**32 - 1
@@ -32,37 +47,67 @@ def cluster_name(service: Name, port: int) -> str:
 def outbound_clusters(
     services: Iterable[Service], traffic: Mapping[Parent, TrafficPolicy]
 ) -> dict[str, Message]:
-    """A cluster for each service port, with its endpoints to be asked for over ADS."""
+    """A cluster for each service port, with its endpoints to be asked for over ADS, or for Envoy to
+    resolve."""
     found: dict[str, Message] = {}
     for service in services:
         for port in service.ports:
             name = cluster_name(service.name, port.number)
-            cluster = _cluster(name, cluster_pb2.Cluster.DiscoveryType.EDS)
-            cluster.eds_cluster_config.eds_config.CopyFrom(ads())
+            if service.hostname:
+                cluster = _resolved(name, service.hostname, port.number)
+            else:
+                cluster = _cluster(name, cluster_pb2.Cluster.DiscoveryType.EDS)
+                cluster.eds_cluster_config.eds_config.CopyFrom(ads())
             cluster.lb_policy = cluster_pb2.Cluster.LbPolicy.LEAST_REQUEST
             _speak(cluster, port.protocol)
+            if service.affinity:
+                balance(cluster, _BY_CLIENT)
             shape(cluster, traffic.get(Parent(service.name, port.number)))
             found[name] = cluster
     return found
 
 
-def outbound_endpoints(services: Iterable[Service]) -> dict[str, Message]:
-    """An assignment for each of `outbound_clusters`; without one Envoy would warm it for ever."""
+def outbound_endpoints(services: Iterable[Service], zone: str = "") -> dict[str, Message]:
+    """An assignment for each of `outbound_clusters` that asks for one, for clients of a zone;
+    without it Envoy would warm the cluster for ever."""
     found: dict[str, Message] = {}
     for service in services:
-        for port in service.ports:
+        for port in service.ports if not service.hostname else ():
             name = cluster_name(service.name, port.number)
-            found[name] = endpoint_pb2.ClusterLoadAssignment(
-                cluster_name=name,
-                endpoints=[
-                    endpoint_components_pb2.LocalityLbEndpoints(
-                        lb_endpoints=[_lb_endpoint(endpoint) for endpoint in port.endpoints]
-                    )
-                ]
-                if port.endpoints
-                else [],
-            )
+            assignment = endpoint_pb2.ClusterLoadAssignment(cluster_name=name)
+            for (priority, where), endpoints in sorted(_groups(port.endpoints, zone).items()):
+                group = assignment.endpoints.add(
+                    priority=priority, lb_endpoints=map(_lb_endpoint, endpoints)
+                )
+                if where:
+                    group.locality.zone = where
+            found[name] = assignment
     return found
+
+
+def _groups(endpoints: Iterable[Endpoint], zone: str) -> dict[tuple[int, str], list[Endpoint]]:
+    """By priority and zone. What is meant for others is there for when nothing else is left."""
+    far = [endpoint for endpoint in endpoints if zone not in endpoint.near]
+    near = [endpoint for endpoint in endpoints if zone in endpoint.near]
+    groups: dict[tuple[int, str], list[Endpoint]] = {}
+    for priority, chosen in enumerate(group for group in (near, far) if group):
+        for endpoint in chosen:
+            groups.setdefault((priority, endpoint.zone), []).append(endpoint)
+    return groups
+
+
+def _resolved(name: str, hostname: str, port: int) -> cluster_pb2.Cluster:
+    """A cluster whose endpoints Envoy finds by itself, by name."""
+    cluster = _cluster(name, cluster_pb2.Cluster.DiscoveryType.STATIC)
+    how = dns_cluster_pb2.DnsCluster(
+        respect_dns_ttl=True, dns_lookup_family=dns_pb2.DnsLookupFamily.V4_PREFERRED
+    )
+    cluster.cluster_type.name = "envoy.cluster.dns"
+    cluster.cluster_type.typed_config.CopyFrom(packed(how))
+    endpoint = cluster.load_assignment.endpoints.add().lb_endpoints.add().endpoint
+    endpoint.address.socket_address.CopyFrom(socket_address(hostname, port))
+    cluster.load_assignment.cluster_name = name
+    return cluster
 
 
 def fixed_clusters() -> dict[str, Message]:

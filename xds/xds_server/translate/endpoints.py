@@ -38,7 +38,7 @@ def shape(cluster: cluster_pb2.Cluster, policy: TrafficPolicy | None) -> None:
     if policy.breaker:
         _limit_use(cluster.circuit_breakers.thresholds[0], policy.breaker)
     if policy.balancer:
-        _balance(cluster, policy.balancer)
+        balance(cluster, policy.balancer)
 
 
 def _outliers(outliers: Outliers) -> outlier_detection_pb2.OutlierDetection:
@@ -70,7 +70,9 @@ def _limit_use(
             getattr(thresholds, name).value = value
 
 
-def _balance(cluster: cluster_pb2.Cluster, balancer: LoadBalancer) -> None:
+def balance(cluster: cluster_pb2.Cluster, balancer: LoadBalancer) -> None:
+    """Has the cluster's endpoints chosen in this way, whatever was said before."""
+    cluster.ClearField("load_balancing_policy")
     if not balancer.balancing.hashes:
         cluster.lb_policy = _LB_POLICIES[balancer.balancing]
         return
