@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     flows = add("flows", _flows, "print the open connections, or each as it opens and closes")
     flows.declare = _declare_flows
     add("metrics", _metrics, "print the node's metrics once, as Prometheus reads them")
+    proxies = add("proxy-status", _proxy_status, "where each sidecar stands with the xDS server")
+    proxies.add_argument("--address", metavar="ADDR", help="the xDS server's --admin address")
+    proxies.add_argument("-o", "--output", choices=("text", "json"), default="text")
+
     boot = add("bootstrap", _bootstrap, "print a sidecar's Envoy bootstrap (JSON)")
     boot.add_argument("pod", metavar="POD", help="its name, or NAMESPACE/NAME")
     boot.add_argument("--namespace", help="of the pod (default: default)")
@@ -245,6 +249,15 @@ def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
         _write_files(sds_files(tls))
     json.dump(made, context.out, indent=2)
     context.out.write("\n")
+    return 0
+
+
+def _proxy_status(arguments: argparse.Namespace, context: Context) -> int:
+    # The control plane's own command: gRPC is not for every command of this one to import.
+    from xds_server import status
+
+    found = status.fetch(arguments.address or status.DEFAULT_ADDRESS)
+    status.show(found, arguments.output, context.out)
     return 0
 
 

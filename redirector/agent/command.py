@@ -10,7 +10,6 @@ from pathlib import Path
 from redirector import machine
 from redirector.agent.log import Format, say, set_up
 from redirector.agent.loop import Agent, Settings
-from redirector.agent.serving import Server
 from redirector.agent.telling import Telling
 from redirector.apiserver.client import Client, elsewhere, in_cluster
 from redirector.enrollment import Enrollment
@@ -19,6 +18,7 @@ from redirector.kubernetes.cluster import Cluster
 from redirector.kubernetes.desired import NONE
 from redirector.kubernetes.places import Places
 from redirector.model import Mode
+from redirector.serving import Server
 
 NODE_VARIABLE = "NODE_NAME"
 #: Beside Istio's 15000-15090, of which it uses none.

@@ -10,9 +10,9 @@ from prometheus_client.metrics_core import Metric
 from redirector import metrics
 from redirector.agent.log import say
 from redirector.agent.loop import Agent
-from redirector.agent.serving import Page
 from redirector.enrollment import Enrollment
 from redirector.errors import RedirectorError
+from redirector.serving import Page
 
 #: A loop that has not come round for so many seconds beyond its resync hangs.
 _HANGING = 120.0

@@ -15,11 +15,12 @@ from typing import TextIO
 from redirector.apiserver.client import Client, in_cluster
 from redirector.apiserver.kubeconfig import from_file
 from redirector.errors import InputError, RedirectorError
-from xds_server import options
-from xds_server.following import Reader, follow
+from xds_server import options, status
+from xds_server.following import Reader, count_in, follow
 from xds_server.ir import NodeId
 from xds_server.lineage import Lineage
-from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars, parse
+from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars
+from xds_server.operating import Operating
 from xds_server.options import Shell
 from xds_server.push import Push, count
 from xds_server.server import Server
@@ -29,13 +30,14 @@ from xds_server.sources.source import Source
 
 log = logging.getLogger("xds_server")
 
-_DEFAULT_LISTEN = "127.0.0.1:18000"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 1 for bad manifests, 2 for bad options."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
     try:
+        if words and words[0] == "status":
+            return status.main(words[1:], sys.stdout)
+        arguments = _parser().parse_args(words)
         if arguments.kubeconfig is not None and not arguments.kubernetes:
             raise InputError("--kubeconfig: is for a cluster; add --kubernetes")
         if arguments.validate:
@@ -48,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="xds-server", description="Serve Envoy sidecars from Kubernetes objects, over ADS."
+        prog="xds-server",
+        description="Serve Envoy sidecars from Kubernetes objects, over ADS.",
+        epilog="`xds-server status` shows where each sidecar of a running server stands.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -65,17 +69,6 @@ def _parser() -> argparse.ArgumentParser:
         type=_path,
         metavar="FILE",
         help="with --kubernetes: follow the cluster of this file's current context instead",
-    )
-    parser.add_argument(
-        "--listen",
-        action="append",
-        metavar="ADDR",
-        help=f"loopback host:port or unix:/path; may be repeated (default {_DEFAULT_LISTEN})",
-    )
-    parser.add_argument(
-        "--insecure-listen",
-        action="store_true",
-        help="allow --listen addresses that other machines reach, unencrypted",
     )
     options.add_to(parser)
     parser.add_argument(
@@ -137,15 +130,10 @@ async def validate(make: Callable[[], Source], out: TextIO, err: TextIO) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _start_log(arguments.log_level)
-    texts = arguments.listen or [_DEFAULT_LISTEN]
     shell = options.shell(arguments)
-    addresses = [
-        parse(text, insecure=arguments.insecure_listen, encrypted=shell.credentials is not None)
-        for text in texts
-    ]
     report = _reporter(arguments.events)
     source = _source(arguments)
-    return asyncio.run(_run(source, addresses, shell, report, strict=arguments.strict))
+    return asyncio.run(_run(source, shell, report, strict=arguments.strict))
 
 
 def _reporter(path: Path | None) -> Callable[[Push], None]:
@@ -167,18 +155,17 @@ def _reporter(path: Path | None) -> Callable[[Push], None]:
 
 
 async def _run(
-    make: Callable[[], Source],
-    addresses: Sequence[Address],
-    shell: Shell,
-    report: Callable[[Push], None],
-    *,
-    strict: bool,
+    make: Callable[[], Source], shell: Shell, report: Callable[[Push], None], *, strict: bool
 ) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     stopped = asyncio.create_task(stop.wait())
+    operating = Operating()
+    if shell.status_address is not None:
+        port = operating.serve_http(shell.status_address)
+        log.info("metrics and health on port %d", port)
     reader = Reader(make())
     # A cluster may take its time.
     reading = asyncio.create_task(reader.read())
@@ -193,7 +180,7 @@ async def _run(
         print(f"xds-server: {problems} in {reader.source}: nothing to serve", file=sys.stderr)
         return 1
     reader.note(found)
-    for address in addresses:
+    for address in shell.listens:
         claim(address)
     log.info("%s read from %s", count(found.objects, "object"), reader.source)
     lineage = Lineage()
@@ -204,11 +191,16 @@ async def _run(
         trust_domain=shell.trust_domain,
     )
     server.know(found.mesh.workloads)
-    for address in addresses:
+    count_in(found, server)
+    for address in shell.listens:
         _listen(server, address, shell)
+    if shell.admin is not None:
+        log.info("status on %s", await operating.serve_admin(shell.admin))
     await server.start()
+    operating.tell_of(server)
     log.info("serving")
     watcher = asyncio.create_task(follow(reader, lineage, server))
+    renewal = asyncio.create_task(shell.credentials.watch()) if shell.credentials else None
     try:
         await asyncio.wait({stopped, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if watcher.done():
@@ -216,8 +208,11 @@ async def _run(
     finally:
         log.info("stopping")
         watcher.cancel()
+        if renewal is not None:
+            renewal.cancel()
         await server.stop()
-        for address in addresses:
+        await operating.stop()
+        for address in shell.listens:
             if isinstance(address, UnixAddress):
                 address.path.unlink(missing_ok=True)
     return 0

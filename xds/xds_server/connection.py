@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DiscoveryRequest
 
@@ -17,9 +17,18 @@ from xds_server.ir import NodeId
 from xds_server.push import listed
 from xds_server.references import kind
 from xds_server.sotw import SotwStream
-from xds_server.stream import MAX_RESPONSE_BYTES
+from xds_server.standing import Standing, Sync, TypeStanding
+from xds_server.stream import MAX_RESPONSE_BYTES, ORDER
+from xds_server.tally import label
 
 log = logging.getLogger(__name__)
+
+
+class _Sent(NamedTuple):
+    """A version of a type, and when that was; seconds since the epoch."""
+
+    version: str
+    at: float
 
 
 class Connection:
@@ -44,10 +53,30 @@ class Connection:
         self._limits = limits
         self._pace = TokenBucket(limits.requests, 10 * limits.requests)
         self._generation: Generation | None = None
-        self._sent_at: dict[str, float] = {}
+        self._connected_at = hub.clock()
+        self._sent: dict[str, _Sent] = {}
+        self._accepted: dict[str, _Sent] = {}
+        self._refused: dict[str, tuple[float, Nack]] = {}
 
     def __str__(self) -> str:
         return f"{self.node.pod}.{self.node.namespace}"
+
+    def standing(self) -> Standing:
+        """Where the client stands now."""
+        types = tuple(self._type_standing(url) for url in ORDER)
+        variant = "delta" if isinstance(self.stream, DeltaStream) else "sotw"
+        return Standing(self.node, variant, self._connected_at, types)
+
+    def _type_standing(self, type_url: str) -> TypeStanding:
+        accepted = self._accepted.get(type_url)
+        version, at = (accepted.version, accepted.at) if accepted else ("", None)
+        sync = self.stream.sync(type_url)
+        if sync is Sync.SYNCED:
+            # What came from an earlier stream, or did not concern this client, needs no answer.
+            version = self.stream.version(type_url)
+        refused_at, nack = self._refused.get(type_url, (None, None))
+        error, refused_version = (nack.error, nack.version) if nack else ("", "")
+        return TypeStanding(type_url, sync, version, at, error, refused_version, refused_at)
 
     def leave(self) -> None:
         """End the stream in good order, after the message that is on its way.
@@ -82,13 +111,18 @@ class Connection:
         self.wake.set()
         if answer is None:
             return
-        took = (now - self._sent_at.pop(answer.nonce)) * 1000
-        what = f"{answer.nonce} ({kind(answer.type_url)}) after {took:.1f} ms"
+        sent = self._sent.pop(answer.nonce)
+        what = f"{answer.nonce} ({kind(answer.type_url)}) after {(now - sent.at) * 1000:.1f} ms"
+        name, tally = label(answer.type_url), self._hub.tally
+        tally.ack_seconds[name].add(now - sent.at)
         nack = None
         if isinstance(answer, Nack):
+            tally.nacks[name] += 1
+            self._refused[answer.type_url] = (now, answer)
             nack = f"{self}: {kind(answer.type_url)} {answer.version}: {answer.error}"
             log.warning("%s NACK %s: %s", self, what, answer.error)
         else:
+            self._accepted[answer.type_url] = _Sent(sent.version, now)
             log.info("%s ACK %s", self, what)
         self._hub.answered(self, answer.nonce, now, nack)
 
@@ -130,7 +164,8 @@ class Connection:
                 len(response.body),
                 kind(response.type_url),
             )
-        self._sent_at[response.nonce] = self._hub.clock()
+        self._sent[response.nonce] = _Sent(response.version, self._hub.clock())
+        self._hub.tally.response_bytes[label(response.type_url)].add(len(response.body))
         self._hub.sent(self, response.nonce)
         log.info(
             "%s sent %s (%s): %s, %d bytes",

@@ -61,6 +61,11 @@ class Reader:
         self._said = lines.keys()
 
 
+def count_in(found: Read, server: Server) -> None:
+    """For the metrics: what was read last."""
+    server.tally.objects, server.tally.problems = found.objects, len(found.problems)
+
+
 async def follow(reader: Reader, lineage: Lineage, server: Server) -> None:
     """Publish what changes; when that fails, the last state that could be published stays."""
     async for change in reader.source.changes():
@@ -83,5 +88,6 @@ async def _reload(reader: Reader, change: Change, lineage: Lineage, server: Serv
         )
         return
     reader.note(found)
+    count_in(found, server)
     await server.publish(lineage.next(found.mesh), change.reason, change.at)
     server.know(found.mesh.workloads)

@@ -12,6 +12,7 @@ from xds_server.ir import NodeId
 from xds_server.push import Push
 from xds_server.references import kind
 from xds_server.snapshot import Snapshot
+from xds_server.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,16 @@ class Hub:
         self.clock = clock
         self._report = report
         self._report_after = report_after
+        self.tally = Tally()
+        self._encoded_before = 0
         self._pushes: dict[Push, asyncio.TimerHandle] = {}
         # One thread: snapshots share an encoder, and the event loop stays free meanwhile.
         self._translator = ThreadPoolExecutor(1, "translate")
+
+    @property
+    def encodings(self) -> int:
+        """How many resources were serialized so far, for all sidecars and states together."""
+        return self._encoded_before + self.generation.encodings
 
     async def publish(self, generation: Generation, reason: str, changed_at: float) -> None:
         """Bring every client to this generation.
@@ -62,6 +70,7 @@ class Hub:
         nodes = {connection.node for connection in self.connections}
         await self._in_translator(generation.prepare, nodes)
         old, self.generation = self.generation, generation
+        self._encoded_before += old.encodings
         connections = set(self.connections)
         changed = set()
         for node in nodes:
@@ -107,6 +116,10 @@ class Hub:
 
     def _finish(self, push: Push) -> None:
         self._pushes.pop(push).cancel()
+        if push.last_answer is not None:
+            self.tally.push_seconds.add(push.last_answer - push.changed_at)
+        if push.waiting:
+            self.tally.unanswered_pushes += 1
         log.info("%s", push.summary())
         self._report(push)
 

@@ -1,9 +1,11 @@
-"""Where the server listens: a loopback TCP address, or a Unix socket that any sidecar may use."""
+"""Where the server listens: TCP addresses, Unix sockets for sidecars, one for its operator."""
 
 import os
 import socket
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -23,6 +25,7 @@ class TcpAddress:
 
     host: str
     port: int
+    option: str = field(default="--listen", compare=False)
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -38,6 +41,7 @@ class UnixAddress:
     """A Unix socket by its absolute path."""
 
     path: Path
+    option: str = field(default="--listen", compare=False)
 
     def __str__(self) -> str:
         return f"{_UNIX}{self.path}"
@@ -46,48 +50,52 @@ class UnixAddress:
 Address = TcpAddress | UnixAddress
 
 
-def parse(text: str, *, insecure: bool = False, encrypted: bool = False) -> Address:
-    """Read `--listen`: `127.0.0.1:18000`, `[::1]:18000`, `localhost:18000` or `unix:/path`.
+def parse(
+    text: str, *, insecure: bool = False, encrypted: bool = False, option: str = "--listen"
+) -> Address:
+    """Read an address as `option` gives it.
+
+    `127.0.0.1:18000`, `[::1]:18000`, `localhost:18000` or `unix:/path`.
 
     InputError on anything else, and off loopback unless it is `encrypted` or `insecure` is asked
     for by name.
     """
     if text.startswith(_UNIX):
-        return _unix(text)
+        return _unix(text, option)
     host, _, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
     if not (port.isascii() and port.isdecimal() and int(port) <= 65535):
-        raise _bad(text)
+        raise _bad(text, option)
     try:
         if host != "localhost" and (ip_address(host).version == 6) != bracketed:
             raise ValueError
     except ValueError:
-        raise _bad(text) from None
-    address = TcpAddress(host, int(port))
+        raise _bad(text, option) from None
+    address = TcpAddress(host, int(port), option)
     if not (address.loopback or insecure or encrypted):
         raise InputError(
-            f"--listen {text}: not a loopback address, and the protocol is not encrypted;"
+            f"{option} {text}: not a loopback address, and the protocol is not encrypted;"
             " use a Unix socket or --tls-cert, or add --insecure-listen to allow it"
         )
     return address
 
 
-def _unix(text: str) -> UnixAddress:
+def _unix(text: str, option: str) -> UnixAddress:
     path = text.removeprefix(_UNIX)
     path = path.removeprefix("//") if path.startswith("///") else path
     if not path.startswith("/") or path.startswith("//") or path.endswith("/"):
-        raise _bad(text)
+        raise _bad(text, option)
     if len(path.encode()) > _MAX_PATH_BYTES:
         raise InputError(
-            f"--listen {text}: a socket's path has at most {_MAX_PATH_BYTES} bytes; shorten it"
+            f"{option} {text}: a socket's path has at most {_MAX_PATH_BYTES} bytes; shorten it"
         )
-    return UnixAddress(Path(path))
+    return UnixAddress(Path(path), option)
 
 
-def _bad(text: str) -> InputError:
+def _bad(text: str, option: str) -> InputError:
     return InputError(
-        f"--listen {text}: not an address; use 127.0.0.1:18000, [::1]:18000 or unix:/path/to.sock"
+        f"{option} {text}: not an address; use 127.0.0.1:18000, [::1]:18000 or unix:/path/to.sock"
     )
 
 
@@ -98,12 +106,13 @@ def claim(address: Address) -> None:
     """
     try:
         if isinstance(address, UnixAddress):
-            _claim_socket(address.path)
+            _claim_socket(address)
         else:
             _claim_port(address)
     except OSError as error:
         raise InputError(
-            f"--listen {address}: {error.strerror}; use another address or stop what holds it"
+            f"{address.option} {address}: {error.strerror};"
+            " use another address or stop what holds it"
         ) from error
 
 
@@ -116,20 +125,32 @@ def _claim_port(address: TcpAddress) -> None:
         probe.listen()
 
 
-def _claim_socket(path: Path) -> None:
+def _claim_socket(address: UnixAddress) -> None:
+    path = address.path
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
         path.parent.chmod(_DIRECTORY_MODE)
     if not os.path.lexists(path):
         return
     if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise InputError(f"--listen unix:{path}: exists and is no socket; use another path")
+        raise InputError(f"{address.option} {address}: exists and is no socket; use another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if probe.connect_ex(str(path)) == 0:
             raise InputError(
-                f"--listen unix:{path}: another server listens there; stop it or use another path"
+                f"{address.option} {address}: another server listens there;"
+                " stop it or use another path"
             )
     path.unlink()
+
+
+@contextmanager
+def private() -> Iterator[None]:
+    """Sockets that are made within are for their owner alone, from their first moment."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def open_to_sidecars(path: Path) -> Path | None:

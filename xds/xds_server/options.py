@@ -1,4 +1,4 @@
-"""How a user says what the shell around the state machines does: TLS, limits."""
+"""How a user says what the shell around the state machines does: addresses, TLS, limits."""
 
 import argparse
 from dataclasses import dataclass
@@ -9,8 +9,11 @@ import grpc
 from redirector.errors import InputError
 from xds_server.admission import Limits
 from xds_server.identity import DEFAULT_TRUST_DOMAIN
+from xds_server.listen import Address, parse
+from xds_server.operating import admin_address
 from xds_server.tls import Credentials, TlsFiles
 
+DEFAULT_LISTEN = "127.0.0.1:18000"
 _DEFAULTS = Limits()
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -19,6 +22,9 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 class Shell:
     """What was chosen; without credentials TCP addresses are plaintext."""
 
+    listens: tuple[Address, ...]
+    admin: Address | None
+    status_address: str | None
     limits: Limits
     trust_domain: str
     credentials: Credentials | None
@@ -30,6 +36,18 @@ class Shell:
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the options to the command's parser."""
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="ADDR",
+        help="host:port, on loopback unless encrypted, or unix:/path; may be repeated"
+        f" (default {DEFAULT_LISTEN})",
+    )
+    parser.add_argument(
+        "--insecure-listen",
+        action="store_true",
+        help="allow --listen addresses that other machines reach, unencrypted",
+    )
     tls = parser.add_argument_group(
         "TLS", "With these, TCP addresses are encrypted and clients must bring a certificate."
     )
@@ -46,6 +64,18 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of the service accounts in certificates: spiffe://NAME/ns/NAMESPACE/sa/ACCOUNT"
         " (default: %(default)s)",
+    )
+    operator = parser.add_argument_group("for the operator")
+    operator.add_argument(
+        "--admin",
+        metavar="ADDR",
+        help="serve `xds-server status` (CSDS) here: unix:/path, for the server's own user, or"
+        " loopback host:port (default: xds-admin.sock beside a --listen unix:/path/xds.sock)",
+    )
+    operator.add_argument(
+        "--status-address",
+        metavar="ADDR",
+        help="serve /metrics, /healthz and /readyz over HTTP here, host:port",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -78,7 +108,13 @@ def shell(arguments: argparse.Namespace) -> Shell:
         connects=float(arguments.connect_rate),
         stream_age_s=arguments.max_stream_age,
     )
-    return Shell(limits, arguments.trust_domain, _credentials(arguments))
+    credentials = _credentials(arguments)
+    encrypted, insecure = credentials is not None, arguments.insecure_listen
+    texts = arguments.listen or [DEFAULT_LISTEN]
+    listens = tuple(parse(text, insecure=insecure, encrypted=encrypted) for text in texts)
+    admin = admin_address(arguments.admin, listens)
+    domain = arguments.trust_domain
+    return Shell(listens, admin, arguments.status_address, limits, domain, credentials)
 
 
 def _credentials(arguments: argparse.Namespace) -> Credentials | None:

@@ -19,8 +19,11 @@ from xds_server.generation import Generation
 from xds_server.hub import REPORT_AFTER_S, Hub
 from xds_server.identity import DEFAULT_TRUST_DOMAIN, NotPermitted, Peer, permit
 from xds_server.ir import Name, NodeId, Workload
+from xds_server.metrics import render
 from xds_server.push import Push, count
 from xds_server.sotw import SotwStream
+from xds_server.standing import Standing
+from xds_server.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +127,24 @@ class Server:
     async def publish(self, generation: Generation, reason: str, changed_at: float) -> None:
         """Bring every client to this generation; an error is raised before any sees a change."""
         await self._hub.publish(generation, reason, changed_at)
+
+    @property
+    def tally(self) -> Tally:
+        """What happened so far."""
+        return self._hub.tally
+
+    @property
+    def draining(self) -> bool:
+        """Whether no new clients are let in."""
+        return self._admission.draining
+
+    def standings(self) -> list[Standing]:
+        """Where every sidecar stands now."""
+        return [connection.standing() for connection in self._connections()]
+
+    def metrics(self) -> bytes:
+        """In Prometheus' text format."""
+        return render(self._hub, self._admission)
 
     def know(self, workloads: Mapping[Name, Workload]) -> None:
         """Judge clients by these pods from now on, those that are connected included."""

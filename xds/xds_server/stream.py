@@ -28,6 +28,7 @@ from xds_server.exchange import Ack, Nack, Response
 from xds_server.quarantine import MAX_ERROR, Quarantined
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, Reference
 from xds_server.snapshot import Encoded, ResourceSet, Snapshot
+from xds_server.standing import Sync
 from xds_server.typestate import TRANSITIONS, UNSURE, Interest, TypeState
 
 WILDCARD = "*"
@@ -92,6 +93,20 @@ class Stream(ABC):
     def unanswered(self) -> int:
         """How many responses the client owes an answer."""
         return sum(len(state.unanswered) for state in self._types.values())
+
+    def sync(self, type_url: str) -> Sync:
+        """How what the client has of a type compares with what it should have."""
+        state = self._types.get(type_url)
+        if state is None or state.interest is Interest.UNASKED or self._desired is None:
+            return Sync.NOT_SENT
+        if state.rejected:
+            return Sync.NACKED
+        current = state.up_to_date(self._desired.of(type_url)) and not state.unanswered
+        return Sync.SYNCED if current else Sync.STALE
+
+    def version(self, type_url: str) -> str:
+        """The version of a type that the client should have, or "" before any is offered."""
+        return self._desired.of(type_url).version if self._desired else ""
 
     def next_response(self) -> Response | None:
         """The next message to send, or None while there is nothing to say."""

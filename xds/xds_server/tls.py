@@ -4,6 +4,7 @@ gRPC asks for the certificate at every handshake, so a change takes effect with 
 connection; connections that are open keep what they began with until they reach their age.
 """
 
+import asyncio
 import logging
 import ssl
 import threading
@@ -15,6 +16,8 @@ import grpc
 from redirector.errors import InputError
 
 log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Credentials:
         self._files = files
         self._lock = threading.Lock()
         self._seen = self._states()
-        self._good = _load(files)
+        self._good = self._used = _load(files)
         #: The files changed to something that cannot be used.
         self.stale = False
 
@@ -63,20 +66,34 @@ class Credentials:
 
     def renewed(self) -> "grpc.ServerCertificateConfiguration | None":
         """What to use from now on, or None to go on with what is in use. From any thread."""
+        self.look()
+        with self._lock:
+            if self._good is self._used:
+                return None
+            self._used = self._good
+            return self._good
+
+    def look(self) -> None:
+        """See whether the files changed, and say so. From any thread."""
         with self._lock:
             states = self._states()
             if states == self._seen:
-                return None
+                return
             self._seen = states
             try:
                 self._good = _load(self._files)
             except InputError as error:
                 self.stale = True
                 log.error("%s; the former certificate stays in use", error)
-                return None
+                return
             self.stale = False
             log.info("certificate read again from %s", self._files.certificate)
-            return self._good
+
+    async def watch(self) -> None:
+        """Look every few seconds, so that a bad file is told before a sidecar connects."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.to_thread(self.look)
 
     def _states(self) -> tuple[_State, ...]:
         return tuple(_state(path) for _, path in self._files.named())

@@ -1,4 +1,4 @@
-"""The agent's HTTP endpoint: /metrics, /healthz, /readyz."""
+"""A small HTTP endpoint for who looks after a program: /metrics, /healthz, /readyz."""
 
 import socket
 import threading
@@ -24,9 +24,12 @@ class Page:
 class Server:
     """Serves pages in threads that end with the process."""
 
-    def __init__(self, address: str, pages: Mapping[str, Callable[[], Page]]) -> None:
-        """`address` is HOST:PORT or [V6]:PORT. InputError when it cannot be listened on."""
-        host, port = _split(address)
+    def __init__(
+        self, address: str, pages: Mapping[str, Callable[[], Page]], option: str = "--metrics"
+    ) -> None:
+        """`address` is HOST:PORT or [V6]:PORT, as `option` gave it. InputError when it cannot be
+        listened on."""
+        host, port = _split(address, option)
 
         class Handler(_Handler):
             answers = pages
@@ -39,7 +42,7 @@ class Server:
             self._listener = Listener((host, port), Handler)
         except OSError as error:
             raise InputError(
-                f"--metrics {address}: {error.strerror or error}; choose another address"
+                f"{option} {address}: {error.strerror or error}; choose another address"
             ) from None
         self.port: int = self._listener.server_address[1]
 
@@ -56,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         answer = self.answers.get(self.path.partition("?")[0])
-        page = answer() if answer else Page(404, b"there are: /metrics /healthz /readyz\n")
+        page = answer() if answer else Page(404, f"there are: {' '.join(self.answers)}\n".encode())
         self.send_response(page.status)
         self.send_header("Content-Type", page.content_type)
         self.send_header("Content-Length", str(len(page.body)))
@@ -67,12 +70,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Requests are not changes: the log has only those."""
 
 
-def _split(address: str) -> tuple[str, int]:
+def _split(address: str, option: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
     if bracketed != (":" in host) or not (
         port.isascii() and port.isdecimal() and int(port) <= 65535
     ):
-        raise InputError(f"--metrics {address}: is not HOST:PORT or [V6]:PORT")
+        raise InputError(f"{option} {address}: is not HOST:PORT or [V6]:PORT")
     return host, int(port)
