@@ -1,5 +1,6 @@
 """What is kept from one state of the mesh to the next, and that it is never the wrong thing."""
 
+import weakref
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -115,22 +116,40 @@ def test_what_is_carried_over_is_what_would_be_made_anew() -> None:
                 assert list(found.of(url)) == list(wanted.of(url))
 
 
-def test_a_memo_leaves_behind_what_was_not_asked_for_again() -> None:
-    calls: list[str] = []
+def test_a_state_long_ago_is_carried_through_states_that_did_not_look_at_it() -> None:
+    """What stands behind a result that is found again is not asked for, but is not lost either."""
+    lineage = Lineage()
+    prepared(lineage, MESH)
+    for number in (3, 4, 5):
+        moved = service(number, "10.1.0.9")
+        made = prepared(lineage, replace(MESH, services={**MESH.services, moved.name: moved}))
+        assert made.encodings <= 2, "the one that moved, and the one that moved back"
+        assert lineage.translated < 10
 
-    def made(name: str) -> list[str]:
-        calls.append(name)
-        return [name]
 
-    first = Memo()
-    first(made, "used")
-    first(made, "left")
-    second = Memo(first)
-    assert second(made, "used") is first(made, "used")
-    third = Memo(second)
-    third(made, "used")
-    third(made, "left")
-    assert calls == ["used", "left", "left"]
+def test_a_memo_forgets_what_nobody_asks_for_any_more() -> None:
+    class Thing:
+        pass
+
+    def inner(thing: Thing) -> list[Thing]:
+        return [thing]
+
+    def outer(thing: Thing) -> list[list[Thing]]:
+        return [memo(inner, thing)]
+
+    memo, lasting = Memo(), Thing()
+    held = memo(outer, lasting)
+    passing: list[weakref.ref[Thing]] = []
+    for _ in range(5):
+        things = [Thing() for _ in range(1000)]
+        for thing in things:
+            memo(inner, thing)
+        passing += map(weakref.ref, things)
+        del things, thing
+        memo = Memo(memo)
+        assert memo(outer, lasting) is held
+    assert memo(inner, lasting) is held[0], "it was in use all the time"
+    assert sum(thing() is not None for thing in passing) <= 1000, "those of the last but one"
 
 
 def test_equal_arguments_are_not_the_same_but_their_value_is() -> None:

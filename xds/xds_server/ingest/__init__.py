@@ -8,13 +8,15 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from xds_server.errors import Problem
-from xds_server.ingest.addresses import contested
+from xds_server.ingest.addresses import Contested, contested
 from xds_server.ingest.attachment import Places, attach
 from xds_server.ingest.building import build_service, build_workload
 from xds_server.ingest.clashes import clashes
 from xds_server.ingest.core import (
-    Members,
+    Pod,
     RawPort,
+    RawService,
+    Slice,
     read_node,
     read_pod,
     read_service,
@@ -22,11 +24,14 @@ from xds_server.ingest.core import (
 )
 from xds_server.ingest.kinds import Sorted, sort_by_kind
 from xds_server.ingest.lastgood import Forms, Key, readable
+from xds_server.ingest.members import Members, members
 from xds_server.ingest.policies import POLICY_VERSION, Origins, PolicyReader
+from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
 from xds_server.ingest.routes import GATEWAY_GROUP, RouteReader, read_grant
 from xds_server.ingest.traffic import read_traffic
-from xds_server.ir import Mesh, Name, Parent, Protocol
+from xds_server.ir import Mesh, Name, Parent, Protocol, Service, Workload
+from xds_server.memo import Memo
 from xds_server.sources.objects import KubeObject
 
 __all__ = ["Ingester", "ingest"]
@@ -57,13 +62,18 @@ class Ingester:
 
     def __init__(self) -> None:
         self._good: Mapping[Key, KubeObject] = {}
+        self._memo = Memo()
 
     def ingest(
         self, objects: Sequence[KubeObject], suspects: Collection[str] = ()
     ) -> tuple[Mesh, list[Problem]]:
         """The mesh, and everything that is wrong. `suspects` are namespaces for which there may be
-        policies in what nobody could read: everything is refused there."""
-        forms = Forms(self._good)
+        policies in what nobody could read: everything is refused there.
+
+        An object that is the very same as the last time (not an equal one) is not read again, and
+        what did not change of the mesh is the same object again."""
+        self._memo = Memo(self._memo)
+        forms = Forms(self._good, memo=self._memo)
         found = sort_by_kind(objects, _KINDS, forms)
         mesh = _mesh(found, {*found.suspects, *suspects}, forms)
         self._good = forms.good
@@ -72,35 +82,42 @@ class Ingester:
 
 
 def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
-    kinds, ignored = found.kinds, found.ignored
-    pod_readings = [forms.read(item, read_pod) for item in kinds["Pod"]]
-    service_readings = [forms.read(item, read_service) for item in kinds["Service"]]
-    slice_readings = [forms.read(item, read_slice) for item in kinds["EndpointSlice"]]
+    kinds, ignored, memo = found.kinds, found.ignored, forms.memo
+    pod_readings = [forms.read(item, read_pod, ()) for item in kinds["Pod"]]
+    service_readings = [forms.read(item, read_service, ()) for item in kinds["Service"]]
+    slice_readings = [forms.read(item, read_slice, ()) for item in kinds["EndpointSlice"]]
 
     good_pods = [(one.item, one.value) for one in pod_readings if one.good and one.value]
     good_services = [one.value for one in service_readings if one.good]
-    claims = contested(good_pods, good_services)
+    claims = _contested(good_pods, good_services, memo)
     # Policies are for bad pods, too, and for those that a bad service selects.
     bad_pods = [(one.item, one.value) for one in pod_readings if not one.good and one.value]
     bad_services = [one for one in service_readings if not one.good]
     pods = {pod.name: pod for _, pod in good_pods}
-    pods |= {pod.name: pod.uncertain() for _, pod in bad_pods}
+    pods |= {pod.name: memo(Pod.uncertain, pod) for _, pod in bad_pods}
     services = {raw.name: raw.without(claims.services) for raw in good_services}
     slices = [one.value for one in slice_readings if one.good and one.value]
-    members = Members(
-        pods.values(),
-        [*services.values(), *(one.value.without_ports() for one in bad_services)],
-        [*slices, *(s.value.without_ports() for s in slice_readings if not s.good and s.value)],
+    all_pods, all_services = memo.row(pods.values()), memo.row(services.values())
+    portless = [memo(RawService.without_ports, one.value) for one in bad_services]
+    behind = members(
+        all_pods,
+        memo.row([*all_services, *portless]),
+        [
+            *slices,
+            *(memo(Slice.without_ports, s.value) for s in slice_readings if not s.good and s.value),
+        ],
+        memo,
     )
 
     grants = []
     for item in kinds["ReferenceGrant"]:
-        granted = forms.read(item, read_grant)
+        granted = forms.read(item, read_grant, ())
         grants += granted.value if granted.good else []
     route_reader = RouteReader(services, grants)
+    beside = (all_services, memo.value(tuple(grants)))
     routes = []
     for item in kinds["HTTPRoute"]:
-        reading = forms.read(item, route_reader.read)
+        reading = forms.read(item, route_reader.read, beside)
         if reading.value is None:
             ignored.append(f"{item.subject} (no parent is a Service)")
         elif reading.good:
@@ -117,20 +134,22 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
         for rule in route.rules:
             for backend in rule.backends:
                 wanted[backend.service].add(backend.port)
-    services = {name: raw.reached_at(wanted[name]) for name, raw in services.items()}
-    routed = {parent for _, route in routes for parent in route.parents}
-    protocols = {
-        port: _protocol(port, Parent(service.name, port.number) in routed)
-        for service in services.values()
-        for port in service.ports
+    services = {
+        name: memo(RawService.reached_at, raw, memo.row(sorted(wanted[name])))
+        if raw.external
+        else raw
+        for name, raw in services.items()
     }
-    traffic = [forms.read(item, read_traffic) for item in kinds["TrafficPolicy"]]
+    reached = memo.row(services.values())
+    routed = memo.value(frozenset(parent for _, route in routes for parent in route.parents))
+    protocols = memo(_protocols, reached, routed)
+    traffic = [forms.read(item, read_traffic, ()) for item in kinds["TrafficPolicy"]]
     attached = attach(
         [one.value for one in traffic if one.good],
         Places(
             services,
             protocols,
-            members.ports,
+            behind.ports,
             {
                 ("HTTPRoute", item.name): {
                     rule["name"].text("") for rule in item.spec["rules"].items()
@@ -139,8 +158,10 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
             },
         ),
     )
-    node_readings = [forms.read(item, read_node) for item in kinds["Node"]]
-    nodes = {one.item.name.name: one.value for one in node_readings if one.good}
+    node_readings = [forms.read(item, read_node, ()) for item in kinds["Node"]]
+    zones = memo.value(
+        frozenset((one.item.name.name, one.value) for one in node_readings if one.good)
+    )
     pieces = defaultdict(list)
     for piece in slices:
         pieces[piece.service].append(piece)
@@ -154,28 +175,22 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
         for item, pod in bad_pods
         if not readable(item, lambda item: item.root["metadata"]["labels"].labels())
     }
-    named = {one.item.name for one in service_readings}
+    named = memo.value(frozenset(one.item.name for one in service_readings))
+    origins = memo(Origins, all_pods, memo.value(claims.pods))
     policies, closed = read_policies(
         kinds["AuthorizationPolicy"],
-        PolicyReader(pods, named, vague, members, Origins(pods.values(), claims.pods)),
+        PolicyReader(pods, named, vague, behind, origins),
         forms,
         opaque,
         suspects,
+        (all_pods, named, memo.value(frozenset(vague)), behind, origins),
     )
     return Mesh(
         services={
-            name: build_service(services[name], pieces[name], protocols)
-            for name in sorted(services)
+            name: _service(services[name], pieces[name], protocols, memo)
+            for name in memo(_names, reached)
         },
-        workloads={
-            name: build_workload(
-                pods[name],
-                members.ports[name],
-                protocols,
-                pods[name].zone or nodes.get(pods[name].node) or members.zones.get(name, ""),
-            )
-            for name in sorted(pods)
-        },
+        workloads=memo(_workloads, all_pods, behind, protocols, zones),
         routes=tuple(
             sorted(
                 (attached.to_route(item.kind, route) for item, route in routes),
@@ -190,6 +205,64 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
         closed=tuple(closed),
         statuses=attached.statuses,
     )
+
+
+def _contested(
+    pods: Sequence[tuple[Item, Pod]], services: Sequence[RawService], memo: Memo
+) -> Contested:
+    looked: list[Contested] = []
+
+    def look() -> Contested:
+        looked.append(contested(pods, services))
+        return looked[0]
+
+    found = memo.by((contested, memo.row(pod for _, pod in pods), memo.row(services)), look)
+    # What is contested is to be said each time.
+    return found if looked or not (found.pods or found.services) else look()
+
+
+def _service(
+    raw: RawService, pieces: Sequence[Slice], protocols: Mapping[RawPort, Protocol], memo: Memo
+) -> Service:
+    spoken = [protocols[port] for port in raw.ports]
+    return memo.by(
+        (build_service, raw, memo.row(pieces), *spoken),
+        lambda: build_service(raw, pieces, protocols),
+    )
+
+
+def _names(objects: tuple[Pod | RawService, ...]) -> list[Name]:
+    return sorted(one.name for one in objects)
+
+
+def _workloads(
+    pods: tuple[Pod, ...],
+    members: Members,
+    protocols: Mapping[RawPort, Protocol],
+    zones: Collection[tuple[str, str]],
+) -> Mapping[Name, Workload]:
+    """`zones` are those of the nodes, by name."""
+    nodes = dict(zones)
+    by_name = {pod.name: pod for pod in pods}
+    return {
+        name: build_workload(
+            pod,
+            members.ports.get(name, ()),
+            protocols,
+            pod.zone or nodes.get(pod.node) or members.zones.get(name, ""),
+        )
+        for name, pod in sorted(by_name.items())
+    }
+
+
+def _protocols(
+    services: tuple[RawService, ...], routed: Collection[Parent]
+) -> Mapping[RawPort, Protocol]:
+    return {
+        port: _protocol(port, Parent(service.name, port.number) in routed)
+        for service in services
+        for port in service.ports
+    }
 
 
 def _protocol(port: RawPort, routed: bool) -> Protocol:

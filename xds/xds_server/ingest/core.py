@@ -1,8 +1,7 @@
 """Pods, Services and EndpointSlices: what listens where."""
 
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -268,50 +267,6 @@ def protocol_of(app_protocol: str, port_name: str) -> Protocol | None:
 
 def _plain(app_protocol: str) -> str:
     return app_protocol.lower().removeprefix("kubernetes.io/")
-
-
-class Members:
-    """Which pods stand behind which service, ready or not."""
-
-    def __init__(
-        self, pods: Collection[Pod], services: Iterable[RawService], slices: Iterable[Slice]
-    ) -> None:
-        by_address: dict[IPAddress, set[Name]] = defaultdict(set)
-        for pod in pods:
-            for address in () if pod.host_network else pod.addresses:
-                by_address[address].add(pod.name)
-        self._pods: dict[Name, set[Name]] = defaultdict(set)
-        self.ports: dict[Name, list[tuple[RawPort, int]]] = defaultdict(list)
-        """For each pod, the service ports it serves, and on which port of its own."""
-        self.zones: dict[Name, str] = {}
-        """For each pod, the zone that slices tell."""
-        known = {service.name: service for service in services}
-        for piece in slices:
-            for endpoint in piece.endpoints:
-                members = set().union(*(by_address.get(a, ()) for a in endpoint.addresses))
-                if endpoint.pod is not None:
-                    members.add(endpoint.pod)
-                # Nobody decides on protocols and policies of another namespace's pods.
-                members = {pod for pod in members if pod.namespace == piece.service.namespace}
-                self._pods[piece.service] |= members
-                if endpoint.zone:
-                    self.zones |= dict.fromkeys(members, endpoint.zone)
-                for port, number in pairs(known.get(piece.service), piece):
-                    for member in members:
-                        self.ports[member].append((port, number))
-        # Slices lag behind pods: a policy must hold from a pod's first moment.
-        by_label: dict[tuple[str, str, str], list[Pod]] = defaultdict(list)
-        for pod in pods:
-            for key, value in pod.labels.items():
-                by_label[pod.name.namespace, key, value].append(pod)
-        for service in known.values():
-            for key, value in list(service.selector.items())[:1]:
-                for pod in by_label[service.name.namespace, key, value]:
-                    if selects(service.selector, pod.labels):
-                        self._pods[service.name].add(pod.name)
-
-    def of(self, service: Name) -> frozenset[Name]:
-        return frozenset(self._pods.get(service, ()))
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from xds_server.errors import Problem
 from xds_server.ingest.lastgood import Forms, Key
 from xds_server.ingest.policies import POLICY_GROUP, POLICY_VERSION
-from xds_server.ingest.reader import Item, identify
+from xds_server.ingest.reader import Item
 from xds_server.sources.objects import KubeObject
 
 _CLOSING = "AuthorizationPolicy"
@@ -36,7 +36,7 @@ def sort_by_kind(
         if foreign := _foreign_without_name(source, known):
             result.ignored.append(foreign)
             continue
-        identity = identify(source, result.problems)
+        identity = forms.identify(source, result.problems)
         if identity is None:
             nameless.add(source.file)
             result.suspects.update(_suspected(source))
@@ -57,7 +57,9 @@ def sort_by_kind(
     for item in forms.missing_from(nameless, set(claims)):
         claims[item.kind, item.name].append(item)
     for (kind, _), items in claims.items():
-        first, *others = sorted(items, key=lambda item: (item.bad, item.age))
+        if len(items) > 1:
+            items.sort(key=lambda item: (item.bad, item.age))
+        first, *others = items
         result.kinds[kind].append(first)
         for item in others:
             item.root["metadata"]["name"].misfit(

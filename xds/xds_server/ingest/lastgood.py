@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 from xds_server.errors import Problem
 from xds_server.ingest.reader import Item, identify
 from xds_server.ir import Name
+from xds_server.memo import Memo
 from xds_server.sources.objects import KubeObject
 
 T = TypeVar("T")
@@ -34,11 +35,30 @@ class Forms:
     good: dict[Key, KubeObject] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    #: What was read when the objects were as they are still.
+    memo: Memo = field(default_factory=Memo)
     _read: list[Item] = field(default_factory=list)
 
-    def read(self, item: Item, reader: Callable[[Item], T]) -> Reading[T]:
-        """Reads the object, or its last good form if it is bad."""
-        value = reader(item)
+    def identify(self, source: KubeObject, problems: list[Problem]) -> tuple[str, Item] | None:
+        """As `identify`, but an object that is still the same is the same item, too."""
+        found, wrong = self.memo(_identified, source)
+        if found is None:
+            problems += wrong
+        else:
+            # What was found wrong with it beside the objects that there were then.
+            found[1].problems.clear()
+        return found
+
+    def read(
+        self,
+        item: Item,
+        reader: Callable[[Item], T],
+        beside: tuple[object, ...] | None = None,
+    ) -> Reading[T]:
+        """Reads the object, or its last good form if it is bad. `beside` is everything else that
+        the reader looks at, which is not changed but replaced when it is not the same any more:
+        with the same beside it, the same object is not read again."""
+        value = reader(item) if beside is None else self._remembered(item, reader, beside)
         self._read.append(item)
         key = (item.kind, item.name)
         if not item.bad:
@@ -64,6 +84,22 @@ class Forms:
                     self.kept.append(former.subject)
                     yield former
 
+    def _remembered(self, item: Item, reader: Callable[[Item], T], beside: tuple[object, ...]) -> T:
+        known = len(item.problems)
+        fresh = False
+
+        def read() -> tuple[T, tuple[Problem, ...]]:
+            nonlocal fresh
+            fresh = True
+            value = reader(item)
+            return value, tuple(item.problems[known:])
+
+        plain = getattr(reader, "__func__", reader)
+        value, problems = self.memo.by((plain, item, *beside), read)
+        if not fresh:
+            item.problems.extend(problems)
+        return value
+
     @property
     def problems(self) -> list[Problem]:
         """Everything found so far, object by object."""
@@ -73,6 +109,11 @@ class Forms:
         source = self.before.get(key)
         found = identify(source, []) if source is not None else None
         return found[1] if found else None
+
+
+def _identified(source: KubeObject) -> tuple[tuple[str, Item] | None, list[Problem]]:
+    problems: list[Problem] = []
+    return identify(source, problems), problems
 
 
 def readable(item: Item, read: Callable[[Item], object]) -> bool:

@@ -8,7 +8,8 @@ from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 
 from redirector.model import IPAddress, IPNetwork
-from xds_server.ingest.core import Members, Pod, selects
+from xds_server.ingest.core import Pod, selects
+from xds_server.ingest.members import Members
 from xds_server.ingest.reader import TOKEN, Field, Item
 from xds_server.ir import (
     Action,

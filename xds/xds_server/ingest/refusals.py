@@ -22,14 +22,16 @@ def read_policies(
     forms: Forms,
     opaque: Collection[Name],
     suspects: Collection[str],
+    beside: tuple[object, ...],
 ) -> tuple[list[Policy], list[str]]:
     """The policies, and in whose place everything is refused: of policies that never were good, of
     pods whose labels cannot be read (`opaque`) where there are policies, and in the `suspects`,
-    namespaces whose policies could not even be told from other things."""
+    namespaces whose policies could not even be told from other things. `beside` stands for all that
+    the reader looks at (Forms.read)."""
     policies: list[Policy] = []
     closed: list[str] = []
     for item in items:
-        reading = forms.read(item, reader.read)
+        reading = forms.read(item, reader.read, beside)
         if reading.good:
             policies.append(reading.value)
         else:
