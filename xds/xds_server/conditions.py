@@ -38,7 +38,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class ParentStatus:
-    """A route's conditions under one of its parents (`status.parents`)."""
+    """A route's conditions under one of its parents (`status.parents`), or a policy's under one of
+    its targets (`status.ancestors`)."""
 
     parent: Reference
     conditions: tuple[Condition, ...]
@@ -47,8 +48,8 @@ class ParentStatus:
 @dataclass(frozen=True)
 class ObjectStatus:
     """An object's status. A route has `parents`, one for each of its parentRefs that is the mesh's,
-    in the order given; other objects have `conditions` of their own. `generation` is what was read
-    of the object's metadata."""
+    in the order given; a policy has one for each of its targetRefs. What has none has `conditions`
+    of its own. `generation` is what was read of the object's metadata."""
 
     api_version: str
     kind: str

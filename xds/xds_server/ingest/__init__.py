@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from xds_server.errors import Problem
 from xds_server.ingest.addresses import Contested, contested
-from xds_server.ingest.attachment import Places, attach
+from xds_server.ingest.attachment import attach, with_traffic
 from xds_server.ingest.building import build_service, build_workload
 from xds_server.ingest.clashes import clashes
 from xds_server.ingest.core import (
@@ -26,6 +26,7 @@ from xds_server.ingest.kinds import Sorted, sort_by_kind
 from xds_server.ingest.lastgood import Forms, Key, readable
 from xds_server.ingest.members import Members, members
 from xds_server.ingest.policies import POLICY_VERSION, Origins, PolicyReader
+from xds_server.ingest.policy_status import policy_statuses
 from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
 from xds_server.ingest.routes import GATEWAY_GROUP, RouteReader, read_grant
@@ -144,24 +145,20 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
     routed = memo.value(frozenset(parent for _, route in routes for parent in route.parents))
     protocols = memo(_protocols, reached, routed)
     traffic = [forms.read(item, read_traffic, ()) for item in kinds["TrafficPolicy"]]
-    attached = attach(
-        [one.value for one in traffic if one.good],
-        Places(
-            services,
-            protocols,
-            behind.ports,
-            {
-                ("HTTPRoute", item.name): {
-                    rule["name"].text("") for rule in item.spec["rules"].items()
-                }
-                for item, _ in routes
-            },
-        ),
+    rules = memo.value(
+        frozenset(
+            (item.kind, item.name, name)
+            for item, _ in routes
+            for name in ("", *(rule["name"].text("") for rule in item.spec["rules"].items()))
+        )
     )
+    raw_traffic = memo.row(one.value for one in traffic if one.good)
+    attached = memo(attach, raw_traffic, reached, protocols, behind, rules)
     node_readings = [forms.read(item, read_node, ()) for item in kinds["Node"]]
     zones = memo.value(
         frozenset((one.item.name.name, one.value) for one in node_readings if one.good)
     )
+    found.problems.extend(attached.problems)
     pieces = defaultdict(list)
     for piece in slices:
         pieces[piece.service].append(piece)
@@ -193,17 +190,24 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
         workloads=memo(_workloads, all_pods, behind, protocols, zones),
         routes=tuple(
             sorted(
-                (attached.to_route(item.kind, route) for item, route in routes),
+                (memo(with_traffic, route, item.kind, attached) for item, route in routes),
                 key=lambda route: route.name,
             )
         ),
         policies=tuple(sorted(policies, key=lambda policy: policy.name)),
-        traffic=attached.policies,
+        traffic=memo.by(
+            (attach, attached), lambda: tuple(memo.value(policy) for policy in attached.policies)
+        ),
         ignored=tuple(sorted(ignored)),
         kept=tuple(sorted(forms.kept)),
         left_out=tuple(sorted(set(forms.left_out) - set(closed))),
         closed=tuple(closed),
-        statuses=attached.statuses,
+        statuses=policy_statuses(
+            [*kinds["TrafficPolicy"], *kinds["AuthorizationPolicy"]],
+            attached.statuses,
+            forms.kept,
+            {"Pod": pods, "Service": named},
+        ),
     )
 
 

@@ -9,21 +9,22 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from xds_server.conditions import (
-    ACCEPTED,
-    PARTIALLY_INVALID,
-    Condition,
-    ObjectStatus,
-    ParentStatus,
-    Reference,
-)
+from xds_server.conditions import PARTIALLY_INVALID, Condition, ObjectStatus
+from xds_server.errors import Problem
 from xds_server.ingest.core import RawPort, RawService
+from xds_server.ingest.members import Members
+from xds_server.ingest.policy_status import (
+    CONFLICTED,
+    TARGET_NOT_FOUND,
+    accepted,
+    policy_status,
+    refused,
+)
+from xds_server.ingest.reader import Field
 from xds_server.ingest.traffic import RawTraffic, Target
 from xds_server.ir import Name, Parent, PodPort, Protocol, Route, RouteRule, TrafficPolicy
 
 K = TypeVar("K")
-
-CONFLICTED = "Conflicted"
 
 #: Rules of a route, by its kind, its name and theirs; None is all of them.
 RouteSection = tuple[str, Name, str | None]
@@ -32,15 +33,20 @@ RouteSection = tuple[str, Name, str | None]
 _Lack = tuple[str, str]
 
 
+#: The names of rules, with their route's kind and name; empty for a rule without one.
+RuleNames = frozenset[tuple[str, Name, str]]
+
+
 @dataclass(frozen=True, eq=False)
-class Places:
-    """What policies can be attached to. `rules` has the names of each route's rules by kind and
-    name; `served` the service ports that a pod serves and its own ports for them."""
+class _Places:
+    """What policies can be attached to. `served` has the service ports that a pod serves and its
+    own ports for them."""
 
     services: Mapping[Name, RawService]
     protocols: Mapping[RawPort, Protocol]
     served: Mapping[Name, Iterable[tuple[RawPort, int]]]
-    rules: Mapping[tuple[str, Name], Collection[str]]
+    routes: Collection[tuple[str, Name]]
+    rules: RuleNames
 
 
 @dataclass(eq=False)
@@ -51,33 +57,55 @@ class _Claims:
     ports: dict[Parent, RawTraffic] = field(default_factory=dict)
     routes: dict[RouteSection, RawTraffic] = field(default_factory=dict)
     pods: dict[PodPort, RawTraffic] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def misfit(self, at: Field, message: str) -> None:
+        """Kept here, not with the object, which may be read once and attached many times."""
+        self.problems.append(at.found(message, own=False))
 
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """The policies with their places, those that hold for routes' rules, and their statuses."""
+    """The policies with their places, those that hold for routes' rules, and what to tell of each:
+    statuses, and what of a policy has no effect."""
 
     policies: tuple[TrafficPolicy, ...]
     routes: Mapping[RouteSection, TrafficPolicy]
     statuses: tuple[ObjectStatus, ...]
-
-    def to_route(self, kind: str, route: Route) -> Route:
-        """The route with what policies say of its rules: of one by its name, else of all."""
-        everywhere = self.routes.get((kind, route.name, None))
-
-        def given(rule: RouteRule) -> RouteRule:
-            named = self.routes.get((kind, route.name, rule.name)) if rule.name else None
-            policy = named or everywhere
-            if policy is None:
-                return rule
-            return replace(rule, rate_limit=policy.rate_limit, fault=policy.fault)
-
-        return replace(route, rules=tuple(map(given, route.rules)))
+    problems: tuple[Problem, ...]
 
 
-def attach(policies: Iterable[RawTraffic], places: Places) -> Attached:
+def with_traffic(route: Route, kind: str, attached: Attached) -> Route:
+    """The route with what policies say of its rules: of one by its name, else of all."""
+    everywhere = attached.routes.get((kind, route.name, None))
+
+    def given(rule: RouteRule) -> RouteRule:
+        named = attached.routes.get((kind, route.name, rule.name)) if rule.name else None
+        policy = named or everywhere
+        if policy is None:
+            return rule
+        return replace(rule, rate_limit=policy.rate_limit, fault=policy.fault)
+
+    rules = tuple(map(given, route.rules))
+    return route if rules == route.rules else replace(route, rules=rules)
+
+
+def attach(
+    policies: Sequence[RawTraffic],
+    services: Sequence[RawService],
+    protocols: Mapping[RawPort, Protocol],
+    behind: Members,
+    rules: RuleNames,
+) -> Attached:
     """Where each policy holds, and what to tell of it."""
-    ordered = sorted(policies, key=_age)
+    places = _Places(
+        {service.name: service for service in services},
+        protocols,
+        behind.ports,
+        {(kind, name) for kind, name, _ in rules},
+        rules,
+    )
+    ordered = sorted(policies, key=lambda raw: (raw.item.age, raw.item.name))
     claims = _Claims()
     told = {raw: [_claim(raw, target, places, claims) for target in raw.targets] for raw in ordered}
     held: dict[RawTraffic, set[Parent]] = {raw: set() for raw in ordered}
@@ -87,57 +115,64 @@ def attach(policies: Iterable[RawTraffic], places: Places) -> Attached:
             winner = claims.ports.get(parent) or claims.services.get(service.name)
             if winner is not None:
                 held[winner].add(parent)
-    behind = _behind(places)
+    pods_behind = _behind(places)
     found, statuses = [], []
     for raw in ordered:
-        pods, more = _arrivals(raw, held[raw], behind, claims)
+        pods, more = _arrivals(raw, held[raw], pods_behind, claims)
         policy = replace(
             raw.policy,
             services=frozenset(held[raw]),
             pods=frozenset(pods),
         )
         found.append(policy)
-        statuses.append(_status(raw, told[raw], [*more, *_without_effect(policy, places)]))
+        lacks = [*more, *_without_effect(policy, places)]
+        for _, message in lacks:
+            claims.misfit(raw.item.spec, message)
+        statuses.append(_status(raw, told[raw], lacks))
     return Attached(
         tuple(sorted(found, key=lambda policy: policy.name)),
         {section: owner.policy for section, owner in claims.routes.items()},
-        tuple(sorted(statuses, key=lambda status: status.subject)),
+        tuple(statuses),
+        tuple(claims.problems),
     )
 
 
-def _age(raw: RawTraffic) -> tuple[bool, str, Name]:
-    created = raw.item.root["metadata"]["creationTimestamp"].text("")
-    return (created == "", created, raw.item.name)
-
-
 def _claim(
-    raw: RawTraffic, target: Target, places: Places, claims: _Claims
+    raw: RawTraffic, target: Target, places: _Places, claims: _Claims
 ) -> tuple[Condition, ...]:
     """The conditions of a policy under one of its targets."""
 
     def take(taken: dict[K, RawTraffic], place: K) -> tuple[Condition, ...]:
         owner = taken.setdefault(place, raw)
-        return _accepted() if owner is raw else _conflicted(owner)
+        if owner is raw:
+            return accepted()
+        message = f"{owner.item.subject} is older and holds here; remove one of them"
+        claims.misfit(target.field, message)
+        return (*refused(CONFLICTED, message), Condition(CONFLICTED, True, CONFLICTED, message))
+
+    def lost(at: Field, message: str) -> tuple[Condition, ...]:
+        claims.misfit(at, f"{message}; correct this, or create it")
+        return refused(TARGET_NOT_FOUND, message)
 
     where = f"{target.kind} {target.name}"
     if target.kind == "Service":
         service = places.services.get(target.name)
         if service is None:
-            return _refused("TargetNotFound", f"there is no {where}")
+            return lost(target.field["name"], f"there is no {where}")
         if target.section is None:
             return take(claims.services, target.name)
         port = _port(service, target.section)
         if port is None:
             names = ", ".join(p.name or str(p.number) for p in service.ports) or "none"
-            return _refused(
-                "TargetNotFound", f"{where} has no port {target.section}; it has {names}"
-            )
+            lack = f"{where} has no port {target.section}, but {names}"
+            return lost(target.field["sectionName"], lack)
         return take(claims.ports, Parent(target.name, port.number))
-    rules = places.rules.get((target.kind, target.name))
-    if rules is None:
-        return _refused("TargetNotFound", f"there is no {where}")
-    if target.section is not None and target.section not in rules:
-        return _refused("TargetNotFound", f"{where} has no rule named {target.section}")
+    if (target.kind, target.name) not in places.routes:
+        return lost(target.field["name"], f"there is no {where}")
+    rule = (target.kind, target.name, target.section or "")
+    if target.section is not None and rule not in places.rules:
+        lack = f"{where} has no rule named {target.section}"
+        return lost(target.field["sectionName"], lack)
     return take(claims.routes, (target.kind, target.name, target.section))
 
 
@@ -146,7 +181,7 @@ def _port(service: RawService, section: str) -> RawPort | None:
     return next((p for p in service.ports if section in (p.name, str(p.number))), None)
 
 
-def _behind(places: Places) -> dict[Parent, list[PodPort]]:
+def _behind(places: _Places) -> dict[Parent, list[PodPort]]:
     owners = {
         port: Parent(service.name, port.number)
         for service in places.services.values()
@@ -185,7 +220,7 @@ def _arrivals(
     return {place for place, owner in lost.items() if owner is raw}, lacks
 
 
-def _without_effect(policy: TrafficPolicy, places: Places) -> list[_Lack]:
+def _without_effect(policy: TrafficPolicy, places: _Places) -> list[_Lack]:
     """A fault is HTTP's."""
     if policy.fault is None:
         return []
@@ -205,49 +240,17 @@ def _without_effect(policy: TrafficPolicy, places: Places) -> list[_Lack]:
     ]
 
 
-def _accepted() -> tuple[Condition, ...]:
-    return (Condition(ACCEPTED, True, "Accepted"),)
-
-
-def _refused(reason: str, message: str) -> tuple[Condition, ...]:
-    return (Condition(ACCEPTED, False, reason, message),)
-
-
-def _conflicted(owner: RawTraffic) -> tuple[Condition, ...]:
-    message = f"{owner.item.subject} is older and holds here; remove one of them"
-    return (
-        Condition(ACCEPTED, False, CONFLICTED, message),
-        Condition(CONFLICTED, True, CONFLICTED, message),
-    )
-
-
 def _status(
     raw: RawTraffic, told: Iterable[tuple[Condition, ...]], lacks: Sequence[_Lack]
 ) -> ObjectStatus:
-    generation = raw.item.root["metadata"]["generation"].value
-    partly = (
-        (Condition(PARTIALLY_INVALID, True, lacks[0][0], "; ".join(text for _, text in lacks)),)
-        if lacks
-        else ()
-    )
-    parents = tuple(
-        ParentStatus(
-            Reference(
-                target.field["group"].text(""),
-                target.kind,
-                None,
-                target.name.name,
-                target.section,
-            ),
-            (*conditions, *(partly if conditions[0].status else ())),
-        )
-        for target, conditions in zip(raw.targets, told, strict=True)
-    )
-    return ObjectStatus(
-        "policy.redirector.io/v1alpha1",
-        raw.item.kind,
-        raw.item.name.namespace,
-        raw.item.name.name,
-        generation if isinstance(generation, int) else None,
-        parents=parents,
+    partly: tuple[Condition, ...] = ()
+    if lacks:
+        text = "; ".join(message for _, message in lacks)
+        partly = (Condition(PARTIALLY_INVALID, True, lacks[0][0], text),)
+    return policy_status(
+        raw.item,
+        [
+            (target.field, (*conditions, *(partly if conditions[0].status else ())))
+            for target, conditions in zip(raw.targets, told, strict=True)
+        ],
     )

@@ -93,10 +93,12 @@ class Field:
 
     def problem(self, message: str, *, own: bool = True) -> None:
         """The object is bad by itself."""
+        self.origin.problems.append(self.found(message, own=own))
+
+    def found(self, message: str, *, own: bool) -> Problem:
+        """What is wrong here, for whoever keeps it."""
         value = shown(self.value) if self.present else ""
-        self.origin.problems.append(
-            Problem(self.origin.file, self.origin.subject, self.path, value, message, own)
-        )
+        return Problem(self.origin.file, self.origin.subject, self.path, value, message, own)
 
     def misfit(self, message: str) -> None:
         """The object is good, but does not fit the others there are: what it says here has no
