@@ -57,6 +57,9 @@ def _of_cluster(cluster: Cluster) -> Iterator[Reference]:
 
 
 def _of_listener(listener: Listener) -> Iterator[Reference]:
+    api = listener.api_listener.api_listener
+    if api.Is(manager_pb2.HttpConnectionManager.DESCRIPTOR):
+        yield from _of_manager(manager_pb2.HttpConnectionManager.FromString(api.value))
     chains = list(listener.filter_chains)
     if listener.HasField("default_filter_chain"):
         chains.append(listener.default_filter_chain)

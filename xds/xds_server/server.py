@@ -218,7 +218,7 @@ class Server:
         if first is None or self._admission.draining:
             return None
         try:
-            node = NodeId.parse(first.node.id)
+            node = NodeId.parse(first.node.id, first.node.user_agent_name)
         except InputError as error:
             raise Refused(Reason.NODE_ID, str(error)) from None
         peer = Peer.of(context.auth_context())

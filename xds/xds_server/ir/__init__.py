@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from xds_server.conditions import ObjectStatus
 from xds_server.ir.limits import Abort, Delay, Fault, RateLimit
 from xds_server.ir.matches import MatchKind, NamedMatch, StringMatch
-from xds_server.ir.names import INBOUND_PORT, OUTBOUND_PORT, Name, NodeId, Protocol
+from xds_server.ir.names import INBOUND_PORT, OUTBOUND_PORT, Client, Name, NodeId, Protocol
 from xds_server.ir.policies import Action, Operation, Policy, PolicyRule, Source
 from xds_server.ir.routes import (
     Backend,
@@ -48,6 +48,7 @@ __all__ = [
     "Backend",
     "Balancing",
     "CircuitBreaker",
+    "Client",
     "CookieHash",
     "Delay",
     "Endpoint",

@@ -40,23 +40,32 @@ _NODE_ID = re.compile(
 )
 
 
+class Client(StrEnum):
+    """What kind of program asks, since not all understand the same."""
+
+    ENVOY = "envoy"
+    GRPC = "grpc"
+
+
 @dataclass(frozen=True, order=True)
 class NodeId:
-    """Who a sidecar says it is."""
+    """Who a client says it is: the sidecar of a pod, or a gRPC program in it."""
 
     ip: str
     pod: str
     namespace: str
+    client: Client = Client.ENVOY
 
     @classmethod
-    def parse(cls, text: str) -> "NodeId":
+    def parse(cls, text: str, user_agent: str = "") -> "NodeId":
         """Reads `sidecar~10.0.0.1~web-v1.demo~demo.svc.cluster.local` (Istio's form); InputError
-        otherwise."""
+        otherwise. gRPC's own clients are told by their user agent, such as `gRPC C-core linux`."""
+        client = Client.GRPC if user_agent.startswith("gRPC ") else Client.ENVOY
         found = _NODE_ID.fullmatch(text)
         try:
             if found is None:
                 raise ValueError
-            return cls(str(ip_address(found["ip"])), found["pod"], found["namespace"])
+            return cls(str(ip_address(found["ip"])), found["pod"], found["namespace"], client)
         except ValueError:
             raise InputError(
                 f"node id {text[:200]!r}: must look like "

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 
 from xds_server.ir import (
     AppPort,
+    Client,
     Mesh,
     Name,
     NodeId,
@@ -18,6 +19,7 @@ from xds_server.ir import (
     Route,
     Service,
     TrafficPolicy,
+    Workload,
 )
 from xds_server.memo import Memo
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
@@ -30,6 +32,7 @@ from xds_server.translate.clusters import (
 )
 from xds_server.translate.inbound import inbound_listener, inbound_name, inbound_routes
 from xds_server.translate.outbound import OUTBOUND, outbound_listener
+from xds_server.translate.proxyless import Proxyless
 from xds_server.translate.routes import route_configuration
 from xds_server.translate.traffic import configure, for_requests
 
@@ -58,6 +61,7 @@ class Translator:
 
     def __init__(self, mesh: Mesh, after: "Translator | None" = None) -> None:
         self.memo: Memo = Memo(after.memo if after else None)
+        self._proxyless = Proxyless(self.memo)
         self._mesh = mesh
         self._policies: dict[Name, list[Policy]] = defaultdict(list)
         self._namespace_policies: dict[str, list[Policy]] = defaultdict(list)
@@ -94,6 +98,12 @@ class Translator:
         name = Name(node.namespace, node.pod)
         workload = self._mesh.workloads.get(name)
         memo = self.memo
+        if node.client is Client.GRPC:
+            routes = self._outbound_routes(node.namespace)
+            clusters, endpoints = self._upstream(workload)
+            return memo(
+                self._proxyless.resources, self._bare, clusters, endpoints, routes, node.namespace
+            )
         inbound = memo(
             self._inbound_of,
             self._all_policies,
@@ -104,17 +114,24 @@ class Translator:
         )
         if workload is None:
             return memo(self._unknown, inbound)
+        clusters, endpoints = self._upstream(workload)
         return memo(
             self._whole,
-            memo(self._clusters, self._bare, self._all_traffic),
-            memo(
-                self._endpoints,
-                self._services,
-                workload.zone if workload.zone in self._zones else "",
-            ),
+            clusters,
+            endpoints,
             memo(_listener, self._bare),
             self._outbound_routes(node.namespace),
             inbound,
+        )
+
+    def _upstream(
+        self, workload: Workload | None
+    ) -> tuple[Mapping[str, Message], Mapping[str, Message]]:
+        """Clusters and their endpoints, as seen from a pod's zone."""
+        zone = workload.zone if workload and workload.zone in self._zones else ""
+        return (
+            self.memo(self._clusters, self._bare, self._all_traffic),
+            self.memo(self._endpoints, self._services, zone),
         )
 
     def _whole(
