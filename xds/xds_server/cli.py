@@ -5,6 +5,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +28,8 @@ from xds_server.server import Server
 from xds_server.sources.directory import Directory
 from xds_server.sources.kubernetes import Kubernetes
 from xds_server.sources.source import Source
+from xds_server.telling import Telling
+from xds_server.writing import Writer
 
 log = logging.getLogger("xds_server")
 
@@ -69,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_path,
         metavar="FILE",
         help="with --kubernetes: follow the cluster of this file's current context instead",
+    )
+    parser.add_argument(
+        "--read-only",
+        action="store_true",
+        help="with --kubernetes: do not write into objects' status what became of them",
     )
     options.add_to(parser)
     parser.add_argument(
@@ -133,7 +141,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     shell = options.shell(arguments)
     report = _reporter(arguments.events)
     source = _source(arguments)
-    return asyncio.run(_run(source, shell, report, strict=arguments.strict))
+    run = _run(source, shell, report, strict=arguments.strict, writes=not arguments.read_only)
+    return asyncio.run(run)
 
 
 def _reporter(path: Path | None) -> Callable[[Push], None]:
@@ -155,7 +164,7 @@ def _reporter(path: Path | None) -> Callable[[Push], None]:
 
 
 async def _run(
-    make: Callable[[], Source], shell: Shell, report: Callable[[Push], None], *, strict: bool
+    make: Callable[[], Source], shell: Shell, report: Callable[[Push], None], *, strict: bool, writes: bool
 ) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -192,6 +201,13 @@ async def _run(
     )
     server.know(found.mesh.workloads)
     count_in(found, server)
+    tasks = []
+    telling = Telling()
+    if isinstance(reader.source, Kubernetes) and writes:
+        writer = Writer(reader.source, server.refused, socket.gethostname())
+        telling = Telling(writer.want)
+        tasks.append(asyncio.create_task(writer.run()))
+    telling.tell(found.mesh)
     for address in shell.listens:
         _listen(server, address, shell)
     if shell.admin is not None:
@@ -199,17 +215,18 @@ async def _run(
     await server.start()
     operating.tell_of(server)
     log.info("serving")
-    watcher = asyncio.create_task(follow(reader, lineage, server))
-    renewal = asyncio.create_task(shell.credentials.watch()) if shell.credentials else None
+    tasks.append(asyncio.create_task(follow(reader, lineage, server, telling)))
+    if shell.credentials:
+        tasks.append(asyncio.create_task(shell.credentials.watch()))
     try:
-        await asyncio.wait({stopped, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if watcher.done():
-            watcher.result()  # it ends by an error of ours only: better no server than a deaf one
+        await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()  # it ends by an error of ours only: better no server than a deaf one
     finally:
         log.info("stopping")
-        watcher.cancel()
-        if renewal is not None:
-            renewal.cancel()
+        for task in tasks:
+            task.cancel()
         await server.stop()
         await operating.stop()
         for address in shell.listens:

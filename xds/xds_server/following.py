@@ -12,6 +12,7 @@ from xds_server.ir import Mesh
 from xds_server.lineage import Lineage
 from xds_server.server import Server
 from xds_server.sources.source import Change, Source
+from xds_server.telling import Telling
 
 log = logging.getLogger("xds_server")
 
@@ -66,11 +67,11 @@ def count_in(found: Read, server: Server) -> None:
     server.tally.objects, server.tally.problems = found.objects, len(found.problems)
 
 
-async def follow(reader: Reader, lineage: Lineage, server: Server) -> None:
+async def follow(reader: Reader, lineage: Lineage, server: Server, telling: Telling) -> None:
     """Publish what changes; when that fails, the last state that could be published stays."""
     async for change in reader.source.changes():
         try:
-            await _reload(reader, change, lineage, server)
+            await _reload(reader, change, lineage, server, telling)
         except RedirectorError as error:
             log.error("%s", error)
             log.error("still serving the last good state (%s)", change.reason)
@@ -78,7 +79,9 @@ async def follow(reader: Reader, lineage: Lineage, server: Server) -> None:
             log.exception("still serving the last good state (%s)", change.reason)
 
 
-async def _reload(reader: Reader, change: Change, lineage: Lineage, server: Server) -> None:
+async def _reload(
+    reader: Reader, change: Change, lineage: Lineage, server: Server, telling: Telling
+) -> None:
     found = await reader.read()
     if not found.objects and not found.problems:
         # More likely a writer between two steps than a wish to drop every policy.
@@ -91,3 +94,4 @@ async def _reload(reader: Reader, change: Change, lineage: Lineage, server: Serv
     count_in(found, server)
     await server.publish(lineage.next(found.mesh), change.reason, change.at)
     server.know(found.mesh.workloads)
+    telling.tell(found.mesh)

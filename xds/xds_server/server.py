@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -21,6 +21,7 @@ from xds_server.identity import DEFAULT_TRUST_DOMAIN, NotPermitted, Peer, permit
 from xds_server.ir import Name, NodeId, Workload
 from xds_server.metrics import render
 from xds_server.push import Push, count
+from xds_server.quarantine import Quarantined
 from xds_server.sotw import SotwStream
 from xds_server.standing import Standing
 from xds_server.tally import Tally
@@ -155,6 +156,12 @@ class Server:
             except Refused as refused:
                 self._admission.note(refused)
                 connection.leave()
+
+    def refused(self) -> Iterator[tuple[NodeId, Quarantined]]:
+        """What clients have refused, and keep in an earlier version or not at all."""
+        for connection in self._connections():
+            for found in connection.stream.quarantined:
+                yield connection.node, found
 
     def _connections(self) -> list[Connection]:
         return [client for client in self._hub.connections if isinstance(client, Connection)]

@@ -37,6 +37,7 @@ class Kubernetes:
     """
 
     def __init__(self, client: Client, name: str) -> None:
+        self._client = client
         self._name = name
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
@@ -68,7 +69,8 @@ class Kubernetes:
                 log.info("waiting for %s: no list of %s yet", self, listed(lacking, len(lacking)))
             waited = True
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), _TELL_EVERY_S)
+                async with asyncio.timeout(_TELL_EVERY_S):
+                    await self._news.wait()
             self._news.clear()
         if not self._tables:
             self._take()
@@ -91,6 +93,25 @@ class Kubernetes:
     def on_status(self, call: Callable[[], None]) -> None:
         """Call when an object's status or version changed, in the event loop."""
         self._status_changed.append(call)
+
+    async def write_status(self, kind: Kind, item: ApiObject, status: Mapping[str, object]) -> None:
+        """Merge into an object's status, if the object still is as `item` has it.
+
+        ApiError 409 when it is not.
+        """
+        name = item.name
+        body = {"metadata": {"resourceVersion": item.version}, "status": status}
+        path = kind.status_path(name.namespace, name.name)
+        await asyncio.to_thread(self._client.patch, path, body)
+
+    def runs(self, pod: str) -> bool:
+        """Whether the cluster has a pod of this name."""
+        return any(
+            item.name.name == pod
+            for kind in KINDS
+            if kind.kind == "Pod"
+            for item in self.table(kind).values()
+        )
 
     def problems(self) -> list[str]:
         """Why what is known may be old; [] while the server answers."""
@@ -125,7 +146,8 @@ class Kubernetes:
             if left <= 0 or any(kind.kind in _URGENT for kind in self._changed):
                 return
             try:
-                await asyncio.wait_for(self._news.wait(), left)
+                async with asyncio.timeout(left):
+                    await self._news.wait()
             except TimeoutError:
                 return
 

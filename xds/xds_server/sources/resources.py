@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redirector.apiserver.reflector import Resource
+from xds_server.ir import Name
 from xds_server.sources.objects import KubeObject
 
 #: What stands for the file in messages.
@@ -38,6 +39,18 @@ class ApiObject:
     #: For objects whose status is ours to write: as it stands, and the version that it belongs to.
     status: Mapping[str, Any] | None = None
     version: str = ""
+
+    @property
+    def name(self) -> Name:
+        """Its namespace ("" for none) and name."""
+        namespace, _, name = self.full_name.rpartition("/")
+        return Name(namespace, name)
+
+    @property
+    def generation(self) -> object:
+        """Which state of its spec this is: metadata.generation, if it has one."""
+        metadata = self.data["metadata"]
+        return metadata.get("generation") if isinstance(metadata, dict) else None
 
 
 @dataclass(frozen=True)

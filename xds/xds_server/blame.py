@@ -1,0 +1,43 @@
+"""Of which objects a sidecar's resource was made: whose status tells that it is refused. Pure."""
+
+from collections.abc import Iterator
+
+from xds_server.ir import Mesh, Name, NodeId, Parent
+from xds_server.references import CLUSTER, LISTENER, ROUTE
+from xds_server.translate.clusters import INBOUND, cluster_name
+
+#: Kind and name of an object, and the Service by which it is concerned, if it is by one.
+Culprit = tuple[str, Name, Name | None]
+
+
+def culprits(mesh: Mesh, node: NodeId, type_url: str, name: str) -> Iterator[Culprit]:
+    """The objects with a status that a resource of a sidecar depends on; none for what depends on
+    Services and pods alone."""
+    if name == INBOUND or name.startswith(f"{INBOUND}|"):
+        if type_url in (LISTENER, ROUTE):
+            yield from _inbound(mesh, Name(node.namespace, node.pod))
+        return
+    if type_url == ROUTE:
+        for route in mesh.routes:
+            for parent in route.parents:
+                if _named(parent, name):
+                    yield "HTTPRoute", route.name, parent.service
+    if type_url in (CLUSTER, ROUTE):
+        for traffic in mesh.traffic:
+            for parent in traffic.services:
+                if _named(parent, name):
+                    yield "TrafficPolicy", traffic.name, parent.service
+
+
+def _named(parent: Parent, name: str) -> bool:
+    return cluster_name(parent.service, parent.port) == name
+
+
+def _inbound(mesh: Mesh, pod: Name) -> Iterator[Culprit]:
+    for policy in mesh.policies:
+        concerned = policy.name.namespace == pod.namespace
+        if pod in policy.targets if policy.targets is not None else concerned:
+            yield "AuthorizationPolicy", policy.name, None
+    for traffic in mesh.traffic:
+        if any(place.pod == pod for place in traffic.pods):
+            yield "TrafficPolicy", traffic.name, None
