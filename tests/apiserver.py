@@ -26,6 +26,7 @@ _GATEWAY, _POLICY = "gateway.networking.k8s.io", "policy.redirector.io/v1alpha1"
 KINDS = {
     "pods": ("Pod", "v1"),
     "namespaces": ("Namespace", "v1"),
+    "nodes": ("Node", "v1"),
     "services": ("Service", "v1"),
     "endpointslices": ("EndpointSlice", "discovery.k8s.io/v1"),
     "httproutes": ("HTTPRoute", f"{_GATEWAY}/v1"),
@@ -36,7 +37,7 @@ KINDS = {
 }
 _RESOURCES = {kind: resource for resource, (kind, _) in KINDS.items()}
 #: A server's own kinds; the others come with a definition.
-BUILT_IN = frozenset(("pods", "namespaces", "services", "endpointslices"))
+BUILT_IN = frozenset(("pods", "namespaces", "nodes", "services", "endpointslices"))
 METADATA = "as=PartialObjectMetadata"
 TIMEOUT = 10.0
 
@@ -166,7 +167,7 @@ class ApiServer:
                 continue
             stored = copy.deepcopy(value)
             stored["apiVersion"] = KINDS[resource][1]
-            if resource != "namespaces":
+            if resource not in ("namespaces", "nodes"):
                 stored["metadata"].setdefault("namespace", "default")
             self.put(resource, stored)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from apiserver import ApiServer, kubeconfig
+from apiserver import ApiServer, Object, kubeconfig
 from conftest import DEMO
 from running import Sidecar, XdsServer
 from waiting import eventually
@@ -77,3 +77,42 @@ def test_changes_in_the_cluster_reach_envoy(
     assert endpoints(client) == ["10.77.0.11:8080"]
     assert "NACK" not in served.log
     assert {request.authorization for request in cluster.requests} == {"Bearer secret"}
+
+
+def test_what_became_of_an_object_stands_in_its_status(
+    cluster: ApiServer, served: XdsServer
+) -> None:
+    """Of two policies for one place the older one holds; then that one goes."""
+
+    def policy(name: str, created: str) -> Object:
+        return {
+            "kind": "TrafficPolicy",
+            "metadata": {
+                "name": name,
+                "namespace": "demo",
+                "generation": 1,
+                "creationTimestamp": created,
+            },
+            "spec": {
+                "targetRefs": [{"kind": "Service", "name": "web"}],
+                "connectionLimit": {"maxConnections": 10},
+            },
+        }
+
+    def told(name: str) -> dict[str, tuple[str, int]]:
+        status = cluster.objects["trafficpolicies"][f"demo/{name}"].get("status", {})
+        return {
+            condition["type"]: (condition["status"], condition["observedGeneration"])
+            for ancestor in status.get("ancestors", [])
+            for condition in ancestor["conditions"]
+        }
+
+    cluster.apply(policy("old", "2026-01-01T00:00:00Z"), policy("new", "2026-01-02T00:00:00Z"))
+    good = {"Accepted": ("True", 1), "Programmed": ("True", 1)}
+    eventually("the older is accepted", lambda: told("old") == good)
+    bad = {"Accepted": ("False", 1), "Conflicted": ("True", 1)}
+    eventually("the younger is refused", lambda: told("new") == bad)
+    served.wait_for_log("WARNING TrafficPolicy demo/new for Service demo/web: Accepted is False")
+    cluster.delete("trafficpolicies", "demo/old")
+    eventually("the younger holds", lambda: told("new") == good)
+    served.wait_for_log("INFO TrafficPolicy demo/new for Service demo/web: Accepted is True")

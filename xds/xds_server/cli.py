@@ -164,7 +164,12 @@ def _reporter(path: Path | None) -> Callable[[Push], None]:
 
 
 async def _run(
-    make: Callable[[], Source], shell: Shell, report: Callable[[Push], None], *, strict: bool, writes: bool
+    make: Callable[[], Source],
+    shell: Shell,
+    report: Callable[[Push], None],
+    *,
+    strict: bool,
+    writes: bool,
 ) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

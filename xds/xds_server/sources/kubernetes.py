@@ -63,14 +63,12 @@ class Kubernetes:
 
     async def read(self) -> tuple[list[KubeObject], list[Problem]]:
         """As `Source.read`; an object that has not changed is the same value again."""
-        waited = False
         while lacking := [k.kind for k, r in self._reflectors.items() if r.objects() is None]:
-            if waited:
-                log.info("waiting for %s: no list of %s yet", self, listed(lacking, len(lacking)))
-            waited = True
-            with suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(_TELL_EVERY_S):
                     await self._news.wait()
+            except TimeoutError:
+                log.info("waiting for %s: no list of %s yet", self, listed(lacking, len(lacking)))
             self._news.clear()
         if not self._tables:
             self._take()

@@ -22,8 +22,8 @@ _PAGE = 500
 _FOREIGN_METADATA = frozenset(
     ("managedFields", "resourceVersion", "ownerReferences", "finalizers", "annotations")
 )
-#: Whole objects of megabytes may lie in these.
-_FOREIGN_ANNOTATIONS = frozenset({"kubectl.kubernetes.io/last-applied-configuration"})
+#: Of annotations, which may hold whole objects and change all the time, ours alone.
+_OUR_ANNOTATIONS = "redirector.io/"
 _CONTAINER = ("name", "ports", "restartPolicy")
 _POD_SPEC = ("serviceAccountName", "hostNetwork", "nodeName", "hostname", "subdomain")
 _POD_STATUS = ("phase", "podIP", "podIPs")
@@ -105,7 +105,7 @@ class Kind:
         annotations = {
             key: text
             for key, text in _mapping(given, "annotations").items()
-            if key not in _FOREIGN_ANNOTATIONS
+            if key.startswith(_OUR_ANNOTATIONS)
         }
         if annotations:
             metadata["annotations"] = annotations
@@ -168,6 +168,7 @@ def _nothing(_value: dict[str, Any]) -> dict[str, Any]:
 _POLICY_GROUP = "policy.redirector.io"
 KINDS = (
     Kind("Namespace", "", "v1", "namespaces", _nothing, metadata_only=True),
+    Kind("Node", "", "v1", "nodes", _nothing, metadata_only=True),
     Kind("Pod", "", "v1", "pods", _pod),
     Kind("Service", "", "v1", "services", _service),
     Kind("EndpointSlice", "discovery.k8s.io", "v1", "endpointslices"),
