@@ -168,7 +168,8 @@ def test_a_bad_pod_is_still_governed_and_trusted_by_nobody() -> None:
     by_name = {policy.name.name: policy for policy in mesh.policies}
     assert by_name["web"].targets == {POD_1}
     assert by_name["web"].rules[0].sources[0].groups == ((),)
-    assert len(by_name["deny"].rules[0].sources[0].groups[0]) == 1
+    (denied,) = by_name["deny"].rules[0].sources[0].groups
+    assert [str(network) for network in denied] == ["10.77.0.1/32", "fe80::/10"]
     assert mesh.workloads[POD_1].ports == ()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from envoy_static import HCM, as_json
 from xds_server.ingest import ingest
-from xds_server.ir import HeaderChange, Mesh, NodeId
+from xds_server.ir import Action, HeaderChange, Mesh, Name, NodeId, Policy
 from xds_server.sources.files import parse
 from xds_server.sources.objects import KubeObject
 from xds_server.translate import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resources, translate
@@ -141,3 +141,23 @@ def test_header_changes_one_after_the_other() -> None:
         remove=("f", "e"),
     )
     assert not HeaderChange().then(HeaderChange())
+
+
+@pytest.mark.parametrize(
+    ("targets", "refused"),
+    [
+        (None, False),
+        (frozenset({Name("demo", "web-v1")}), True),
+        # It names nobody that is known yet.
+        (frozenset(), True),
+    ],
+)
+def test_a_pod_that_nobody_knows_is_closed_where_policies_choose_pods(
+    targets: frozenset[Name] | None, refused: bool
+) -> None:
+    """Its policies would come a moment after its sidecar."""
+    mesh = Mesh(policies=(Policy(Name("demo", "some"), Action.ALLOW, targets, ()),))
+    inbound = as_json(translate(mesh, CLIENT)[LISTENER]["inbound"])
+    assert ("demo/(unknown pod)" in inbound) == refused
+    elsewhere = NodeId("10.77.0.10", "client", "other")
+    assert "(unknown pod)" not in as_json(translate(mesh, elsewhere)[LISTENER]["inbound"])

@@ -30,6 +30,10 @@ POLICY_VERSION = f"{POLICY_GROUP}/v1alpha1"
 _NOT_NORMAL = re.compile(r"//|/\.\.?(/|$)|[%\\\x00-\x1f\x7f]")
 
 
+#: Every interface with IPv6 has such an address, and no object tells of it.
+_LINK_LOCAL = IPv6Network("fe80::/10")
+
+
 class _HeaderType(StrEnum):
     EXACT = "Exact"
     PREFIX = "Prefix"
@@ -48,7 +52,7 @@ class Origins:
 
     A pod in its node's network shares its address with the whole node. So it cannot be allowed by
     name, which would let all of them in, but it can be denied. So may an address that two pods
-    claim (`shared`).
+    claim (`shared`), and one that is good on the link only: whose it is nobody tells.
     """
 
     def __init__(self, pods: Iterable[Pod], shared: Collection[IPAddress]) -> None:
@@ -64,7 +68,10 @@ class Origins:
 
     def of(self, keys: Iterable[tuple[str, ...]], action: Action) -> tuple[IPNetwork, ...]:
         known = self._own if action is Action.ALLOW else self._any
-        return _collapsed(network for key in keys for network in known.get(key, ()))
+        found = {network for key in keys for network in known.get(key, ())}
+        if action is Action.DENY and found:
+            found.add(_LINK_LOCAL)
+        return _collapsed(found)
 
 
 @dataclass(frozen=True, eq=False)

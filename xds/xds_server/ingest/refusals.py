@@ -5,15 +5,10 @@ from collections.abc import Collection, Iterable
 from xds_server.ingest.lastgood import Forms
 from xds_server.ingest.policies import PolicyReader
 from xds_server.ingest.reader import Item
-from xds_server.ir import Action, Name, Policy, PolicyRule
+from xds_server.ir import Name, Policy
 
 #: In a policy's name this is no object of Kubernetes.
 _UNREADABLE = "(unreadable)"
-
-
-def refusal(name: Name, targets: frozenset[Name] | None) -> Policy:
-    """Refuses everything."""
-    return Policy(name, Action.DENY, targets, (PolicyRule(),))
 
 
 def read_policies(
@@ -35,15 +30,15 @@ def read_policies(
         if reading.good:
             policies.append(reading.value)
         else:
-            policies.append(refusal(item.name, reader.targets(item)))
+            policies.append(Policy.refusal(item.name, reader.targets(item)))
             closed.append(item.subject)
     governed = {policy.name.namespace for policy in policies}
     for pod in sorted(opaque):
         if pod.namespace in governed:
             name = Name(pod.namespace, f"{_UNREADABLE} {pod.name}")
-            policies.append(refusal(name, frozenset({pod})))
+            policies.append(Policy.refusal(name, frozenset({pod})))
             closed.append(f"Pod {pod}")
     for namespace in sorted(suspects):
-        policies.append(refusal(Name(namespace, _UNREADABLE), None))
+        policies.append(Policy.refusal(Name(namespace, _UNREADABLE), None))
         closed.append(f"Namespace {namespace}")
     return policies, closed

@@ -55,6 +55,11 @@ class Policy:
     targets: frozenset[Name] | None
     rules: tuple[PolicyRule, ...]
 
+    @classmethod
+    def refusal(cls, name: Name, targets: frozenset[Name] | None) -> "Policy":
+        """Refuses everything."""
+        return cls(name, Action.DENY, targets, (PolicyRule(),))
+
     @property
     def judges_paths(self) -> bool:
         return any(operation.paths for rule in self.rules for operation in rule.operations)

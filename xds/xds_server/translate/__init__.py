@@ -46,7 +46,8 @@ Inbound: TypeAlias = tuple[Message, Mapping[str, Message]]
 
 def translate(mesh: Mesh, node: NodeId) -> Resources:
     """All resources of one sidecar. A pod that is not in the mesh gets what passes everything
-    through, under the policies that hold for its whole namespace."""
+    through, under the policies that hold for its whole namespace; if there are policies for single
+    pods, too, nobody knows whether for this one, and nothing reaches it."""
     return _translator(mesh).resources(node)
 
 
@@ -71,6 +72,8 @@ class Translator:
             else:
                 for name in policy.targets:
                     self._policies[name].append(policy)
+        #: Namespaces with policies for some of their pods: a pod that nobody knows may be one.
+        self._choosy = {p.name.namespace for p in mesh.policies if p.targets is not None}
         self._routes: dict[Parent, list[Route]] = defaultdict(list)
         for route in mesh.routes:
             for parent in route.parents:
@@ -174,8 +177,16 @@ class Translator:
     ) -> Inbound:
         """What comes in to a pod; it stays while the policies and the pod's ports do."""
         name = Name(namespace, pod)
+        unknown = []
+        if ports is None and namespace in self._choosy:
+            refusal = Policy.refusal(Name(namespace, "(unknown pod)"), None)
+            unknown.append(self.memo.value(refusal))
         policies = sorted(
-            (*self._namespace_policies.get(namespace, ()), *self._policies.get(name, ())),
+            (
+                *self._namespace_policies.get(namespace, ()),
+                *self._policies.get(name, ()),
+                *unknown,
+            ),
             key=lambda policy: policy.name,
         )
         arrivals = sorted(self._arrivals.get(name, {}).items())
