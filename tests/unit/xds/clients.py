@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 from envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceStub
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
+from waiting import PATIENCE_S
 from worlds import Resources, world
 from xds_server.admission import Limits
 from xds_server.generation import Generation
@@ -16,7 +17,8 @@ from xds_server.push import Push
 from xds_server.references import CLUSTER
 from xds_server.server import Server
 
-PATIENCE_S = 20.0
+__all__ = ["EOF", "NODE", "PATIENCE_S", "ack", "answer", "connected", "first", "running"]
+
 EOF = grpc.aio.EOF  # type: ignore[attr-defined]
 NODE = "sidecar~10.0.0.1~web.demo~demo.svc.cluster.local"
 
