@@ -293,6 +293,7 @@ enum defect {
 	DEFECT_SPLICE_OUT = 4096,
 	DEFECT_ZEROCOPY = 8192,
 	DEFECT_SEAM = 16384,
+	DEFECT_OVERLAP = 32768,
 };
 
 // Read by other versions, too: new members go to the end, and none ever changes.

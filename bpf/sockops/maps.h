@@ -16,6 +16,11 @@ BPF_F_TABLE("percpu_hash", __u64, struct counters, counters, MAX_PODS, BPF_F_NO_
 BPF_TABLE("hash", struct flow_key, struct flow, flows, MAX_FLOWS);
 // What each socket carries; freed with the socket.
 BPF_SK_STORAGE(states, struct sock_state);
+// Socket cookie -> sequence number up to which TCP brought bytes to a socket of the sockhash, until
+// it closes. Programs that see these bytes have no sk_storage. Sockets that outlive their pod's
+// enrolment leave theirs to be overwritten: when it is full, the socket longest without such bytes
+// loses the protection against what comes twice, until its next segment.
+BPF_TABLE("lru_hash", __u64, __u32, arrived, MAX_ARRIVED);
 
 // A sockhash as bcc does not declare it: with lookup, and with the update of sockops programs.
 #define SOCKHASH(NAME, KEY, SIZE)                                                                  \

@@ -75,15 +75,6 @@ ALWAYS int redirect(struct sk_msg_md *msg)
 	return SK_PASS;
 }
 
-// Bytes that TCP brings to a socket of the sockhash (BPF_SK_SKB_STREAM_VERDICT): on to the queue
-// that redirected ones go to. With two queues, a recv() that empties the first answers less than
-// was asked for, which readers of edge-triggered epoll take for the end of what there is (nginx,
-// Netty, tokio); and some kernels then tell FIONREAD of one queue only.
-int redirector_arrive(struct __sk_buff *skb)
-{
-	return SK_PASS;
-}
-
 int redirector_redirect(struct sk_msg_md *msg)
 {
 	return redirect(msg);

@@ -340,9 +340,12 @@ ALWAYS void tell_failed(struct bpf_sock_ops *ops, struct sock_state *state, cons
 ALWAYS void closed(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
+	__u64 cookie = bpf_get_socket_cookie(ops);
 	__u32 before = ops->args[0];
 	struct flow *flow;
 
+	if (arrived.lookup(&cookie))
+		arrived.delete(&cookie);
 	if (!state || before == BPF_TCP_CLOSE ||
 	    (state->side != CLIENT && !(state->flags & FLOW_WATCHED)))
 		return;

@@ -171,6 +171,7 @@ class Defect(IntFlag):
     SPLICE_OUT = 4096
     ZEROCOPY = 8192
     SEAM = 16384
+    OVERLAP = 32768
 
 
 #: Makes the loader only try the kernel, and print the defects as a number.

@@ -48,6 +48,7 @@ MAPS = (
     "lost_events",
     "arrivals",
     "habits",
+    "arrived",
 )
 
 
@@ -182,7 +183,7 @@ def _loaded(unit: str) -> tuple[BPF, dict[str, int], dict[str, int]]:
 
 def _tried(maps: Mapping[str, int]) -> Defect:
     enter_scratch_namespace()
-    trial = TrialMaps(*(maps[name] for name in ("states", "flows", "sockets")))
+    trial = TrialMaps(*(maps[name] for name in ("states", "flows", "sockets", "arrived")))
     # Where BTF shows SO_ZEROCOPY, sockets that have it are kept out of the sockhash.
     kept_out = Defect.ZEROCOPY if zerocopy_flag() is not None else Defect(0)
     return selftest.run(trial) & ~kept_out

@@ -47,7 +47,7 @@ _FULL = (errno.E2BIG, errno.ENOSPC)
 #: Their values are sockets, which the kernel does not show in batches.
 _SOCKHASHES = frozenset({"listeners", "sockets"})
 #: The maps that pods and connections fill.
-_FILLING = frozenset({"cidrs", "flows", "members", "pods", "pods_by_address"}) | _SOCKHASHES
+_FILLING = _SOCKHASHES | {"arrived", "cidrs", "flows", "members", "pods", "pods_by_address"}
 # What `moved` wants of a struct flow.
 _MOVED = struct.Struct(
     f"={Flow.client_netns.offset}xQ{Flow.bytes.offset - Flow.client_netns.offset - 8}x2Q"

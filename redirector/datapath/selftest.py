@@ -117,6 +117,16 @@ def _seam(made: Trial) -> bool:
         return server.recv(3000) == b"a" * 1000 + b"b" * 500
 
 
+def _overlap(made: Trial) -> bool:
+    """A segment that begins with bytes which came before: TCP merges what it sends again."""
+    with made.accept() as server:
+        made.pass_on()
+        made.client.sendall(b"a" * 10_000)
+        first = _receive(server, 10_000)
+        made.resend(b"a" * 9000 + b"b" * 600, new=600)
+        return first + _receive(server, 600) == b"a" * 10_000 + b"b" * 600
+
+
 def _unread(made: Trial) -> bool:
     """Who replies tells what it has not read: that is what bounds the queue (verdict.h)."""
     with made.accept() as server:
@@ -265,6 +275,12 @@ LINES: tuple[Line, ...] = (
         "redirected, then passed",
         "recv() answers less than there is; nginx, Netty and tokio take that for all of it",
         _seam,
+    ),
+    Line(
+        Defect.OVERLAP,
+        "passed, some of it twice",
+        "bytes that TCP has to send again are read twice",
+        _overlap,
     ),
     Line(
         Defect.UNREAD,

@@ -37,6 +37,7 @@ FILES = (
     "sockopt.c",
     "sockops.c",
     "redirect.c",
+    "arrive.c",
     "inbound.c",
 )
 INCLUDES = (
@@ -58,6 +59,7 @@ SIZES: Mapping[str, int] = {
     "MAX_SOCKETS": 1 << 18,
     "MAX_HABITS": 1 << 12,
     "BRIEF_NS": 1_000_000,
+    "MAX_ARRIVED": 1 << 16,
 }
 
 #: What is read of the kernel's own structs; 0 when the kernel has no BTF. Then a direction's budget

@@ -24,6 +24,10 @@ _BUFFER = 1 << 16
 _ID = 1
 _PASS = 2  # enum verdict
 _SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
+# linux/tcp.h
+_TCP_REPAIR, _TCP_REPAIR_QUEUE, _TCP_QUEUE_SEQ = 19, 20, 21
+_RECEIVE_QUEUE, _SEND_QUEUE = 1, 2
+_PSH, _ACK = 8, 16
 _CLONE_NEWNET = 0x40000000
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1  # netdevice(7)
 
@@ -35,6 +39,7 @@ class TrialMaps:
     states: int
     flows: int
     sockets: int
+    arrived: int
 
 
 class Trial:
@@ -43,6 +48,7 @@ class Trial:
     def __init__(self, maps: TrialMaps, client: socket.socket, listener: socket.socket) -> None:
         self._maps = maps
         self._listener = listener
+        self._cookies: list[bytes] = []
         self.client = client
         # No namespace has this cookie, so this flow meets no other.
         self._key = FlowKey(netns=2**64 - 1, client=_address(client), server=_address(listener))
@@ -71,9 +77,24 @@ class Trial:
         flow.verdict[Side.CLIENT] = _PASS
         libbpf.map_update(self._maps.flows, bytes(self._key), bytes(flow))
 
+    def resend(self, data: bytes, new: int) -> None:
+        """Bring the server one segment of the client's, of which it lacks the last `new` bytes."""
+        sequences = []
+        self.client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+        for queue in (_SEND_QUEUE, _RECEIVE_QUEUE):
+            self.client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR_QUEUE, queue)
+            sequences.append(self.client.getsockopt(socket.IPPROTO_TCP, _TCP_QUEUE_SEQ))
+        self.client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, -1)
+        start = sequences[0] - (len(data) - new)
+        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+            ends = (self.client.getsockname(), self.client.getpeername())
+            raw.sendto(_segment(ends, start, sequences[1], data), (ends[1][0], 0))
+
     def forget(self) -> None:
-        """Delete the flow; all else goes with the sockets."""
+        """Delete the flow, and what is known of both ends; all else goes with the sockets."""
         libbpf.map_delete(self._maps.flows, bytes(self._key))
+        for cookie in self._cookies:
+            libbpf.map_delete(self._maps.arrived, cookie)
 
     def _enter(self, end: socket.socket, side: Side) -> None:
         descriptor = end.fileno().to_bytes(4, "little")
@@ -81,6 +102,7 @@ class Trial:
         state = SockState(flow=self._key, id=_ID, side=side, flags=FlowFlag.ACCELERATE)
         libbpf.map_update(self._maps.states, descriptor, bytes(state))
         libbpf.map_update(self._maps.sockets, cookie, descriptor)
+        self._cookies.append(cookie)
         flow = self.flow()
         flow.socket[side] = int.from_bytes(cookie, "little")
         libbpf.map_update(self._maps.flows, bytes(self._key), bytes(flow))
@@ -114,6 +136,25 @@ def enter_scratch_namespace() -> None:
         raise OSError(code, f"no network namespace to try the kernel in: {os.strerror(code)}")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", _IFF_UP))
+
+
+def _segment(
+    ends: tuple[tuple[str, int], tuple[str, int]], sequence: int, acknowledged: int, data: bytes
+) -> bytes:
+    """A TCP segment with data (RFC 9293, 3.1), from the first of the ends to the second."""
+    (source, source_port), (destination, destination_port) = ends
+    head = struct.pack(
+        "!HHIIBBHHH",
+        *(source_port, destination_port, sequence % 2**32, acknowledged % 2**32),
+        *(5 << 4, _PSH | _ACK, 0xFFFF, 0, 0),
+    )
+    pseudo = socket.inet_aton(source) + socket.inet_aton(destination)
+    pseudo += struct.pack("!HH", socket.IPPROTO_TCP, len(head) + len(data))
+    summed = pseudo + head + data + bytes(len(data) % 2)
+    total = sum(word for (word,) in struct.iter_unpack("!H", summed))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return head[:16] + struct.pack("!H", total ^ 0xFFFF) + head[18:] + data
 
 
 def _address(end: socket.socket) -> Address:

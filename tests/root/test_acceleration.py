@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from accelerated import OUTBOUND, SERVICE, counted, pair, readable, receive
+from accelerated import MIB, OUTBOUND, SERVICE, counted, pair, readable, receive
 from sockets import pod_socket
+from waiting import eventually
 
 from redirector.datapath.layout import Counter, Defect
 from redirector.datapath.pins import Datapath
@@ -158,6 +159,17 @@ def test_two_pods_with_the_same_loopback_tuple(
 
 
 def test_nothing_is_left_in_the_maps(pod: LabPod, datapath: Datapath) -> None:
+    def arrived() -> int:
+        return datapath.maps.fills()["arrived"][0]
+
+    before = arrived()
+    with pair(pod) as ends:
+        # TCP brings the last byte.
+        ends.client.sendall(bytes(MIB))
+        ends.client.sendall(b"x")
+        receive(ends.server, MIB + 1)
+        assert arrived() == before + 1
+    eventually("nothing of a closed connection", lambda: arrived() == before)
     for _ in range(20):
         with pair(pod) as ends:
             ends.client.sendall(b"x")

@@ -43,7 +43,7 @@ def tried(datapath: Datapath) -> Defect:
                     stack.enter_context(
                         libbpf.opened(datapath.generation.directory / "maps" / name)
                     )
-                    for name in ("states", "flows", "sockets")
+                    for name in ("states", "flows", "sockets", "arrived")
                 )
             )
             found.append(selftest.run(maps))
