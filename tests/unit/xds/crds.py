@@ -24,22 +24,22 @@ CRDS = Path(__file__).parents[3] / "manifests" / "crds"
 
 
 @cache
-def schema_of(kind: str) -> dict[str, Any]:
-    """The OpenAPI schema of a kind's spec."""
+def schema_of(kind: str, part: str = "spec") -> dict[str, Any]:
+    """The OpenAPI schema of a part of a kind."""
     for path in CRDS.glob("*.yaml"):
         crd = yaml.safe_load(path.read_text())
         if crd["spec"]["names"]["kind"] == kind:
             schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-            return dict(schema["properties"]["spec"])
+            return dict(schema["properties"][part])
     raise AssertionError(f"no CustomResourceDefinition of {kind}")
 
 
-def refusals(kind: str, spec: Any) -> list[str]:
+def refusals(kind: str, content: Any, part: str = "spec") -> list[str]:
     """Why the API server would refuse the object; unknown fields as `kubectl` asks it to."""
-    schema = schema_of(kind)
-    whole = _defaulted(deepcopy(spec), schema)
+    schema = schema_of(kind, part)
+    whole = _defaulted(deepcopy(content), schema)
     found = [error.message for error in _Validator(schema).iter_errors(whole)]
-    found += _unknown(whole, schema, "spec")
+    found += _unknown(whole, schema, part)
     # Rules are evaluated only for what has the right shape.
     return found or list(_broken_rules(whole, schema))
 

@@ -7,7 +7,9 @@ import pytest
 from crds import refusals, schema_of
 from xds_server.errors import Problem
 from xds_server.ingest import ingest
+from xds_server.ir import Mesh
 from xds_server.sources.objects import KubeObject
+from xds_server.statuses import Replica, patch
 
 GATEWAY = "gateway.networking.k8s.io"
 OBJECTS: list[dict[str, Any]] = [
@@ -41,16 +43,20 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
-def read(kind: str, spec: Any) -> list[Problem]:
-    """What the server has against an object with this spec."""
+def ingested(kind: str, spec: Any) -> tuple[Mesh, list[Problem]]:
+    """What the server makes of an object with this spec."""
     policy = {
         "apiVersion": "policy.redirector.io/v1alpha1",
         "kind": kind,
-        "metadata": {"name": "it", "namespace": "demo"},
+        "metadata": {"name": "it", "namespace": "demo", "generation": 2},
         "spec": spec,
     }
     objects = [*deepcopy(OBJECTS), policy]
-    return ingest([KubeObject("f", entry) for entry in objects])[1]
+    return ingest([KubeObject("f", entry) for entry in objects])
+
+
+def read(kind: str, spec: Any) -> list[Problem]:
+    return ingested(kind, spec)[1]
 
 
 def spec_of(kind: str, part: str, value: Any) -> dict[str, Any]:
@@ -306,3 +312,16 @@ def test_a_rule_says_what_is_wrong(kind: str) -> None:
     found = rules(schema_of(kind))
     assert found
     assert all(rule["message"] for rule in found)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_what_is_told_fits_the_status(kind: str) -> None:
+    """... of the API server, too, which prunes what it does not know."""
+    spec = spec_of(kind, "targetRefs", [SERVICE, {"kind": "Service", "name": "none"}])
+    everywhere = {"action": "ALLOW"} if kind == "AuthorizationPolicy" else {"targetRefs": "odd"}
+    for content in (spec, everywhere):
+        (status,) = (s for s in ingested(kind, content)[0].statuses if s.kind == kind)
+        alone = Replica("replica", lambda _: False)
+        changes = patch({}, status, "2026-01-01T00:00:00Z", alone)
+        assert changes
+        assert refusals(kind, changes, "status") == []
