@@ -50,8 +50,20 @@ def demo(server: ApiServer) -> ApiServer:
     return server
 
 
+_followed: list[Kubernetes] = []
+
+
 def follow(server: ApiServer) -> Kubernetes:
-    return Kubernetes(Client(Access(server.url)), server.url)
+    """A source that ends with the test."""
+    _followed.append(Kubernetes(Client(Access(server.url)), server.url))
+    return _followed[-1]
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    while _followed:
+        _followed.pop().close()
 
 
 class Changes:

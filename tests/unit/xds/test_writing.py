@@ -81,6 +81,7 @@ class Running:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+            source.close()
 
         self._stack.push_async_callback(end)
         return made

@@ -61,6 +61,11 @@ class Kubernetes:
     def __str__(self) -> str:
         return f"the cluster at {self._name}"
 
+    def close(self) -> None:
+        """Follow no longer; the threads end at their next occasion."""
+        for reflector in self._reflectors.values():
+            reflector.stop()
+
     async def read(self) -> tuple[list[KubeObject], list[Problem]]:
         """As `Source.read`; an object that has not changed is the same value again."""
         while lacking := [k.kind for k, r in self._reflectors.items() if r.objects() is None]:
