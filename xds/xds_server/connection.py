@@ -9,7 +9,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Disc
 
 from xds_server.admission import Limits, Reason, Refused, TokenBucket
 from xds_server.delta import DeltaStream
-from xds_server.exchange import Nack, Response
+from xds_server.exchange import Ack, Nack, Response
 from xds_server.generation import Generation
 from xds_server.hub import Hub
 from xds_server.identity import Peer
@@ -49,6 +49,9 @@ class Connection:
         #: The client ended its side.
         self.closed = False
         self._leaving = False
+        #: The writer has nothing to do; what it is to send next, if that is known already.
+        self._idle = False
+        self._planned: Response | None = None
         self._hub = hub
         self._limits = limits
         self._pace = TokenBucket(limits.requests, 10 * limits.requests)
@@ -107,12 +110,14 @@ class Connection:
         _bound(request, self.stream, self._limits)
         now = self._hub.clock()
         answer = self.stream.receive(request)
-        log.debug("%s asks %s", self, _question(request))
-        self.wake.set()
-        if answer is None:
-            return
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s asks %s", self, _question(request))
+        if answer is not None:
+            self._book(answer, now)
+        self._go_on()
+
+    def _book(self, answer: Ack | Nack, now: float) -> None:
         sent = self._sent.pop(answer.nonce)
-        what = f"{answer.nonce} ({kind(answer.type_url)}) after {(now - sent.at) * 1000:.1f} ms"
         name, tally = label(answer.type_url), self._hub.tally
         tally.ack_seconds[name].add(now - sent.at)
         nack = None
@@ -120,11 +125,31 @@ class Connection:
             tally.nacks[name] += 1
             self._refused[answer.type_url] = (now, answer)
             nack = f"{self}: {kind(answer.type_url)} {answer.version}: {answer.error}"
-            log.warning("%s NACK %s: %s", self, what, answer.error)
+            log.warning("%s NACK %s: %s", self, _answered(answer, now - sent.at), answer.error)
         else:
             self._accepted[answer.type_url] = _Sent(sent.version, now)
-            log.info("%s ACK %s", self, what)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("%s ACK %s", self, _answered(answer, now - sent.at))
         self._hub.answered(self, answer.nonce, now, nack)
+
+    def _go_on(self) -> None:
+        """Have the writer send what the request asks for. Most requests are answers after which
+        there is nothing to say: then it need not wake up, which would cost more than the rest."""
+        current = self._generation is self._hub.generation
+        if self._idle and current and not self.wake.is_set() and self._may_send():
+            self._planned = self.stream.next_response()
+            if self._planned is None:
+                self._settle()
+                return
+        self.wake.set()
+
+    def stays(self, old: Generation, new: Generation) -> bool:
+        """Take over a generation that has nothing new for this client, if it has come as far as the
+        old one; whether there is nothing to do for it."""
+        if self._generation is not old or old.ready(self.node) is not new.ready(self.node):
+            return False
+        self._generation = new
+        return self.stream.settled
 
     async def write(self, context: Any) -> None:
         """Send what the client lacks, whenever anything changed.
@@ -132,20 +157,32 @@ class Connection:
         Each message is worked out only when the one before it was taken: a slow client is never
         sent a state that was overtaken meanwhile.
         """
-        stream, hub = self.stream, self._hub
         while not (self.closed or self._leaving):
+            self._idle = True
             await self.wake.wait()
+            self._idle = False
             self.wake.clear()
-            # What a client does not answer is remembered: no more of it until answers come.
-            while not self._leaving and stream.unanswered < self._limits.unanswered:
-                await self._refresh()
-                response = stream.next_response()
-                if response is None:
-                    break
+            while not self._leaving and (response := await self._next()) is not None:
                 self._note_sent(response)
                 await context.write(response.body)
-            if stream.settled and self._generation is hub.generation:
-                hub.settle(self)
+            self._settle()
+
+    async def _next(self) -> Response | None:
+        planned, self._planned = self._planned, None
+        if planned is not None:
+            return planned
+        if not self._may_send():
+            return None
+        await self._refresh()
+        return self.stream.next_response()
+
+    def _may_send(self) -> bool:
+        """What a client does not answer is remembered: no more of it until answers come."""
+        return self.stream.unanswered < self._limits.unanswered
+
+    def _settle(self) -> None:
+        if self.stream.settled and self._generation is self._hub.generation:
+            self._hub.settle(self)
 
     async def _refresh(self) -> None:
         """Offer the stream the current generation, if it has not been yet."""
@@ -167,14 +204,19 @@ class Connection:
         self._sent[response.nonce] = _Sent(response.version, self._hub.clock())
         self._hub.tally.response_bytes[label(response.type_url)].add(len(response.body))
         self._hub.sent(self, response.nonce)
-        log.info(
-            "%s sent %s (%s): %s, %d bytes",
-            self,
-            response.nonce,
-            kind(response.type_url),
-            _contents(response),
-            len(response.body),
-        )
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "%s sent %s (%s): %s, %d bytes",
+                self,
+                response.nonce,
+                kind(response.type_url),
+                _contents(response),
+                len(response.body),
+            )
+
+
+def _answered(answer: Ack | Nack, took: float) -> str:
+    return f"{answer.nonce} ({kind(answer.type_url)}) after {took * 1000:.1f} ms"
 
 
 def _bound(
@@ -187,6 +229,8 @@ def _bound(
         asked: Sequence[str] = request.resource_names
     else:
         asked = (*request.resource_names_subscribe, *request.initial_resource_versions)
+        if not asked and request.type_url in ORDER:
+            return
     kept = stream.kept()
     if isinstance(request, DiscoveryRequest):
         # Its names take the place of those before.

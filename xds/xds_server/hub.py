@@ -31,6 +31,8 @@ class Client(Protocol):
     @property
     def wake(self) -> asyncio.Event: ...
 
+    def stays(self, old: Generation, new: Generation) -> bool: ...
+
 
 class Hub:
     """Holds one generation at a time, for every sidecar that is connected.
@@ -71,15 +73,16 @@ class Hub:
         await self._in_translator(generation.prepare, nodes)
         old, self.generation = self.generation, generation
         self._encoded_before += old.encodings
-        connections = set(self.connections)
-        changed = set()
-        for node in nodes:
-            changed |= _changed(old.ready(node), generation.ready(node))
-        push = Push(reason, changed_at, tuple(sorted(changed)), set(connections))
+        pairs = ((old.ready(node), generation.ready(node)) for node in nodes)
+        different = {(id(before), id(now)): (before, now) for before, now in pairs}
+        changed = set().union(*(_changed(before, now) for before, now in different.values()))
+        # Whoever the change does not concern has nothing to do and nothing to answer.
+        concerned = {one for one in self.connections if not one.stays(old, generation)}
+        push = Push(reason, changed_at, tuple(sorted(changed)), set(concerned))
         self._pushes[push] = asyncio.get_running_loop().call_later(
             self._report_after, self._finish, push
         )
-        for connection in connections:
+        for connection in concerned:
             connection.wake.set()
         self.settle(None)
 

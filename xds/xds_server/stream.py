@@ -54,6 +54,8 @@ class Stream(ABC):
         self._nonces = 0
         #: The client came with resources from an earlier stream.
         self._resumed = False
+        #: The listeners and routes, and the routes' losses, at which every route was found sent.
+        self._delivered: tuple[ResourceSet, ResourceSet, int] | None = None
         self._drained = True
 
     def offer(self, snapshot: Snapshot) -> None:
@@ -180,12 +182,23 @@ class Stream(ABC):
             return not self._resumed
         if not listeners.wildcard:
             return True
-        routes, sent = self._desired.of(ROUTE), self._types[ROUTE].sent
-        return all(
+        state, wanted = self._types[ROUTE], self._desired.of(LISTENER)
+        routes, sent = self._desired.of(ROUTE), state.sent
+        known = self._delivered
+        if (
+            known is not None
+            and not listeners.doubts
+            and (known[0] is wanted and known[1] is routes and known[2] == state.losses)
+        ):
+            return True
+        delivered = all(
             target.name in sent or target.name not in routes
-            for target in self._targets(listeners, self._desired.of(LISTENER))
+            for target in self._targets(listeners, wanted)
             if target.type_url == ROUTE
         )
+        if delivered and not listeners.doubts:
+            self._delivered = (wanted, routes, state.losses)
+        return delivered
 
     @staticmethod
     def _targets(state: TypeState, desired: ResourceSet) -> Iterable[Reference]:

@@ -57,6 +57,8 @@ class TypeState:
     owed: bool = False
     #: name -> version that the client was sent last, or ABSENT.
     sent: dict[str, str] = field(default_factory=dict)
+    #: How often `sent` lost a name: until then, what was found in it once is in it still.
+    losses: int = 0
     #: Names sent that the client has never accepted in any version.
     new: set[str] = field(default_factory=set)
     #: What versions that the client may be using still refer to although others were sent, or are
@@ -169,6 +171,7 @@ class TypeState:
                 self.sent[name] = ABSENT
             else:
                 self.sent.pop(name, None)
+                self.losses += 1
 
     def accept(self, contents: Mapping[str, str]) -> None:
         """The client took a response."""
@@ -195,6 +198,7 @@ class TypeState:
     def forget(self, name: str) -> None:
         """The client lost interest in a name."""
         self.sent.pop(name, None)
+        self.losses += 1
         self.lingering.pop(name, None)
         for names in (self.new, self.stale, self.due, self.held):
             names.discard(name)

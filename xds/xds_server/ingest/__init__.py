@@ -65,6 +65,11 @@ class Ingester:
         self._good: Mapping[Key, KubeObject] = {}
         self._memo = Memo()
 
+    @property
+    def made(self) -> Mapping[str, int]:
+        """How often each function had to be called the last time."""
+        return self._memo.made
+
     def ingest(
         self, objects: Sequence[KubeObject], suspects: Collection[str] = ()
     ) -> tuple[Mesh, list[Problem]]:
