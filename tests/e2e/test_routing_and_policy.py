@@ -1,176 +1,52 @@
 """A real Envoy does to requests what routes and policies say.
 
-One Envoy is given the outbound listener of a client and the inbound listeners of three pods, moved
-to addresses of a loopback network of the test's own, so that a connection's destination is the
-original one without any steering, and its source says which client it is.
+One Envoy is given the outbound listener of a client and the inbound listeners of three pods.
 """
 
-import http.client
-import json
-import random
 import socket
-import subprocess
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 from envoy.config.bootstrap.v3 import bootstrap_pb2
 from envoy.config.cluster.v3 import cluster_pb2
-from envoy_static import as_json, bootstrap
+from envoy_static import bootstrap
+from one_envoy import (
+    FRIEND,
+    HTTP,
+    PATIENCE_S,
+    Running,
+    applications,
+    echo_server,
+    envoy,
+    place,
+    random_net,
+)
 from xds_server.ingest import ingest
 from xds_server.ir import Mesh, Name, NodeId
 from xds_server.sources.files import parse
 from xds_server.translate import translate
 
-from redirector.machine import envoy_binary
-
-PATIENCE_S = 30.0
-HTTP, TCP = 8080, 5432
+TCP = 5432
 PODS = {"guarded": 20, "open": 21, "closed": 22}
-FRIEND, STRANGER, BY_HOST, TRUSTED = 101, 102, 103, 104
+STRANGER, BY_HOST, TRUSTED = 102, 103, 104
 WEB, PLAIN, RPC = 10, 11, 13
 
 
-class _App(BaseHTTPRequestHandler):
-    """Answers with what it saw; /slow... never answers in time."""
-
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1
-    disable_nagle_algorithm = True
-
-    def _answer(self) -> None:
-        if self.headers.get("Upgrade") == "websocket":
-            self.send_response(101)
-            self.send_header("Upgrade", "websocket")
-            self.send_header("Connection", "Upgrade")
-            self.end_headers()
-            self.wfile.flush()
-            self.wfile.write(self.rfile.readline().upper())
-            self.close_connection = True
-            return
-        if self.path.startswith("/slow"):
-            self.server.hold.wait(PATIENCE_S)  # type: ignore[attr-defined]
-        seen = {
-            "server": self.connection.getsockname()[0],
-            "peer": self.client_address[0],
-            "path": self.path,
-            "headers": {key.lower(): self.headers.get_all(key) for key in self.headers},
-        }
-        body = json.dumps(seen).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Secret", "shh")
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_GET = do_POST = do_PUT = _answer  # noqa: N815 - the base class asks for these names
-
-    def log_message(self, *_: Any) -> None:
-        """Quiet."""
-
-
-def _echo_server(address: str) -> grpc.Server:
-    """A gRPC server whose method /demo.Echo/Say answers with what it was sent."""
-    say = grpc.unary_unary_rpc_method_handler(lambda sent, _: b"heard " + sent, bytes, bytes)
-    handler = grpc.method_handlers_generic_handler("demo.Echo", {"Say": say})
-    server = grpc.server(ThreadPoolExecutor(2), handlers=[handler])
-    server.add_insecure_port(address)
-    server.start()
-    return server
-
-
-class _Server(ThreadingHTTPServer):
-    hold: threading.Event
-
-    def handle_error(self, *_: Any) -> None:
-        """Envoy hangs up on a request that took too long."""
-
-
-@dataclass
-class Answer:
-    status: int
-    headers: dict[str, str]
-    seen: dict[str, Any]
-
-
-@dataclass
-class Running:
-    """The network of the test: `NET.n` is the host numbered n."""
-
-    net: str
-
-    def ask(
-        self,
-        target: int,
-        path: str = "/",
-        method: str = "GET",
-        client: int = FRIEND,
-        headers: Mapping[str, str] | None = None,
-        more: Iterable[tuple[str, str]] = (),
-    ) -> Answer:
-        connection = http.client.HTTPConnection(
-            f"{self.net}.{target}", HTTP, PATIENCE_S, source_address=(f"{self.net}.{client}", 0)
-        )
-        try:
-            connection.putrequest(method, path, skip_host="Host" in (headers or {}))
-            for name, value in [*(headers or {}).items(), *more]:
-                connection.putheader(name, value)
-            connection.endheaders()
-            response = connection.getresponse()
-            body = response.read()
-            seen = json.loads(body) if response.status == 200 else {}
-            return Answer(
-                response.status, {key.lower(): value for key, value in response.getheaders()}, seen
-            )
-        finally:
-            connection.close()
-
-    def raw(self, target: int, port: int, client: int) -> bytes:
-        """What comes back for an HTTP request over a plain connection; empty when it is closed."""
-        source = (f"{self.net}.{client}", 0)
-        with socket.create_connection((f"{self.net}.{target}", port), PATIENCE_S, source) as end:
-            try:
-                end.sendall(b"GET /raw HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                received = b""
-                while block := end.recv(65536):
-                    received += block
-            except ConnectionError:
-                return b""
-            return received
-
-
 def _config(mesh: Mesh, net: str) -> bootstrap_pb2.Bootstrap:
-    def place(listener: Any, host: int, *ports: int) -> None:
-        listener.name = f"{listener.name}-{host}"
-        address = listener.address.socket_address
-        address.address, address.port_value, address.ipv4_compat = f"{net}.{host}", ports[0], False
-        for port in ports[1:]:
-            extra = listener.additional_addresses.add().address
-            extra.CopyFrom(listener.address)
-            extra.socket_address.port_value = port
-
     result = bootstrap(translate(mesh, NodeId(f"{net}.101", "friend", "friends")))
     listeners = result.static_resources.listeners
     outbound = next(listener for listener in listeners if listener.name == "outbound")
     del listeners[:]
     listeners.append(outbound)
-    place(listeners[0], WEB, HTTP)
-    for host in (PLAIN, RPC):
-        extra = listeners[0].additional_addresses.add().address
-        extra.CopyFrom(listeners[0].address)
-        extra.socket_address.address = f"{net}.{host}"
+    place(listeners[0], *((f"{net}.{host}", HTTP) for host in (WEB, PLAIN, RPC)))
     for name, host in PODS.items():
         assert Name("demo", name) in mesh.workloads
         pod = bootstrap(translate(mesh, NodeId(f"{net}.{host}", name, "demo"))).static_resources
         listeners.append(next(one for one in pod.listeners if one.name == "inbound"))
-        place(listeners[-1], host, HTTP, TCP, 15006)
+        listeners[-1].name = f"inbound-{host}"
+        place(listeners[-1], *((f"{net}.{host}", port) for port in (HTTP, TCP, 15006)))
     # Nothing steers here, so the application is somewhere else than where the client went.
     inbound = next(one for one in result.static_resources.clusters if one.name == "inbound")
     inbound.type = cluster_pb2.Cluster.DiscoveryType.STATIC
@@ -183,43 +59,19 @@ def _config(mesh: Mesh, net: str) -> bootstrap_pb2.Bootstrap:
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    net = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
+    net = random_net()
     text = (Path(__file__).parent / "mesh.in.yaml").read_text().replace("NET", net)
     objects, unreadable = parse("mesh.in.yaml", text)
     made, wrong = ingest(objects)
     assert unreadable + wrong == []
-    folder = tmp_path_factory.mktemp("envoy")
-    (folder / "bootstrap.json").write_text(as_json(_config(made, net)))
-    hold = threading.Event()
-    servers = [_Server((f"{net}.{host}", HTTP), _App) for host in (1, 2)]
-    for server in servers:
-        server.hold = hold
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-    echo = _echo_server(f"{net}.3:{HTTP}")
-    command = [str(envoy_binary()), "-c", str(folder / "bootstrap.json"), "--concurrency", "1"]
-    with (folder / "log").open("wb") as log:
-        envoy = subprocess.Popen(
-            [*command, "--disable-hot-restart", "-l", "warn"], stdout=log, stderr=log
-        )
-    try:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            assert envoy.poll() is None, (folder / "log").read_text()
-            try:
-                socket.create_connection((f"{net}.{PODS['closed']}", 15006), 1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.02)
+    with (
+        applications(f"{net}.1", f"{net}.2"),
+        echo_server(f"{net}.3:{HTTP}"),
+        envoy(
+            _config(made, net), tmp_path_factory.mktemp("envoy"), (f"{net}.{PODS['closed']}", 15006)
+        ),
+    ):
         yield Running(net)
-    finally:
-        envoy.terminate()
-        envoy.wait(PATIENCE_S)
-        hold.set()
-        echo.stop(None).wait(PATIENCE_S)
-        for server in servers:
-            server.shutdown()
-            server.server_close()
 
 
 @pytest.mark.parametrize(

@@ -95,3 +95,6 @@ def _of_routes(config: RouteConfiguration) -> Iterator[Reference]:
             for weighted in action.weighted_clusters.clusters:
                 if weighted.name:
                     yield Reference(CLUSTER, weighted.name)
+            for mirror in action.request_mirror_policies:
+                if mirror.cluster:
+                    yield Reference(CLUSTER, mirror.cluster)

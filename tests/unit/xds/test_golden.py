@@ -5,6 +5,7 @@ The input's first line names the sidecar that the resources are for.
 
 import json
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ from envoy_static import as_json, bootstrap
 from google.protobuf import symbol_database
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
+from xds_server.conditions import ObjectStatus
 from xds_server.errors import Problem
 from xds_server.ingest import ingest
 from xds_server.ir import Mesh, NodeId
@@ -50,12 +52,26 @@ def rendered(name: str) -> str:
         "left out": list(mesh.left_out),
         "closed": list(mesh.closed),
     }
+    if mesh.statuses:
+        found["statuses"] = [line for status in mesh.statuses for line in status_lines(status)]
     tree: dict[str, object] = {key: value for key, value in found.items() if value}
     tree |= {
         url.rsplit(".", 1)[1]: {key: json.loads(as_json(message)) for key, message in named.items()}
         for url, named in resources.items()
     }
     return yaml.dump(tree, Dumper=_Dumper, width=1000)
+
+
+def status_lines(status: ObjectStatus) -> Iterator[str]:
+    """One for each parent and condition."""
+    for parent in status.parents:
+        of = ".".join(filter(None, (parent.parent.name, parent.parent.namespace)))
+        port = parent.parent.section_name or parent.parent.port
+        for one in parent.conditions:
+            yield (
+                f"{status.subject} at {of}{f':{port}' if port else ''}: {one.type} {one.status}, "
+                f"{one.reason}{f': {one.message}' if one.message else ''}"
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -114,7 +114,7 @@ def test_good_objects_have_no_problems() -> None:
         ("EndpointSlice", "ports.0.port", 1 << 40, "ports[0].port: 1099511627776: must be"),
         ("HTTPRoute", "spec.parentRefs.0.name", "gone", "name: 'gone': there is no Service demo"),
         ("HTTPRoute", "spec.parentRefs.0.port", 81, "port: 81: Service demo/web has no such port"),
-        ("HTTPRoute", "spec.rules", None, "spec.rules: is required; add a rule"),
+        ("HTTPRoute", "spec.rules", None, "spec.rules: is missing: every request is answered"),
         ("HTTPRoute", "spec.rules.0.backendRefs.0.port", 8, "port: 8: Service demo/web has no"),
         ("HTTPRoute", "spec.rules.0.backendRefs.0.kind", "Job", "kind: 'Job': only a Service"),
         ("HTTPRoute", "spec.rules.0.backendRefs.0.weight", -1, "weight: -1: must be from 0 to"),
@@ -132,8 +132,8 @@ def test_good_objects_have_no_problems() -> None:
         (
             "HTTPRoute",
             "spec.rules.0.filters",
-            [{"type": "URLRewrite", "urlRewrite": {}}],
-            "filters[0].type: 'URLRewrite': this filter is not supported",
+            [{"type": "CORS", "cors": {}}],
+            "filters[0].type: 'CORS': this filter is not supported",
         ),
         (
             "HTTPRoute",

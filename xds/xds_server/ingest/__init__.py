@@ -11,7 +11,6 @@ from xds_server.errors import Problem
 from xds_server.ingest.addresses import Contested, contested
 from xds_server.ingest.attachment import attach, with_traffic
 from xds_server.ingest.building import build_service, build_workload
-from xds_server.ingest.clashes import clashes
 from xds_server.ingest.core import (
     Pod,
     RawPort,
@@ -29,7 +28,8 @@ from xds_server.ingest.policies import POLICY_VERSION, Origins, PolicyReader
 from xds_server.ingest.policy_status import policy_statuses
 from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
-from xds_server.ingest.routes import GATEWAY_GROUP, RouteReader, read_grant
+from xds_server.ingest.route_status import judge, protocols_of, settle
+from xds_server.ingest.routes import GATEWAY_GROUP, ROUTE_KINDS, RouteReader, read_grant
 from xds_server.ingest.traffic import read_traffic
 from xds_server.ir import Mesh, Name, Parent, Protocol, Service, Workload
 from xds_server.memo import Memo
@@ -43,6 +43,7 @@ _KINDS = {
     ("v1", "Pod"),
     ("v1", "Service"),
     ("discovery.k8s.io/v1", "EndpointSlice"),
+    (f"{GATEWAY_GROUP}/v1", "GRPCRoute"),
     (f"{GATEWAY_GROUP}/v1", "HTTPRoute"),
     (f"{GATEWAY_GROUP}/v1beta1", "HTTPRoute"),
     (f"{GATEWAY_GROUP}/v1", "ReferenceGrant"),
@@ -119,16 +120,16 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
     for item in kinds["ReferenceGrant"]:
         granted = forms.read(item, read_grant, ())
         grants += granted.value if granted.good else []
-    route_reader = RouteReader(services, grants)
+    reader = RouteReader(services, grants)
     beside = (all_services, memo.value(tuple(grants)))
-    routes = []
-    for item in kinds["HTTPRoute"]:
-        reading = forms.read(item, route_reader.read, beside)
-        if reading.value is None:
+    judged = []
+    for item in (item for kind in ROUTE_KINDS for item in kinds[kind]):
+        one = judge(item, reader, forms, beside)
+        if one is None:
             ignored.append(f"{item.subject} (no parent is a Service)")
-        elif reading.good:
-            routes.append((reading.item, reading.value))
-    clashes(routes)
+        else:
+            judged.append(one)
+    routes, statuses = settle(judged, memo)
     ignored += (
         f"{raw.item.subject}: {said} (served as TCP)"
         for raw in services.values()
@@ -136,10 +137,10 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
     )
 
     wanted: dict[Name, set[int]] = defaultdict(set)
-    for _, route in routes:
+    for route in routes:
         for rule in route.rules:
-            for backend in rule.backends:
-                wanted[backend.service].add(backend.port)
+            for name, number in rule.destinations:
+                wanted[name].add(number)
     services = {
         name: memo(RawService.reached_at, raw, memo.row(sorted(wanted[name])))
         if raw.external
@@ -147,14 +148,13 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
         for name, raw in services.items()
     }
     reached = memo.row(services.values())
-    routed = memo.value(frozenset(parent for _, route in routes for parent in route.parents))
-    protocols = memo(_protocols, reached, routed)
+    protocols = memo(_protocols, reached, memo.value(protocols_of(routes)))
     traffic = [forms.read(item, read_traffic, ()) for item in kinds["TrafficPolicy"]]
     rules = memo.value(
         frozenset(
-            (item.kind, item.name, name)
-            for item, _ in routes
-            for name in ("", *(rule["name"].text("") for rule in item.spec["rules"].items()))
+            (route.kind.value, route.name, name)
+            for route in routes
+            for name in ("", *(rule.name for rule in route.rules))
         )
     )
     raw_traffic = memo.row(one.value for one in traffic if one.good)
@@ -195,8 +195,8 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
         workloads=memo(_workloads, all_pods, behind, protocols, zones),
         routes=tuple(
             sorted(
-                (memo(with_traffic, route, item.kind, attached) for item, route in routes),
-                key=lambda route: route.name,
+                (memo(with_traffic, route, route.kind.value, attached) for route in routes),
+                key=lambda route: (route.name, route.kind),
             )
         ),
         policies=tuple(sorted(policies, key=lambda policy: policy.name)),
@@ -207,11 +207,14 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
         kept=tuple(sorted(forms.kept)),
         left_out=tuple(sorted(set(forms.left_out) - set(closed))),
         closed=tuple(closed),
-        statuses=policy_statuses(
-            [*kinds["TrafficPolicy"], *kinds["AuthorizationPolicy"]],
-            attached.statuses,
-            forms.kept,
-            {"Pod": pods, "Service": named},
+        statuses=(
+            *policy_statuses(
+                [*kinds["TrafficPolicy"], *kinds["AuthorizationPolicy"]],
+                attached.statuses,
+                forms.kept,
+                {"Pod": pods, "Service": named},
+            ),
+            *statuses,
         ),
     )
 
@@ -265,16 +268,12 @@ def _workloads(
 
 
 def _protocols(
-    services: tuple[RawService, ...], routed: Collection[Parent]
+    services: tuple[RawService, ...], routed: Collection[tuple[Parent, Protocol]]
 ) -> Mapping[RawPort, Protocol]:
+    """`routed` is what routes say of ports that say nothing themselves."""
+    said = dict(routed)
     return {
-        port: _protocol(port, Parent(service.name, port.number) in routed)
+        port: port.declared or said.get(Parent(service.name, port.number), Protocol.TCP)
         for service in services
         for port in service.ports
     }
-
-
-def _protocol(port: RawPort, routed: bool) -> Protocol:
-    if port.declared is not None:
-        return port.declared
-    return Protocol.HTTP if routed else Protocol.TCP

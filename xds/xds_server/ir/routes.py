@@ -1,7 +1,9 @@
 """Routes of requests."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 
 from xds_server.ir.limits import Fault, RateLimit
 from xds_server.ir.matches import MatchKind, NamedMatch, StringMatch
@@ -18,6 +20,16 @@ class RouteMatch:
     method: str | None = None
     headers: tuple[NamedMatch, ...] = ()
     queries: tuple[NamedMatch, ...] = ()
+
+
+@dataclass(frozen=True)
+class GrpcMatch:
+    """All parts must match; a part that is None matches everything. A regex is RE2 and matches the
+    whole service or method."""
+
+    service: StringMatch | None = None
+    method: StringMatch | None = None
+    headers: tuple[NamedMatch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,32 +69,124 @@ class HeaderChanges:
         return HeaderChanges(self.request.then(later.request), self.response.then(later.response))
 
 
+class PathPart(StrEnum):
+    """What of a path is replaced: all of it, or the prefix that the match named."""
+
+    FULL = "full"
+    PREFIX = "prefix"
+
+
+@dataclass(frozen=True)
+class PathChange:
+    """The query stays. `value` of a FULL path begins with /; of a PREFIX it has no / at its end."""
+
+    part: PathPart
+    value: str
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """An answer that sends the client elsewhere; None leaves a part of the URL as it was asked for
+    (without a port: the scheme's, or without a scheme the service's)."""
+
+    scheme: str | None = None
+    hostname: str | None = None
+    port: int | None = None
+    path: PathChange | None = None
+    status: int = 302
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What the backend is asked instead; None leaves a part as it was."""
+
+    hostname: str | None = None
+    path: PathChange | None = None
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A service port that is sent a copy of `per_million` of a million requests."""
+
+    service: Name
+    port: int
+    per_million: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What is done to requests and their responses. With a redirect, nothing else but the
+    response's headers counts."""
+
+    headers: HeaderChanges = HeaderChanges()
+    redirect: Redirect | None = None
+    rewrite: Rewrite = Rewrite()
+    mirrors: tuple[Mirror, ...] = ()
+
+    def then(self, later: "Filters") -> "Filters":
+        """First these, then `later`, which sees what these left."""
+        return Filters(
+            self.headers.then(later.headers),
+            self.redirect or later.redirect,
+            Rewrite(
+                later.rewrite.hostname or self.rewrite.hostname,
+                later.rewrite.path or self.rewrite.path,
+            ),
+            self.mirrors + later.mirrors,
+        )
+
+
 @dataclass(frozen=True)
 class Backend:
-    """A service port that takes `weight` parts of a rule's requests; they fail where it is not
-    `found` or not to be used."""
+    """A service port that takes `weight` parts of a rule's requests; they fail where it was not
+    `found` or may not be used."""
 
     service: Name
     port: int
     weight: int = 1
-    headers: HeaderChanges = HeaderChanges()
+    filters: Filters = Filters()
     found: bool = True
 
 
 @dataclass(frozen=True)
-class RouteRule:
-    """`timeout` bounds a request, `backend_timeout` one try of it; None or zero is no bound.
-    `rate_limit` and `fault` are a traffic policy's, and each client's sidecar has them for itself;
-    `name` is what a policy calls the rule, or empty."""
+class Retry:
+    """A request that was not taken is tried again up to `attempts` times, and so is one that is
+    answered with one of the codes; at least about `backoff` apart (None: Envoy's default)."""
 
-    matches: tuple[RouteMatch, ...]
+    attempts: int
+    codes: tuple[int, ...] = ()
+    backoff: timedelta | None = None
+
+
+@dataclass(frozen=True)
+class RouteRule:
+    """`timeout` bounds a request, `backend_timeout` one try of it; None or zero is no bound. A
+    `broken` rule takes the requests that match and fails them. `rate_limit` and `fault` are a
+    traffic policy's, and each client's sidecar has them for itself; `name` is what a policy calls
+    the rule, or empty."""
+
+    matches: tuple[RouteMatch | GrpcMatch, ...]
     backends: tuple[Backend, ...]
-    headers: HeaderChanges = HeaderChanges()
+    filters: Filters = Filters()
     timeout: timedelta | None = None
     backend_timeout: timedelta | None = None
+    retry: Retry | None = None
+    broken: bool = False
     name: str = ""
     rate_limit: RateLimit | None = None
     fault: Fault | None = None
+
+    @property
+    def destinations(self) -> Iterator[tuple[Name, int]]:
+        """The service ports that requests, or copies of them, may go to."""
+        if self.broken:
+            return
+        for backend in self.backends:
+            if backend.found:
+                yield backend.service, backend.port
+        for filters in (self.filters, *(backend.filters for backend in self.backends)):
+            for mirror in filters.mirrors:
+                yield mirror.service, mirror.port
 
 
 @dataclass(frozen=True, order=True)
@@ -91,6 +195,13 @@ class Parent:
 
     service: Name
     port: int
+
+
+class RouteKind(StrEnum):
+    """Routes of different kinds are never merged."""
+
+    HTTP = "HTTPRoute"
+    GRPC = "GRPCRoute"
 
 
 @dataclass(frozen=True)
@@ -102,3 +213,4 @@ class Route:
     parents: tuple[Parent, ...]
     hostnames: tuple[str, ...]
     rules: tuple[RouteRule, ...]
+    kind: RouteKind = RouteKind.HTTP

@@ -1,31 +1,25 @@
 """Route configurations of service ports, in the order of precedence of the Gateway API."""
 
-from collections.abc import Iterable, MutableSequence, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
 
 from xds_server.ir import (
-    Backend,
-    HeaderChange,
-    HeaderChanges,
+    GrpcMatch,
     MatchKind,
+    NamedMatch,
     Parent,
     Route,
     RouteMatch,
     RouteRule,
+    StringMatch,
 )
-from xds_server.translate.clusters import BLACKHOLE, cluster_name
+from xds_server.translate.actions import routes_of
+from xds_server.translate.clusters import cluster_name
 from xds_server.translate.listeners import catch_all
-from xds_server.translate.messages import (
-    NO_TIMEOUT,
-    duration,
-    header_option,
-    regex,
-    string_matcher,
-)
+from xds_server.translate.messages import regex, string_matcher
 from xds_server.translate.traffic import configure, for_requests
 
 _PATH_RANK = {MatchKind.EXACT: 2, MatchKind.REGEX: 1, MatchKind.PREFIX: 0}
@@ -38,27 +32,40 @@ class _Candidate:
     route: Route
     place: tuple[int, int]
     rule: RouteRule
-    match: RouteMatch
+    match: RouteMatch | GrpcMatch
 
     def precedence(self, hostname: str) -> tuple[object, ...]:
-        """Smaller comes first (Gateway API, HTTPRouteRule.matches): the longest host name, then
-        exact path, then (the order left to us) regular expression before prefix, the longest of its
-        kind, method, number of headers and of query parameters, the oldest route, its name, and its
-        own order."""
+        """Smaller comes first (Gateway API, HTTPRouteRule.matches and GRPCRouteRule.matches): the
+        longest host name, then what the match says, then the oldest route, its name, and its own
+        order."""
         covering = max(_specificity(name) for name in _covering(self.route, hostname))
-        path = self.match.path
         created = self.route.created
         return (
             tuple(-part for part in covering),
-            -_PATH_RANK[path.kind],
-            -len(path.value),
-            self.match.method is None,
-            -len(self.match.headers),
-            -len(self.match.queries),
+            _rank(self.match),
             (created == "", created),
             self.route.name,
             self.place,
         )
+
+
+def _rank(match: RouteMatch | GrpcMatch) -> tuple[int, ...]:
+    """HTTP: exact path, then (the order left to us) regular expression before prefix, the longest
+    of its kind, method, number of headers and of query parameters. gRPC: characters of the service,
+    of the method, number of headers."""
+    if isinstance(match, GrpcMatch):
+        return (-_length(match.service), -_length(match.method), -len(match.headers))
+    return (
+        -_PATH_RANK[match.path.kind],
+        -len(match.path.value),
+        int(match.method is None),
+        -len(match.headers),
+        -len(match.queries),
+    )
+
+
+def _length(match: StringMatch | None) -> int:
+    return len(match.value) if match else 0
 
 
 def route_configuration(parent: Parent, routes: Sequence[Route]) -> route_pb2.RouteConfiguration:
@@ -78,7 +85,7 @@ def route_configuration(parent: Parent, routes: Sequence[Route]) -> route_pb2.Ro
     ]
     hostnames = {hostname for route in routes for hostname in route.hostnames or ("*",)}
     return _configuration(
-        name, [_virtual_host(hostname, candidates) for hostname in sorted(hostnames)]
+        name, [_virtual_host(hostname, candidates, parent.port) for hostname in sorted(hostnames)]
     )
 
 
@@ -93,7 +100,7 @@ def _configuration(
 
 
 def _virtual_host(
-    hostname: str, candidates: Iterable[_Candidate]
+    hostname: str, candidates: Iterable[_Candidate], port: int
 ) -> route_components_pb2.VirtualHost:
     """Envoy picks one virtual host and looks nowhere else, so each holds the routes of the wider
     host names, too."""
@@ -102,7 +109,9 @@ def _virtual_host(
         key=lambda one: one.precedence(hostname),
     )
     return route_components_pb2.VirtualHost(
-        name=hostname, domains=[hostname], routes=[_route(one) for one in chosen]
+        name=hostname,
+        domains=[hostname],
+        routes=[route for one in chosen for route in _routes(one, port)],
     )
 
 
@@ -120,64 +129,39 @@ def _specificity(hostname: str) -> tuple[int, int]:
     return (int(exact), len(hostname.removeprefix("*")))
 
 
-def _route(one: _Candidate) -> route_components_pb2.Route:
-    rule = one.rule
-    result = route_components_pb2.Route(
-        name=f"{one.route.name}/{one.place[0]}/{one.place[1]}", match=_match(one.match)
-    )
-    configure(result, for_requests(rule.fault, rule.rate_limit))
-    backends = [backend for backend in rule.backends if backend.weight > 0]
-    if not any(backend.found for backend in backends):
-        result.direct_response.status = 500
-        _change(rule.headers, result)
-        return result
-    action = result.route
-    action.timeout.CopyFrom(duration(rule.timeout) if rule.timeout else NO_TIMEOUT)
-    if rule.backend_timeout:
-        # One try, since nothing is tried again: but the bound of a try is Envoy's retry policy's.
-        action.retry_policy.num_retries.value = 0
-        action.retry_policy.per_try_timeout.CopyFrom(duration(rule.backend_timeout))
-    each_its_own = any(backend.headers for backend in backends)
-    if not each_its_own:
-        _change(rule.headers, result)
-    if len(backends) == 1 and not each_its_own:
-        action.cluster = _cluster(backends[0])
-        return result
-    for backend in backends:
-        cluster = action.weighted_clusters.clusters.add()
-        cluster.name = _cluster(backend)
-        cluster.weight.value = backend.weight
-        if each_its_own:
-            # Envoy changes a backend's headers first and the route's on top of them; the Gateway
-            # API has it the other way round.
-            _change(rule.headers.then(backend.headers), cluster)
-    return result
+def _routes(one: _Candidate, port: int) -> Iterator[route_components_pb2.Route]:
+    name = f"{one.route.name}/{one.place[0]}/{one.place[1]}"
+    path = _path(one.match)
+    kind, policy = one.route.kind, for_requests(one.rule.fault, one.rule.rate_limit)
+    for route in routes_of(name, _match(one.match, path), path, one.rule, kind, port):
+        configure(route, policy)
+        yield route
 
 
-def _cluster(backend: Backend) -> str:
-    return cluster_name(backend.service, backend.port) if backend.found else BLACKHOLE
+def _path(match: RouteMatch | GrpcMatch) -> StringMatch:
+    """A gRPC method is the path /SERVICE/METHOD (gRPC over HTTP2, "Requests")."""
+    if isinstance(match, RouteMatch):
+        return match.path
+    service, method = match.service, match.method
+    if service is None and method is None:
+        return StringMatch(MatchKind.PREFIX, "/")
+    if method is None and service is not None and service.kind is MatchKind.EXACT:
+        return StringMatch(MatchKind.PREFIX, f"/{service.value}")
+    if all(part is not None and part.kind is MatchKind.EXACT for part in (service, method)):
+        assert service is not None
+        assert method is not None
+        return StringMatch(MatchKind.EXACT, f"/{service.value}/{method.value}")
+    return StringMatch(MatchKind.REGEX, f"/{_expression(service)}/{_expression(method)}")
 
 
-_Changed: TypeAlias = (
-    route_components_pb2.Route | route_components_pb2.WeightedCluster.ClusterWeight
-)
+def _expression(part: StringMatch | None) -> str:
+    if part is None:
+        return "[^/]+"
+    return f"(?:{part.value})" if part.kind is MatchKind.REGEX else re.escape(part.value)
 
 
-def _change(changes: HeaderChanges, message: _Changed) -> None:
-    _options(changes.request, message.request_headers_to_add)
-    _options(changes.response, message.response_headers_to_add)
-    message.request_headers_to_remove.extend(changes.request.remove)
-    message.response_headers_to_remove.extend(changes.response.remove)
-
-
-def _options(change: HeaderChange, add: MutableSequence[base_pb2.HeaderValueOption]) -> None:
-    add.extend(header_option(name, value, append=False) for name, value in change.set)
-    add.extend(header_option(name, value, append=True) for name, value in change.add)
-
-
-def _match(match: RouteMatch) -> route_components_pb2.RouteMatch:
+def _match(match: RouteMatch | GrpcMatch, path: StringMatch) -> route_components_pb2.RouteMatch:
     result = route_components_pb2.RouteMatch()
-    path = match.path
     match path.kind:
         case MatchKind.EXACT:
             result.path = path.value
@@ -187,12 +171,17 @@ def _match(match: RouteMatch) -> route_components_pb2.RouteMatch:
             result.prefix = "/"
         case _:
             result.path_separated_prefix = path.value
-    if match.method is not None:
-        result.headers.add(name=":method").string_match.exact = match.method
-    for header in match.headers:
-        result.headers.add(name=header.name).string_match.CopyFrom(string_matcher(header.value))
-    for query in match.queries:
-        result.query_parameters.add(name=query.name).string_match.CopyFrom(
-            string_matcher(query.value)
-        )
+    if isinstance(match, RouteMatch):
+        if match.method is not None:
+            result.headers.add(name=":method").string_match.exact = match.method
+        for query in match.queries:
+            result.query_parameters.add(name=query.name).string_match.CopyFrom(
+                string_matcher(query.value)
+            )
+    _match_headers(match.headers, result)
     return result
+
+
+def _match_headers(headers: Iterable[NamedMatch], result: route_components_pb2.RouteMatch) -> None:
+    for header in headers:
+        result.headers.add(name=header.name).string_match.CopyFrom(string_matcher(header.value))

@@ -1,0 +1,144 @@
+"""What becomes of routes: which of two kinds has a service port, and the conditions of each."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from xds_server.conditions import (
+    ACCEPTED,
+    PARTIALLY_INVALID,
+    RESOLVED_REFS,
+    Condition,
+    ObjectStatus,
+    ParentStatus,
+)
+from xds_server.ingest.lastgood import Forms
+from xds_server.ingest.reader import Item
+from xds_server.ingest.routes import Attachment, RouteReader, RouteReading
+from xds_server.ir import Parent, Protocol, Route, RouteKind
+from xds_server.memo import Memo
+
+#: A service port and the namespace whose clients it is for: "" is every client.
+Scope = tuple[Parent, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A route as it is written now, and as it is in force: its last good form, if what is written
+    is bad, or None."""
+
+    now: RouteReading
+    force: RouteReading | None
+
+
+def judge(
+    item: Item, reader: RouteReader, forms: Forms, beside: tuple[object, ...]
+) -> Judged | None:
+    """None for a route that is not the mesh's. `beside` is what the reader looks at."""
+    reading = forms.read(item, reader.read, beside)
+    now = reading.value if reading.item is item else reader.read(item.again())
+    if now is None:
+        return None
+    return Judged(now, reading.value if reading.good else None)
+
+
+def settle(judged: Iterable[Judged], memo: Memo) -> tuple[list[Route], list[ObjectStatus]]:
+    """The routes in force and the status of all. Where GRPCRoutes and HTTPRoutes meet on a service
+    port, for the same clients, only the GRPCRoutes count (GEP-1426, "Route types")."""
+    judged = list(judged)
+    taken = {
+        scope
+        for one in judged
+        if one.force is not None and one.force.route.kind is RouteKind.GRPC
+        for parent in one.force.route.parents
+        for scope in _scopes(one.force.route, parent)
+    }
+    routes = []
+    for one in judged:
+        if one.force is not None:
+            route = one.force.route
+            left = tuple(p for p in route.parents if not _conflicts(route, p, taken))
+            routes.append(memo(_under, route, memo.value(left)) if left != route.parents else route)
+    return routes, [_status(one, taken) for one in judged]
+
+
+def protocols_of(routes: Iterable[Route]) -> frozenset[tuple[Parent, Protocol]]:
+    """What routes say of the service ports that they are for. A GRPCRoute says it of its backends,
+    too, which HTTP/1.1 would be no use to."""
+    found: dict[Parent, Protocol] = {}
+    for route in routes:
+        if route.kind is RouteKind.GRPC:
+            found |= dict.fromkeys(route.parents, Protocol.HTTP2)
+            for rule in route.rules:
+                found |= {Parent(*place): Protocol.HTTP2 for place in rule.destinations}
+    for route in routes:
+        for parent in route.parents:
+            found.setdefault(parent, Protocol.HTTP)
+    return frozenset(found.items())
+
+
+def _under(route: Route, parents: tuple[Parent, ...]) -> Route:
+    return replace(route, parents=parents)
+
+
+def _scopes(route: Route, parent: Parent) -> list[Scope]:
+    own = route.name.namespace
+    return [(parent, "" if own == parent.service.namespace else own)]
+
+
+def _conflicts(route: Route, parent: Parent, taken: Collection[Scope]) -> bool:
+    return route.kind is RouteKind.HTTP and any(s in taken for s in _scopes(route, parent))
+
+
+def _status(one: Judged, taken: Collection[Scope]) -> ObjectStatus:
+    item = one.now.item
+    resolved = _resolved(one.now)
+    parents = []
+    for attachment in one.now.attachments:
+        conditions = [_accepted(one, attachment, taken), resolved]
+        if conditions[0].status and one.now.dropped:
+            rules = ", ".join(one.now.dropped)
+            text = f"Dropped Rule: {rules}; its requests are answered with an error"
+            conditions.append(Condition(PARTIALLY_INVALID, True, "UnsupportedValue", text))
+        parents.append(ParentStatus(attachment.reference, tuple(conditions)))
+    generation = item.root["metadata"]["generation"].value
+    return ObjectStatus(
+        str(item.root["apiVersion"].value),
+        item.kind,
+        item.name.namespace,
+        item.name.name,
+        generation if isinstance(generation, int) else None,
+        parents=tuple(parents),
+    )
+
+
+def _accepted(one: Judged, attachment: Attachment, taken: Collection[Scope]) -> Condition:
+    if one.force is not one.now:
+        reason = "IncompatibleFilters" if one.now.incompatible else "UnsupportedValue"
+        return Condition(ACCEPTED, False, reason, _why(one.now.item, kept=one.force is not None))
+    if attachment.refused:
+        return Condition(ACCEPTED, False, "NoMatchingParent", attachment.refused)
+    route = one.now.route
+    lost = [parent for parent in attachment.parents if _conflicts(route, parent, taken)]
+    if not lost:
+        return Condition(ACCEPTED, True, "Accepted")
+    numbers = ", ".join(str(parent.port) for parent in lost)
+    text = f"GRPCRoutes have port {numbers} of Service {lost[0].service}, and go first"
+    if len(lost) < len(attachment.parents):
+        return Condition(ACCEPTED, True, "Accepted", f"{text}; accepted for its other ports")
+    return Condition(ACCEPTED, False, "Conflicted", text)
+
+
+def _why(item: Item, *, kept: bool) -> str:
+    wrong = [problem for problem in item.problems if problem.own]
+    first = ": ".join(part for part in (wrong[0].field, wrong[0].value, wrong[0].message) if part)
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return f"{first}{more}" + ("; its last good form stays in force" if kept else "")
+
+
+def _resolved(reading: RouteReading) -> Condition:
+    if not reading.unresolved:
+        return Condition(RESOLVED_REFS, True, "ResolvedRefs")
+    # Several reasons are told, the first one by its name.
+    first = reading.unresolved[0].reason
+    text = "; ".join(dict.fromkeys(one.message for one in reading.unresolved))
+    return Condition(RESOLVED_REFS, False, first, text)
