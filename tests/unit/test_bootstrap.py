@@ -2,12 +2,15 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import Authority
 
-from redirector.bootstrap import bootstrap
+from redirector.bootstrap import XdsTls, bootstrap, sds_files
+from redirector.cli import main
 from redirector.errors import InputError
 from redirector.machine import envoy_binary
 
@@ -77,3 +80,70 @@ def test_wrong_input_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         made(**options)
     assert message in str(caught.value)
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> XdsTls:
+    authority = Authority()
+    made = XdsTls(tmp_path / "ca.crt", tmp_path / "tls.crt", tmp_path / "tls.key", "xds.mesh.svc")
+    made.ca.write_bytes(authority.pem)
+    authority.issue("spiffe://cluster.local/ns/shop/sa/web").write(made.certificate, made.key)
+    return made
+
+
+@pytest.mark.parametrize("name", ["xds.mesh.svc", "10.0.0.1", "fd00::1"])
+@pytest.mark.parametrize("sds", [False, True])
+def test_envoy_takes_it_with_tls(tmp_path: Path, tls: XdsTls, name: str, sds: bool) -> None:
+    options = replace(tls, server_name=name, sds_directory=tmp_path if sds else None)
+    if sds:
+        for file, content in sds_files(options).items():
+            file.write_text(json.dumps(content))
+    path = tmp_path / "bootstrap.json"
+    path.write_text(json.dumps(made("xds.mesh.svc:18000", tls=options)))
+    argv: list[str | Path] = [envoy_binary(), "--mode", "validate", "-c", path, "-l", "warn"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_server_must_have_the_name_that_was_dialled(
+    tmp_path: Path, tls: XdsTls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--xds", "[fd00::1]:1", "--xds-ca", str(tls.ca), "--xds-cert", str(tls.certificate)]
+    options += ["--xds-key", str(tls.key), "--xds-sds-dir", str(tmp_path / "sds")]
+    assert main(["bootstrap", "shop/web", "--ip", "10.0.0.1", *options]) == 0
+    (cluster,) = json.loads(capsys.readouterr().out)["static_resources"]["clusters"]
+    context = cluster["transport_socket"]["typed_config"]
+    assert "sni" not in context
+    trust = context["common_tls_context"]["combined_validation_context"]
+    (name,) = trust["default_validation_context"]["match_typed_subject_alt_names"]
+    assert name == {"san_type": "IP_ADDRESS", "matcher": {"exact": "fd00::1"}}
+    files = sorted(path.name for path in (tmp_path / "sds").iterdir())
+    assert files == ["xds-ca.json", "xds-certificate.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--xds-ca", "/a"], "bootstrap: TLS needs --xds-cert and --xds-key, too"),
+        (
+            ["--xds-ca", "/a", "--xds-cert", "b", "--xds-key", "/c"],
+            "bootstrap: xds certificate: 'b': give an absolute path",
+        ),
+        (
+            ["--xds", "unix:/a", "--xds-ca", "/a", "--xds-cert", "/b", "--xds-key", "/c"],
+            "a Unix socket has no TLS; leave it out",
+        ),
+        (
+            ["--xds-ca", "/a", "--xds-cert", "/b", "--xds-key", "/c", "--xds-sds-dir", "/dev/null"],
+            "--xds-sds-dir /dev/null: File exists; give a directory to write to",
+        ),
+    ],
+)
+def test_wrong_tls_options_are_one_line(
+    options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pod = ["bootstrap", "web", "--ip", "10.0.0.1", "--xds", "10.0.0.9:1"]
+    assert main([*pod, *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1

@@ -4,6 +4,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from xds_server.admission import Reason
+from xds_server.generation import Generation
+from xds_server.server import Server
 
 from redirector import metrics
 from redirector.datapath.layout import Counter
@@ -36,6 +39,15 @@ def test_every_metric_is_listed() -> None:
     total = {"counter": "_total"}
     names = {f"{one.name}{total.get(one.type, '')}" for one in metrics.families(NodeStatus(()))}
     assert [name for name in sorted(names) if f"`{name}`" not in PAGE] == []
+
+
+def test_every_metric_of_the_xds_server_is_listed() -> None:
+    server = Server(Generation(lambda _: {}), report=lambda _: None)
+    lines = server.metrics().decode().splitlines()
+    names = {line.split()[2] for line in lines if line.startswith("# TYPE ")}
+    assert len(names) > 5
+    assert [name for name in sorted(names) if f"`{name}`" not in PAGE] == []
+    assert [reason for reason in Reason if f"`{reason}`" not in PAGE] == []
 
 
 @pytest.mark.parametrize("outcome", ["PASSED", "REFUSED"])
