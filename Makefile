@@ -20,7 +20,7 @@ demo: setup ## steer real pods through real Envoys and show it
 
 test: setup ## every test, on the real kernel, with real Envoys and real programs
 	@bash tests/programs/setup $(STATE)/programs
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulator
 	@bash tests/kernel/setup $(STATE)/kernel
@@ -39,6 +39,7 @@ check: setup ## lint, types, import rules, C format (changes nothing)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy redirector xds/xds_server
+	@$(BIN)/mypy --config-file tests/mypy.ini tests
 	@$(BIN)/lint-imports
 	@clang-format --dry-run --Werror bpf/sockops/*.[ch]
 

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running import Sidecar, XdsServer
+from running import DEMO, Sidecar, XdsServer
 
 from redirector.lab import Node
-
-DEMO = Path(__file__).parents[2] / "manifests" / "demo"
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from redirector.bootstrap import XdsTls, bootstrap
 from redirector.lab import LabPod
 from redirector.machine import envoy_binary
 
+#: The demo's objects.
+DEMO = Path(__file__).parents[2] / "manifests" / "demo"
 #: The sidecar's user, from the product's defaults.
 SIDECAR_ID = 1337
 

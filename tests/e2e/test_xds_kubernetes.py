@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from apiserver import ApiServer, Object, kubeconfig
-from conftest import DEMO
-from running import Sidecar, XdsServer
+from running import DEMO, Sidecar, XdsServer
 from waiting import eventually
 from xds_server.sources.files import load
 

@@ -70,7 +70,8 @@ def test_sidecar_is_known_by_its_certificate_and_both_sides_follow_their_files(
 
     # What connects from now on has the new certificates: the other side knows no others.
     assert server.stop() == 0
-    again = serve_tls(XdsTls(*(place / "server" / n for n in ("ca.crt", "tls.crt", "tls.key")), ""))
+    authority, certificate, key = (place / "server" / n for n in ("ca.crt", "tls.crt", "tls.key"))
+    again = serve_tls(XdsTls(authority, certificate, key, ""))
     text = text.replace("weight: 50", "weight: 40")
     again.wait_for_log(r"client\.demo connected")
     for kind in ("cluster", "endpoints", "listener", "route"):
