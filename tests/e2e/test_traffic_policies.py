@@ -34,6 +34,8 @@ BOTH, ONE = "10.96.77.5", "10.96.77.6"
 PODS = {"client": "10.77.0.10", "web-v1": "10.77.0.11", "web-v2": "10.77.0.12"}
 OUTSIDE = "10.77.0.13"
 HTTP, RAW, NOBODY = 8080, 9090, 9
+#: Refuses nobody here. Whatever is counted goes on when it comes, as when pods come and go.
+UNHEARD = {"action": "DENY", "rules": [{"from": [{"cidrs": ["192.0.2.0/24"]}]}]}
 ROUTE = {"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "name": "one"}
 
 
@@ -49,12 +51,18 @@ class World:
     @contextmanager
     def policy(self, target: dict[str, str], **parts: Any) -> Iterator[None]:
         """A TrafficPolicy that every sidecar has taken."""
+        with self.applied("TrafficPolicy", targetRefs=[target], **parts):
+            yield
+
+    @contextmanager
+    def applied(self, kind: str, **spec: Any) -> Iterator[None]:
+        """The same for any policy."""
         file = self.manifests / f"policy-{secrets.token_hex(3)}.yaml"
         content = {
             "apiVersion": "policy.redirector.io/v1alpha1",
-            "kind": "TrafficPolicy",
+            "kind": kind,
             "metadata": {"name": "it", "namespace": "demo"},
-            "spec": {"targetRefs": [target], **parts},
+            "spec": spec,
         }
         event = self.server.event_after(lambda: file.write_text(yaml.safe_dump(content)))
         assert (event["nacks"], event["waiting"]) == ([], [])
@@ -137,6 +145,8 @@ def test_a_pod_takes_so_many_requests_of_all_clients_together(world: World) -> N
         first = world.statuses(PODS["web-v1"], *[get()] * 4, **direct)
         second = world.statuses(PODS["web-v1"], *[get()] * 8, **direct, pod="outside")
         assert Counter(first + second) == {200: 6, 429: 6}
+        with world.applied("AuthorizationPolicy", **UNHEARD):
+            assert world.statuses(PODS["web-v1"], get(), **direct) == [429]
         assert world.statuses(PODS["web-v2"], get(), **direct) == [200]
     assert world.statuses(PODS["web-v1"], *[get()] * 8, port=HTTP) == [200] * 8
 
@@ -146,6 +156,8 @@ def test_a_port_that_is_not_http_takes_so_many_connections(world: World) -> None
     with world.policy(service("both", "raw"), rateLimit=limit):
         answers = world.statuses(PODS["web-v1"], *[get()] * 7, port=RAW, pod="outside")
         assert Counter(answers) == {200: 3, 0: 4}
+        with world.applied("AuthorizationPolicy", **UNHEARD):
+            assert world.statuses(PODS["web-v1"], get(), port=RAW, pod="outside") == [0]
         assert world.statuses(PODS["web-v1"], get(), port=HTTP, pod="outside") == [200]
 
 

@@ -13,7 +13,7 @@ Culprit = tuple[str, Name, Name | None]
 def culprits(mesh: Mesh, node: NodeId, type_url: str, name: str) -> Iterator[Culprit]:
     """The objects with a status that a resource of a sidecar depends on; none for what depends on
     Services and pods alone."""
-    if name == INBOUND or name.startswith(f"{INBOUND}|"):
+    if name == INBOUND:
         if type_url in (LISTENER, ROUTE):
             yield from _inbound(mesh, Name(node.namespace, node.pod))
         return

@@ -30,7 +30,7 @@ from xds_server.translate.clusters import (
     outbound_clusters,
     outbound_endpoints,
 )
-from xds_server.translate.inbound import inbound_listener, inbound_name, inbound_routes
+from xds_server.translate.inbound import inbound_listener, inbound_routes
 from xds_server.translate.outbound import OUTBOUND, outbound_listener
 from xds_server.translate.proxyless import Proxyless
 from xds_server.translate.routes import route_configuration
@@ -278,11 +278,8 @@ def _inbound(
 ) -> Inbound:
     """Listener, and the routes of its HTTP ports; pods of one kind share them."""
     arrivals = dict(zip(numbers, traffic, strict=True))
-    routes: dict[str, Message] = {
-        inbound_name(port.number): inbound_routes(port.number, policies, arrivals.get(port.number))
-        for port in ports
-        if port.protocol.is_http
-    }
+    is_http = any(port.protocol.is_http for port in ports)
+    routes: dict[str, Message] = {INBOUND: inbound_routes(policies)} if is_http else {}
     return inbound_listener(ports, policies, arrivals), routes
 
 

@@ -22,7 +22,6 @@ from xds_server.translate.policies import http_filters, network_filters, per_rou
 from xds_server.translate.traffic import (
     configure,
     connection_filters,
-    for_requests,
     inbound_filters,
 )
 
@@ -42,22 +41,17 @@ def inbound_listener(
     return listener(INBOUND, INBOUND_PORT, chains, _tcp_chain(None, policies, None))
 
 
-def inbound_name(port: int | None) -> str:
-    """What a port's filter chain and its routes are called."""
-    return INBOUND if port is None else f"{INBOUND}|{port}"
-
-
-def inbound_routes(
-    port: int, policies: Sequence[Policy], traffic: TrafficPolicy | None
-) -> route_pb2.RouteConfiguration:
+def inbound_routes(policies: Sequence[Policy]) -> route_pb2.RouteConfiguration:
     """Every request to where it was going, under the pod's policies."""
     host = route_components_pb2.VirtualHost(name="*", domains=["*"], routes=[catch_all(INBOUND)])
-    result = route_pb2.RouteConfiguration(name=inbound_name(port), virtual_hosts=[host])
+    result = route_pb2.RouteConfiguration(name=INBOUND, virtual_hosts=[host])
     result.validate_clusters.value = False
-    configure(
-        result, per_route(policies) | for_requests(None, traffic.rate_limit if traffic else None)
-    )
+    configure(result, per_route(policies))
     return result
+
+
+def _chain_name(port: int | None) -> str:
+    return INBOUND if port is None else f"{INBOUND}|{port}"
 
 
 def _tcp_chain(
@@ -65,15 +59,15 @@ def _tcp_chain(
 ) -> Chain:
     filters = [
         *network_filters(policies),
-        *connection_filters(traffic, http=False),
+        *connection_filters(traffic, port, http=False),
         tcp_proxy(INBOUND, access_logs(traffic)),
     ]
-    return chain(inbound_name(port), port, filters)
+    return chain(_chain_name(port), port, filters)
 
 
 def _http_chain(port: AppPort, policies: Sequence[Policy], traffic: TrafficPolicy | None) -> Chain:
-    filters = [*http_filters(), *inbound_filters()]
-    manager = http_manager(inbound_name(port.number), "localhost", filters)
+    filters = [*http_filters(), *inbound_filters(traffic)]
+    manager = http_manager(INBOUND, "localhost", filters)
     manager.access_log.extend(access_logs(traffic))
     # The peer's address is appended to X-Forwarded-For, and no peer is trusted with Envoy's own
     # request headers.
@@ -88,5 +82,5 @@ def _http_chain(port: AppPort, policies: Sequence[Policy], traffic: TrafficPolic
         manager.path_with_escaped_slashes_action = (
             Manager.PathWithEscapedSlashesAction.UNESCAPE_AND_REDIRECT
         )
-    found = [*connection_filters(traffic, http=True), network_filter("http", manager)]
-    return chain(inbound_name(port.number), port.number, found)
+    found = [*connection_filters(traffic, port.number, http=True), network_filter("http", manager)]
+    return chain(_chain_name(port.number), port.number, found)

@@ -6,8 +6,10 @@ limit, its connections and its access log belong to the sidecar of the pod that 
 hold for all clients together. A route's rate limit is the client's, since only there routes are
 known.
 
-What belongs to requests comes with the routes: a change of it closes no connection. The filters are
-in every chain, switched off until a route configures them.
+A client's part comes with its routes: a change of it closes no connection. The filters are in
+every chain, switched off until a route configures them. The serving pod's part is in the chain
+itself: its routes carry the pod's authorization policies, which change with every pod that comes or
+goes, and a rate limit begins anew, with a full bucket, when the configuration around it changes.
 """
 
 from collections.abc import Mapping
@@ -53,11 +55,11 @@ def outbound_filters() -> list[hcm_pb2.HttpFilter]:
     ]
 
 
-def inbound_filters() -> list[hcm_pb2.HttpFilter]:
-    """The same for the pod that serves."""
-    return [
-        _switched_off(_RATE_LIMIT, local_rate_limit_pb2.LocalRateLimit(stat_prefix=_RATE_LIMIT))
-    ]
+def inbound_filters(policy: TrafficPolicy | None) -> list[hcm_pb2.HttpFilter]:
+    """The filters of a pod that serves, behind those that refuse: only what passes them counts."""
+    if policy is None or policy.rate_limit is None:
+        return []
+    return [hcm_pb2.HttpFilter(name=_RATE_LIMIT, typed_config=packed(_limit(policy.rate_limit)))]
 
 
 def for_requests(fault: Fault | None, limit: RateLimit | None) -> dict[str, Any]:
@@ -70,7 +72,9 @@ def for_requests(fault: Fault | None, limit: RateLimit | None) -> dict[str, Any]
     return found
 
 
-def connection_filters(policy: TrafficPolicy | None, *, http: bool) -> list[Filter]:
+def connection_filters(
+    policy: TrafficPolicy | None, port: int | None, *, http: bool
+) -> list[Filter]:
     """What judges connections that arrive at a pod. On a port that is not HTTP a connection is what
     a request is elsewhere."""
     if policy is None:
@@ -82,7 +86,10 @@ def connection_filters(policy: TrafficPolicy | None, *, http: bool) -> list[Filt
         found.append(network_filter(_CONNECTION_LIMIT, most))
     if policy.rate_limit and not http:
         rate = network_rate_limit_pb2.LocalRateLimit(
-            stat_prefix=_RATE_LIMIT, token_bucket=_bucket(policy.rate_limit)
+            stat_prefix=_RATE_LIMIT,
+            token_bucket=_bucket(policy.rate_limit),
+            # Outlives the chain, which changes with the authorization policies in it.
+            share_key=f"{policy.name}|{port}",
         )
         found.append(network_filter(_RATE_LIMIT, rate))
     return found
