@@ -8,11 +8,11 @@ import time
 from ipaddress import IPv4Address
 from pathlib import Path
 
-import agent_manifests
 import apiserver
 import pytest
 from agents import PATIENCE_S, PORT, UID, Ground, until
 from apiserver import Fault
+from deployed import AGENT
 
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
@@ -186,7 +186,7 @@ def test_what_its_manifest_grants_is_all_it_needs(field: Ground, mode: Mode) -> 
     field.tell("bad", 2, mode="on")
     field.pins = field.pins.with_name(f"{field.pins.name}-own")
     try:
-        kept = ",".join(f"+{name.lower()}" for name in agent_manifests.capabilities())
+        kept = ",".join(f"+{name.lower()}" for name in AGENT.capabilities())
         agent = field.start(under=["setpriv", f"--bounding-set=-all,{kept}"])
         field.until_mode("pod", mode)
         assert field.verdict("pod", peer) is Verdict.OUTBOUND
@@ -196,7 +196,7 @@ def test_what_its_manifest_grants_is_all_it_needs(field: Ground, mode: Mode) -> 
         field.until_mode("pod", None)
         assert field.verdict("pod", peer) is Verdict.DIRECT
         asked = {(request.verb, request.resource) for request in field.server.requests}
-        assert asked == agent_manifests.allowed()
+        assert asked == AGENT.allowed()
         agent.stop()
     finally:
         Datapath(field.pins).unload()

@@ -5,9 +5,9 @@ import sys
 from ipaddress import ip_address
 from pathlib import Path
 
-import agent_manifests
 import probes
 import pytest
+from deployed import AGENT
 
 from redirector.datapath.pins import Datapath
 from redirector.lab import Node
@@ -33,10 +33,10 @@ exec chroot $ROOT setpriv --bounding-set=-all,$KEPT "$@"
 
 @pytest.mark.parametrize("mode", list(Mode))
 def test_pods_are_enrolled_from_a_container(node: Node, tmp_path: Path, mode: Mode) -> None:
-    spec = agent_manifests.one("DaemonSet")["spec"]["template"]["spec"]
+    spec = AGENT.pod()
     assert spec["hostPID"]
     assert "hostNetwork" not in spec
-    assert agent_manifests.container()["securityContext"]["readOnlyRootFilesystem"]
+    assert AGENT.container()["securityContext"]["readOnlyRootFilesystem"]
     pod, peer = node.pod("pod"), node.pod("peer")
     probes.start(pod, [(Verdict.OUTBOUND, 15001)], sidecar=True)
     probes.start(peer, [(Verdict.DIRECT, 80)])
@@ -53,7 +53,7 @@ def test_pods_are_enrolled_from_a_container(node: Node, tmp_path: Path, mode: Mo
         "REDIRECTOR_PINS": str(pins),
         "ROOT": str(root),
         "STATE": str(state),
-        "KEPT": ",".join(f"+{name.lower()}" for name in agent_manifests.capabilities()),
+        "KEPT": ",".join(f"+{name.lower()}" for name in AGENT.capabilities()),
     }
 
     def command(*words: str | Path) -> None:
