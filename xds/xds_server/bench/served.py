@@ -10,7 +10,7 @@ from pathlib import Path
 
 from xds_server.bench.objects import Size, World, node_id
 from xds_server.generation import Generation
-from xds_server.ingest import ingest
+from xds_server.ingest import Ingester
 from xds_server.ir import NodeId
 from xds_server.lineage import Lineage
 from xds_server.push import Push
@@ -62,6 +62,7 @@ class _Served:
         self._control = control
         self._world = World(size)
         self._objects = self._world.objects()
+        self._ingester = Ingester()
         self._lineage = Lineage()
         self._pushes: asyncio.Queue[Push] = asyncio.Queue()
 
@@ -118,7 +119,7 @@ class _Served:
         )
 
     def _generation(self) -> Generation:
-        mesh, problems = ingest(self._objects)
+        mesh, problems = self._ingester.ingest(self._objects)
         assert not problems, problems[0]
         return self._lineage.next(mesh)
 
