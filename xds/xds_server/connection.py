@@ -164,7 +164,8 @@ class Connection:
             self.wake.clear()
             while not self._leaving and (response := await self._next()) is not None:
                 self._note_sent(response)
-                await context.write(response.body)
+                async with self._hub.room.for_(response.size):
+                    await context.write(response.body)
             self._settle()
 
     async def _next(self) -> Response | None:
@@ -193,16 +194,16 @@ class Connection:
             self.stream.offer(snapshot)
 
     def _note_sent(self, response: Response) -> None:
-        if len(response.body) > MAX_RESPONSE_BYTES:
+        if response.size > MAX_RESPONSE_BYTES:
             log.warning(
                 "%s is sent %d bytes of %s in one message, which cannot be split; gRPC's clients "
                 "refuse more than 4 MiB unless told otherwise",
                 self,
-                len(response.body),
+                response.size,
                 kind(response.type_url),
             )
         self._sent[response.nonce] = _Sent(response.version, self._hub.clock())
-        self._hub.tally.response_bytes[label(response.type_url)].add(len(response.body))
+        self._hub.tally.response_bytes[label(response.type_url)].add(response.size)
         self._hub.sent(self, response.nonce)
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
@@ -211,7 +212,7 @@ class Connection:
                 response.nonce,
                 kind(response.type_url),
                 _contents(response),
-                len(response.body),
+                response.size,
             )
 
 

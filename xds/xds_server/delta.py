@@ -101,8 +101,8 @@ class DeltaStream(Stream):
         version: str,
         resources: tuple[Encoded, ...],
         removed: tuple[str, ...],
-    ) -> bytes:
+    ) -> tuple[bytes, ...]:
         head: bytes = DeltaDiscoveryResponse(
             type_url=type_url, nonce=nonce, system_version_info=version, removed_resources=removed
         ).SerializeToString()
-        return b"".join((head, *map(self._frame, resources)))
+        return (head, *map(self._frame, resources))

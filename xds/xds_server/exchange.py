@@ -25,14 +25,25 @@ class Nack:
 
 @dataclass(frozen=True)
 class Response:
-    """One message to the client. `body` is its encoding, ready for the wire."""
+    """One message to the client. `frames` are its encoding in pieces, most of which other clients
+    are sent, too: it is whole only on its way to the wire."""
 
     type_url: str
     nonce: str
     version: str
     resources: tuple[Encoded, ...]
     removed: tuple[str, ...]
-    body: bytes = field(repr=False)
+    frames: tuple[bytes, ...] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Its encoding's bytes."""
+        return sum(map(len, self.frames))
+
+    @property
+    def body(self) -> bytes:
+        """Its encoding."""
+        return b"".join(self.frames)
 
     def versions(self) -> dict[str, str]:
         """name -> version of everything in it, ABSENT for what it takes away."""

@@ -11,6 +11,7 @@ from xds_server.generation import Generation
 from xds_server.ir import NodeId
 from xds_server.push import Push
 from xds_server.references import kind
+from xds_server.room import Room
 from xds_server.snapshot import Snapshot
 from xds_server.tally import Tally
 
@@ -54,6 +55,7 @@ class Hub:
         self._report = report
         self._report_after = report_after
         self.tally = Tally()
+        self.room = Room()
         self._encoded_before = 0
         self._pushes: dict[Push, asyncio.TimerHandle] = {}
         # One thread: snapshots share an encoder, and the event loop stays free meanwhile.

@@ -187,11 +187,11 @@ class SotwStream(Stream):
         version: str,
         resources: tuple[Encoded, ...],
         removed: tuple[str, ...],  # noqa: ARG002 - this variant deletes by leaving out
-    ) -> bytes:
+    ) -> tuple[bytes, ...]:
         head: bytes = DiscoveryResponse(
             type_url=type_url, nonce=nonce, version_info=version
         ).SerializeToString()
-        return b"".join((head, *map(self._frame, resources)))
+        return (head, *map(self._frame, resources))
 
 
 def _version(state: TypeState, desired: ResourceSet) -> str:

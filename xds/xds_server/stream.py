@@ -315,8 +315,8 @@ class Stream(ABC):
         chosen, gone = tuple(resources), tuple(removed)
         state.last_nonce = nonce
         state.owed = False
-        body = self._encode(state.type_url, nonce, version, chosen, gone)
-        response = Response(state.type_url, nonce, version, chosen, gone, body)
+        frames = self._encode(state.type_url, nonce, version, chosen, gone)
+        response = Response(state.type_url, nonce, version, chosen, gone, frames)
         state.unanswered[nonce] = (version, response.versions())
         return response
 
@@ -359,5 +359,5 @@ class Stream(ABC):
         version: str,
         resources: tuple[Encoded, ...],
         removed: tuple[str, ...],
-    ) -> bytes:
-        """The message as bytes."""
+    ) -> tuple[bytes, ...]:
+        """The message as bytes, in pieces."""
