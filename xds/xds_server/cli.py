@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -138,11 +139,19 @@ async def validate(make: Callable[[], Source], out: TextIO, err: TextIO) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _start_log(arguments.log_level)
+    _allow_many_files()
     shell = options.shell(arguments)
     report = _reporter(arguments.events)
     source = _source(arguments)
     run = _run(source, shell, report, strict=arguments.strict, writes=not arguments.read_only)
     return asyncio.run(run)
+
+
+def _allow_many_files() -> None:
+    """Each sidecar is a file descriptor, and most systems begin with 1,024 for a process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _reporter(path: Path | None) -> Callable[[Push], None]:

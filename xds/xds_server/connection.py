@@ -79,6 +79,9 @@ class Connection:
             version = self.stream.version(type_url)
         refused_at, nack = self._refused.get(type_url, (None, None))
         error, refused_version = (nack.error, nack.version) if nack else ("", "")
+        held = sorted(each.name for each in self.stream.quarantined if each.type_url == type_url)
+        if held:
+            error = f"{listed(held)} kept back: {error}"
         return TypeStanding(type_url, sync, version, at, error, refused_version, refused_at)
 
     def leave(self) -> None:
@@ -117,7 +120,8 @@ class Connection:
         self._go_on()
 
     def _book(self, answer: Ack | Nack, now: float) -> None:
-        sent = self._sent.pop(answer.nonce)
+        # Nonces can be guessed: one that is about to be sent may be answered already.
+        sent = self._sent.pop(answer.nonce, _Sent("", now))
         name, tally = label(answer.type_url), self._hub.tally
         tally.ack_seconds[name].add(now - sent.at)
         nack = None

@@ -47,6 +47,8 @@ class Operating:
 
         def page(ask: Callable[[], Awaitable[Page]]) -> Callable[[], Page]:
             def answer() -> Page:
+                if loop.is_closed():
+                    return Page(503, b"stopping\n")
                 asked = asyncio.run_coroutine_threadsafe(_coroutine(ask), loop)
                 try:
                     return asked.result(_HANGING_S)

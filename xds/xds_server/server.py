@@ -60,6 +60,9 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        # Connections that ask for nothing hold a file descriptor each.
+        ("grpc.max_connection_idle_ms", 300_000),
+        ("grpc.server_handshake_timeout_ms", 10_000),
         # A stream that follows another on one connection proves nothing anew, so connections
         # have an age, too. The grace is for the last stream's own end; what is stuck is cut.
         ("grpc.max_connection_age_ms", age_ms),

@@ -85,7 +85,7 @@ async def test_each_type_stands_where_its_answers_say(tmp_path: Path) -> None:
         (found,) = await fetch(address)
         by_type = {each.type_url: each for each in found.types}
         assert by_type[CLUSTER].version == response.system_version_info
-        assert by_type[LISTENER].error == "no such filter"
+        assert by_type[LISTENER].error == "in kept back: no such filter"
         assert by_type[LISTENER].refused_version == listeners.system_version_info
         # What was accepted is overtaken.
         await run.publish(world(clusters={"web": 1}))

@@ -100,6 +100,9 @@ def test_missing_directory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["--listen", "nowhere"], "--listen nowhere: not an address"),
         (["--listen", "0.0.0.0:18000"], "add --insecure-listen"),
+        (["--admin", "0.0.0.0:18001"], "--admin 0.0.0.0:18001: not a loopback address"),
+        (["--admin", "nowhere"], "--admin nowhere: not an address"),
+        (["--status-address", "nowhere"], "--status-address nowhere: is not HOST:PORT"),
         (["--events", "/nowhere/events"], "--events /nowhere/events: No such file"),
         (["--events", "/"], "--events /: Is a directory; give a file"),
     ],
