@@ -15,7 +15,9 @@ MODE, ACCELERATE = "mode", "accelerate"
 NONE = "none"
 #: Kubernetes' own: there the agent's default asks for nothing, only an annotation does.
 SYSTEM = frozenset({"kube-system", "kube-public", "kube-node-lease"})
-_NAMES = (MODE, ACCELERATE, *(option.name for option in options.OPTIONS))
+#: What the control plane reads.
+_OTHERS = ("imports", "outboundPolicy")
+_NAMES = (MODE, ACCELERATE, *(option.name for option in options.OPTIONS), *_OTHERS)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _judge(pod: PodObject, namespace: NamespaceObject | None, default: Mode | No
         mode = _mode(pod, namespace if inherits else None, default)
         _check_names(pod)
         accelerate = _choice(pod, ACCELERATE, [str(choice) for choice in Accelerate])
-        values = {k: v for k, v in pod.annotations.items() if k not in (MODE, ACCELERATE)}
+        values = {k: v for k, v in pod.annotations.items() if k not in (MODE, ACCELERATE, *_OTHERS)}
         steering = _steering(pod, values)
         if mode is None:
             return Rest.NOT_ASKED

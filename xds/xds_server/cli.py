@@ -19,6 +19,7 @@ from redirector.apiserver.kubeconfig import from_file
 from redirector.errors import InputError, RedirectorError
 from xds_server import options, status
 from xds_server.following import Reader, count_in, follow
+from xds_server.ingest.scopes import Wishes
 from xds_server.ir import NodeId
 from xds_server.lineage import Lineage
 from xds_server.listen import Address, UnixAddress, claim, open_to_sidecars
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.kubeconfig is not None and not arguments.kubernetes:
             raise InputError("--kubeconfig: is for a cluster; add --kubernetes")
         if arguments.validate:
-            return asyncio.run(validate(_source(arguments), sys.stdout, sys.stderr))
+            return asyncio.run(
+                validate(_source(arguments), options.wishes(arguments), sys.stdout, sys.stderr)
+            )
         return _serve(arguments)
     except RedirectorError as error:
         print(f"xds-server: {error}", file=sys.stderr)
@@ -118,9 +121,9 @@ def _source(arguments: argparse.Namespace) -> Callable[[], Source]:
     return partial(Kubernetes, Client(access), access.url)
 
 
-async def validate(make: Callable[[], Source], out: TextIO, err: TextIO) -> int:
+async def validate(make: Callable[[], Source], defaults: Wishes, out: TextIO, err: TextIO) -> int:
     """Check a source: 0, or 1 after one line for each problem."""
-    found = await Reader(make()).read()
+    found = await Reader(make(), defaults).read()
     mesh, objects = found.mesh, count(found.objects, "object")
     if found.problems:
         for problem in found.problems:
@@ -143,7 +146,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     shell = options.shell(arguments)
     report = _reporter(arguments.events)
     source = _source(arguments)
-    run = _run(source, shell, report, strict=arguments.strict, writes=not arguments.read_only)
+    defaults = options.wishes(arguments)
+    writes = not arguments.read_only
+    run = _run(source, shell, report, defaults, strict=arguments.strict, writes=writes)
     return asyncio.run(run)
 
 
@@ -176,6 +181,7 @@ async def _run(
     make: Callable[[], Source],
     shell: Shell,
     report: Callable[[Push], None],
+    defaults: Wishes,
     *,
     strict: bool,
     writes: bool,
@@ -189,7 +195,7 @@ async def _run(
     if shell.status_address is not None:
         port = operating.serve_http(shell.status_address)
         log.info("metrics and health on port %d", port)
-    reader = Reader(make())
+    reader = Reader(make(), defaults)
     # A cluster may take its time.
     reading = asyncio.create_task(reader.read())
     await asyncio.wait({stopped, reading}, return_when=asyncio.FIRST_COMPLETED)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from redirector.errors import RedirectorError
 from xds_server.errors import Problem
 from xds_server.ingest import Ingester
+from xds_server.ingest.scopes import NOTHING, Wishes
 from xds_server.ir import Mesh
 from xds_server.lineage import Lineage
 from xds_server.server import Server
@@ -41,9 +42,9 @@ class Read:
 class Reader:
     """Reads a source again and again; what is bad now stays as it last was good."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, defaults: Wishes = NOTHING) -> None:
         self.source = source
-        self._ingester = Ingester()
+        self._ingester = Ingester(defaults)
         self._said: Collection[str] = ()
 
     async def read(self) -> Read:

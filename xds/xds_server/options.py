@@ -9,6 +9,15 @@ import grpc
 from redirector.errors import InputError
 from xds_server.admission import Limits
 from xds_server.identity import DEFAULT_TRUST_DOMAIN
+from xds_server.ingest.scopes import (
+    ALLOW_ANY,
+    IMPORTS,
+    OUTBOUND_POLICY,
+    REGISTRY_ONLY,
+    Wishes,
+    parse_imports,
+)
+from xds_server.ir import Scope
 from xds_server.listen import Address, parse
 from xds_server.operating import admin_address
 from xds_server.tls import Credentials, TlsFiles
@@ -77,6 +86,22 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="ADDR",
         help="serve /metrics, /healthz and /readyz over HTTP here, host:port",
     )
+    mesh = parser.add_argument_group("mesh", "Annotations of namespaces and pods say otherwise.")
+    mesh.add_argument(
+        "--imports",
+        type=_imports,
+        metavar="LIST",
+        help="what sidecars are told of beyond their own namespace: '*' for every service "
+        "(default), '.' for no other, or NAMESPACE and NAMESPACE/SERVICE with commas between them "
+        f"(annotation {IMPORTS})",
+    )
+    mesh.add_argument(
+        "--outbound-policy",
+        choices=(ALLOW_ANY, REGISTRY_ONLY),
+        default=ALLOW_ANY,
+        help="whether applications reach what is no service of theirs, too (default: %(default)s; "
+        f"annotation {OUTBOUND_POLICY})",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-clients",
@@ -115,6 +140,20 @@ def shell(arguments: argparse.Namespace) -> Shell:
     admin = admin_address(arguments.admin, listens)
     domain = arguments.trust_domain
     return Shell(listens, admin, arguments.status_address, limits, domain, credentials)
+
+
+def wishes(arguments: argparse.Namespace) -> Wishes:
+    """What holds where no annotation says otherwise."""
+    return Wishes(arguments.imports, arguments.outbound_policy == REGISTRY_ONLY)
+
+
+def _imports(text: str) -> Scope:
+    found = parse_imports(text)
+    if not isinstance(found, Scope):
+        raise argparse.ArgumentTypeError(
+            f"{found!r} is not '*', '.', NAMESPACE or NAMESPACE/SERVICE"
+        )
+    return found
 
 
 def _credentials(arguments: argparse.Namespace) -> Credentials | None:

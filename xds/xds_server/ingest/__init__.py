@@ -30,6 +30,7 @@ from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
 from xds_server.ingest.route_status import judge, protocols_of, settle
 from xds_server.ingest.routes import GATEWAY_GROUP, ROUTE_KINDS, RouteReader, read_grant
+from xds_server.ingest.scopes import NOTHING, Wishes, read_namespace
 from xds_server.ingest.traffic import read_traffic
 from xds_server.ir import Mesh, Name, Parent, Protocol, Service, Workload
 from xds_server.memo import Memo
@@ -62,7 +63,9 @@ class Ingester:
     """Ingests one state of the objects after the other, and remembers the last good form of every
     object that there is."""
 
-    def __init__(self) -> None:
+    def __init__(self, defaults: Wishes = NOTHING) -> None:
+        """`defaults` are for pods that wish nothing, nor do their namespaces."""
+        self._defaults = defaults
         self._good: Mapping[Key, KubeObject] = {}
         self._memo = Memo()
 
@@ -82,13 +85,13 @@ class Ingester:
         self._memo = Memo(self._memo)
         forms = Forms(self._good, memo=self._memo)
         found = sort_by_kind(objects, _KINDS, forms)
-        mesh = _mesh(found, {*found.suspects, *suspects}, forms)
+        mesh = _mesh(found, {*found.suspects, *suspects}, forms, self._defaults)
         self._good = forms.good
         # A field that is read twice is wrong only once.
         return mesh, list(dict.fromkeys([*found.problems, *forms.problems]))
 
 
-def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
+def _mesh(found: Sorted, suspects: Collection[str], forms: Forms, defaults: Wishes) -> Mesh:
     kinds, ignored, memo = found.kinds, found.ignored, forms.memo
     pod_readings = [forms.read(item, read_pod, ()) for item in kinds["Pod"]]
     service_readings = [forms.read(item, read_service, ()) for item in kinds["Service"]]
@@ -159,6 +162,10 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
     )
     raw_traffic = memo.row(one.value for one in traffic if one.good)
     attached = memo(attach, raw_traffic, reached, protocols, behind, rules)
+    wishes = {
+        item.name.name: forms.read(item, read_namespace, ()).value.over(defaults)
+        for item in kinds["Namespace"]
+    }
     node_readings = [forms.read(item, read_node, ()) for item in kinds["Node"]]
     zones = memo.value(
         frozenset((one.item.name.name, one.value) for one in node_readings if one.good)
@@ -192,7 +199,15 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
             name: _service(services[name], pieces[name], protocols, memo)
             for name in memo(_names, reached)
         },
-        workloads=memo(_workloads, all_pods, behind, protocols, zones),
+        workloads=memo(
+            _workloads,
+            all_pods,
+            behind,
+            protocols,
+            zones,
+            memo.value(frozenset(wishes.items())),
+            memo.value(defaults),
+        ),
         routes=tuple(
             sorted(
                 (memo(with_traffic, route, route.kind.value, attached) for route in routes),
@@ -216,6 +231,8 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms) -> Mesh:
             ),
             *statuses,
         ),
+        registry_only=bool(defaults.closed),
+        registry_only_in={name: bool(wish.closed) for name, wish in sorted(wishes.items())},
     )
 
 
@@ -252,9 +269,11 @@ def _workloads(
     members: Members,
     protocols: Mapping[RawPort, Protocol],
     zones: Collection[tuple[str, str]],
+    wishes: Collection[tuple[str, Wishes]],
+    defaults: Wishes,
 ) -> Mapping[Name, Workload]:
-    """`zones` are those of the nodes, by name."""
-    nodes = dict(zones)
+    """`zones` are those of the nodes, `wishes` those of the namespaces, by name."""
+    nodes, wished = dict(zones), dict(wishes)
     by_name = {pod.name: pod for pod in pods}
     return {
         name: build_workload(
@@ -262,6 +281,7 @@ def _workloads(
             members.ports.get(name, ()),
             protocols,
             pod.zone or nodes.get(pod.node) or members.zones.get(name, ""),
+            pod.wishes.over(wished.get(name.namespace, defaults)),
         )
         for name, pod in sorted(by_name.items())
     }

@@ -13,7 +13,9 @@ from xds_server.ingest.core import (
     address_key,
     pairs,
 )
+from xds_server.ingest.scopes import NOTHING, Wishes
 from xds_server.ir import (
+    EVERYTHING,
     INBOUND_PORT,
     OUTBOUND_PORT,
     AppPort,
@@ -64,6 +66,7 @@ def build_workload(
     served: Iterable[tuple[RawPort, int]],
     protocols: Mapping[RawPort, Protocol],
     zone: str = "",
+    wishes: Wishes = NOTHING,
 ) -> Workload:
     """The pod with what it listens on. A port is TCP if anything declares it so (Envoy must not
     parse it), else HTTP if anything declares or routes it as HTTP."""
@@ -80,4 +83,12 @@ def build_workload(
         AppPort(number, next((p for p in order if p in seen[number]), Protocol.TCP))
         for number in sorted(seen)
     )
-    return Workload(pod.name, pod.addresses, tuple(ports), pod.service_account, zone)
+    return Workload(
+        pod.name,
+        pod.addresses,
+        tuple(ports),
+        pod.service_account,
+        zone,
+        wishes.scope or EVERYTHING,
+        bool(wishes.closed),
+    )

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from redirector.model import IPAddress
 from xds_server.ingest.reader import DNS_NAME, Field, Item
+from xds_server.ingest.scopes import NOTHING, Wishes, read_pod_wishes
 from xds_server.ir import (
     INBOUND_PORT,
     OUTBOUND_PORT,
@@ -55,6 +56,7 @@ class Pod:
     ports: tuple[tuple[int, Protocol | None], ...]
     node: str = ""
     zone: str = ""
+    wishes: Wishes = NOTHING
 
     def uncertain(self) -> "Pod":
         """Of one that cannot be read: what it listens on is not known, and its addresses, if they
@@ -157,6 +159,7 @@ def read_pod(item: Item) -> Pod | None:
         tuple(sorted(ports.items())),
         spec["nodeName"].text(""),
         item.root["metadata"]["labels"][ZONE].text(""),
+        read_pod_wishes(item),
     )
 
 

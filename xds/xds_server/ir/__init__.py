@@ -31,7 +31,15 @@ from xds_server.ir.routes import (
     RouteMatch,
     RouteRule,
 )
-from xds_server.ir.services import AppPort, Endpoint, Service, ServicePort, Workload
+from xds_server.ir.services import (
+    EVERYTHING,
+    AppPort,
+    Endpoint,
+    Scope,
+    Service,
+    ServicePort,
+    Workload,
+)
 from xds_server.ir.traffic import (
     AccessLog,
     Balancing,
@@ -48,6 +56,7 @@ from xds_server.ir.traffic import (
 )
 
 __all__ = [
+    "EVERYTHING",
     "INBOUND_PORT",
     "OUTBOUND_PORT",
     "Abort",
@@ -93,6 +102,7 @@ __all__ = [
     "RouteKind",
     "RouteMatch",
     "RouteRule",
+    "Scope",
     "Service",
     "ServicePort",
     "Source",
@@ -108,7 +118,8 @@ class Mesh:
     """Everything known, in sorted order. `ignored` names objects that were of no use here,
     `kept` those that are bad now and stay as they were, `left_out` bad ones that never were good;
     `closed` says in whose place everything is refused. `statuses` tells what became of objects that
-    have a status."""
+    have a status. Pods that are not known reach services only where `registry_only_in` says so of
+    their namespace, else `registry_only`."""
 
     services: Mapping[Name, Service] = field(default_factory=dict)
     workloads: Mapping[Name, Workload] = field(default_factory=dict)
@@ -119,4 +130,6 @@ class Mesh:
     kept: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     closed: tuple[str, ...] = ()
+    registry_only: bool = False
+    registry_only_in: Mapping[str, bool] = field(default_factory=dict)
     statuses: tuple[ObjectStatus, ...] = ()

@@ -49,11 +49,26 @@ class AppPort:
 
 
 @dataclass(frozen=True)
+class Scope:
+    """The services that a sidecar is told of: those of its own namespace, of these namespaces, and
+    these."""
+
+    namespaces: frozenset[str] = frozenset()
+    services: frozenset[Name] = frozenset()
+    everything: bool = False
+
+
+EVERYTHING = Scope(everything=True)
+
+
+@dataclass(frozen=True)
 class Workload:
-    """A pod that runs or is about to."""
+    """A pod that runs or is about to. If it is `closed`, its application reaches services only."""
 
     name: Name
     addresses: tuple[IPAddress, ...] = ()
     ports: tuple[AppPort, ...] = ()
     service_account: str = "default"
     zone: str = ""
+    scope: Scope = EVERYTHING
+    closed: bool = False

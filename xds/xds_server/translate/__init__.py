@@ -2,13 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import TypeAlias
 
 from google.protobuf.message import Message
 
 from xds_server.ir import (
+    EVERYTHING,
     AppPort,
     Client,
     Mesh,
@@ -35,6 +35,7 @@ from xds_server.translate.outbound import OUTBOUND, outbound_listener
 from xds_server.translate.proxyless import Proxyless
 from xds_server.translate.routes import route_configuration
 from xds_server.translate.traffic import configure, for_requests
+from xds_server.translate.views import View, Views
 
 __all__ = ["CLUSTER", "ENDPOINT", "LISTENER", "ROUTE", "Resources", "Translator", "translate"]
 
@@ -91,21 +92,22 @@ class Translator:
                 self._arrivals[place.pod][place.port] = traffic
         row = self.memo.row
         self._all_policies, self._all_traffic = row(mesh.policies), row(mesh.traffic)
-        self._services = row(mesh.services.values())
-        self._zones = frozenset(zone for service in self._services for zone in service.zones)
-        #: Without their endpoints, which change often and concern nothing but themselves.
-        self._bare = row(self.memo(self._bared, service) for service in self._services)
+        self._all_routes = row(mesh.routes)
+        self._views = Views(mesh.services, self.memo)
+        self._zones = frozenset(z for service in mesh.services.values() for z in service.zones)
 
     def resources(self, node: NodeId) -> Resources:
         """All resources of one sidecar; the same value for sidecars of one kind."""
         name = Name(node.namespace, node.pod)
         workload = self._mesh.workloads.get(name)
         memo = self.memo
+        consumer = node.namespace if node.namespace in self._consumers else None
         if node.client is Client.GRPC:
-            routes = self._outbound_routes(node.namespace)
-            clusters, endpoints = self._upstream(workload)
+            view = self._views.of(workload.scope if workload else EVERYTHING, node.namespace)
+            routes = self._outbound_routes(view, consumer)
+            clusters, endpoints = self._upstream(view, consumer, workload)
             return memo(
-                self._proxyless.resources, self._bare, clusters, endpoints, routes, node.namespace
+                self._proxyless.resources, view.bare, clusters, endpoints, routes, node.namespace
             )
         inbound = memo(
             self._inbound_of,
@@ -116,26 +118,49 @@ class Translator:
             node.pod,
         )
         if workload is None:
-            return memo(self._unknown, inbound)
-        clusters, endpoints = self._upstream(workload)
-        return memo(
-            self._whole,
-            clusters,
-            endpoints,
-            memo(_listener, self._bare),
-            self._outbound_routes(node.namespace),
-            inbound,
+            mesh = self._mesh
+            closed = mesh.registry_only_in.get(node.namespace, mesh.registry_only)
+            return memo(self._unknown, inbound, closed)
+        view = self._views.of(workload.scope, node.namespace)
+        outbound = (
+            memo(_closed_listener, view.bare, memo(self._headless, view.services))
+            if workload.closed
+            else memo(_listener, view.bare)
         )
+        clusters, endpoints = self._upstream(view, consumer, workload)
+        routes = self._outbound_routes(view, consumer)
+        return memo(self._whole, clusters, endpoints, outbound, routes, inbound)
 
     def _upstream(
-        self, workload: Workload | None
+        self, view: View, consumer: str | None, workload: Workload | None
     ) -> tuple[Mapping[str, Message], Mapping[str, Message]]:
-        """Clusters and their endpoints, as seen from a pod's zone."""
+        """Clusters and their endpoints, as seen from a pod's zone: of these services, and of those
+        that routes of theirs lead to."""
         zone = workload.zone if workload and workload.zone in self._zones else ""
+        if view is not self._views.everything:
+            led = self.memo(self._led_to, view.bare, self._all_routes, consumer)
+            view = self._views.with_more(view, led)
         return (
-            self.memo(self._clusters, self._bare, self._all_traffic),
-            self.memo(self._endpoints, self._services, zone),
+            self.memo(self._clusters, view.bare, self._all_traffic),
+            self.memo(self._endpoints, view.services, zone),
         )
+
+    def _led_to(
+        self, services: tuple[Service, ...], _routes: tuple[Route, ...], consumer: str | None
+    ) -> tuple[Name, ...]:
+        """The services beyond these that routes of these lead to."""
+        found = {
+            name
+            for parent in services
+            for port in parent.ports
+            for route in self._chosen(Parent(parent.name, port.number), consumer)
+            for rule in route.rules
+            for name, _ in rule.destinations
+        }
+        return tuple(sorted(found - {service.name for service in services}))
+
+    def _headless(self, services: tuple[Service, ...]) -> tuple[Service, ...]:
+        return self.memo.row(one for one in services if not one.addresses and not one.hostname)
 
     def _whole(
         self,
@@ -153,19 +178,18 @@ class Translator:
             ROUTE: self.memo(_merged, routes, own_routes),
         }
 
-    def _unknown(self, inbound: Inbound) -> Resources:
+    def _unknown(self, inbound: Inbound, closed: int) -> Resources:
         """What a pod gets that is not in the mesh."""
-        outbound = self.memo(_listener, self.memo.row(()))
+        nobody: tuple[Service, ...] = self.memo.row(())
+        outbound = (
+            self.memo(_closed_listener, nobody, nobody) if closed else self.memo(_listener, nobody)
+        )
         return {
             CLUSTER: self.memo(fixed_clusters),
             ENDPOINT: self.memo(_nothing),
             LISTENER: self.memo(_two_listeners, inbound[0], outbound),
             ROUTE: self.memo(_nothing),
         }
-
-    def _bared(self, service: Service) -> Service:
-        ports = tuple(replace(port, endpoints=()) for port in service.ports)
-        return self.memo.value(replace(service, ports=ports, zones=()))
 
     def _inbound_of(
         self,
@@ -216,13 +240,8 @@ class Translator:
             found |= self.memo(_service_endpoints, service, zone if zone in service.zones else "")
         return dict(sorted(found.items()))
 
-    def _outbound_routes(self, namespace: str) -> Mapping[str, Message]:
-        """Routes for clients of a namespace. A route that lives with its service (producer) is for
-        all; one that lives elsewhere is for the clients of its own namespace (consumer), and
-        there goes before the producer's (Gateway API for service mesh, "Route namespace")."""
-        consumer = namespace if namespace in self._consumers else None
-        routes = self.memo.row(self._mesh.routes)
-        return self.memo(self._routes_for, self._bare, routes, self._all_traffic, consumer)
+    def _outbound_routes(self, view: View, consumer: str | None) -> Mapping[str, Message]:
+        return self.memo(self._routes_for, view.bare, self._all_routes, self._all_traffic, consumer)
 
     def _routes_for(
         self,
@@ -231,6 +250,9 @@ class Translator:
         _traffic: tuple[TrafficPolicy, ...],
         consumer: str | None,
     ) -> Mapping[str, Message]:
+        """Routes for clients of a namespace. A route that lives with its service (producer) is for
+        all; one that lives elsewhere is for the clients of its own namespace (consumer), and
+        there goes before the producer's (Gateway API for service mesh, "Route namespace")."""
         found: dict[str, Message] = {}
         for service in services:
             for port in service.ports:
@@ -255,6 +277,11 @@ class Translator:
 
 def _listener(services: tuple[Service, ...]) -> Message:
     made: Message = outbound_listener(services)
+    return made
+
+
+def _closed_listener(services: tuple[Service, ...], headless: tuple[Service, ...]) -> Message:
+    made: Message = outbound_listener(services, closed=True, headless=headless)
     return made
 
 

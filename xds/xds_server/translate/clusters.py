@@ -28,6 +28,8 @@ from xds_server.translate.messages import ads, packed, socket_address
 PASSTHROUGH = "passthrough"
 INBOUND = "inbound"
 BLACKHOLE = "blackhole"
+#: The type of clusters whose endpoints Envoy finds by name.
+RESOLVED = "envoy.cluster.dns"
 
 #: What the datapath knows the sidecar's own connections to its application by.
 INBOUND_SOURCE_IPV4 = "127.0.0.6"
@@ -102,7 +104,7 @@ def _resolved(name: str, hostname: str, port: int) -> cluster_pb2.Cluster:
     how = dns_cluster_pb2.DnsCluster(
         respect_dns_ttl=True, dns_lookup_family=dns_pb2.DnsLookupFamily.V4_PREFERRED
     )
-    cluster.cluster_type.name = "envoy.cluster.dns"
+    cluster.cluster_type.name = RESOLVED
     cluster.cluster_type.typed_config.CopyFrom(packed(how))
     endpoint = cluster.load_assignment.endpoints.add().lb_endpoints.add().endpoint
     endpoint.address.socket_address.CopyFrom(socket_address(hostname, port))

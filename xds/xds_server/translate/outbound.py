@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from envoy.config.listener.v3 import listener_pb2
 
 from xds_server.ir import OUTBOUND_PORT, Service, ServicePort
-from xds_server.translate.clusters import PASSTHROUGH, cluster_name
+from xds_server.translate.clusters import BLACKHOLE, PASSTHROUGH, cluster_name
 from xds_server.translate.listeners import (
     Chain,
     Manager,
@@ -21,19 +21,41 @@ from xds_server.translate.traffic import outbound_filters
 OUTBOUND = "outbound"
 
 
-def outbound_listener(services: Iterable[Service]) -> listener_pb2.Listener:
-    """A filter chain for each port of each service that has an address; the rest passes through."""
+def outbound_listener(
+    services: Iterable[Service], *, closed: bool = False, headless: Iterable[Service] = ()
+) -> listener_pb2.Listener:
+    """A filter chain for each port of each service that has an address; the rest passes through, or
+    if the mesh is closed nowhere, but for the endpoints of `headless` services."""
     return listener(
         OUTBOUND,
         OUTBOUND_PORT,
-        (
-            _service_chain(service, port)
-            for service in services
-            if service.addresses
-            for port in service.ports
-        ),
-        chain(PASSTHROUGH, None, [tcp_proxy(PASSTHROUGH)]),
+        [
+            *(
+                _service_chain(service, port)
+                for service in services
+                if service.addresses
+                for port in service.ports
+            ),
+            *_endpoint_chains(headless),
+        ],
+        chain(BLACKHOLE, None, [tcp_proxy(BLACKHOLE)])
+        if closed
+        else chain(PASSTHROUGH, None, [tcp_proxy(PASSTHROUGH)]),
     )
+
+
+def _endpoint_chains(services: Iterable[Service]) -> Iterable[Chain]:
+    """One for each place, so that connections to the others survive a change."""
+    places = {
+        (str(endpoint.address), endpoint.port): endpoint
+        for service in services
+        for port in service.ports
+        for endpoint in port.endpoints
+    }
+    for (address, port), endpoint in sorted(places.items()):
+        made = chain(f"{PASSTHROUGH}|{port}|{address}", port, [tcp_proxy(PASSTHROUGH)])
+        made.filter_chain_match.prefix_ranges.append(cidr(endpoint.address))
+        yield made
 
 
 def _service_chain(service: Service, port: ServicePort) -> Chain:

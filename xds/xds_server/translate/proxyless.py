@@ -23,7 +23,7 @@ from google.protobuf.message import Message
 from xds_server.ir import Name, Service
 from xds_server.memo import Memo
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
-from xds_server.translate.clusters import cluster_name
+from xds_server.translate.clusters import RESOLVED, cluster_name
 from xds_server.translate.listeners import stat_prefix
 from xds_server.translate.messages import ads, packed
 
@@ -139,7 +139,8 @@ def api_listener(target: str, service: Name, port: int, *, routed: bool) -> List
 def cluster(envoy: Cluster) -> Cluster:
     """A cluster as gRPC takes it; one that it cannot have has no endpoints."""
     result = Cluster(name=envoy.name, lb_policy=Cluster.ROUND_ROBIN)
-    if envoy.type in _DNS and _one_endpoint(envoy.load_assignment):
+    by_name = envoy.type in _DNS or envoy.cluster_type.name == RESOLVED
+    if by_name and _one_endpoint(envoy.load_assignment):
         result.type = Cluster.LOGICAL_DNS
         result.load_assignment.CopyFrom(envoy.load_assignment)
     else:
