@@ -53,6 +53,14 @@ spec:
     - {name: two, matches: [{path: {value: /2}}], backendRefs: [{name: web, port: 80}]}
     - {matches: [{path: {value: /3}}], backendRefs: [{name: web, port: 80}]}
 """
+GRPC_ROUTE = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: GRPCRoute
+metadata: {name: web, namespace: demo}
+spec:
+  parentRefs: [{group: "", kind: Service, name: same}]
+  rules: [{name: one, backendRefs: [{name: same, port: 80}]}]
+"""
 HTTP, DB = Parent(Name("demo", "web"), 80), Parent(Name("demo", "web"), 5432)
 POD = Name("demo", "web-1")
 LIMIT = {"rateLimit": {"requests": 7}}
@@ -164,6 +172,24 @@ def test_a_port_goes_before_its_service_and_a_rule_before_its_route() -> None:
     # As a whole: the named rule has the fault and not the route's limit.
     assert limits == [(True, False), (False, True), (True, False)]
     assert all(told(mesh, name) == [ACCEPTED] for name in ("all", "port", "route", "rule"))
+
+
+def test_routes_of_both_kinds_have_policies_of_their_own() -> None:
+    grpc = {**route("one"), "kind": "GRPCRoute"}
+    mesh, problems = read(
+        yaml.safe_load(GRPC_ROUTE),
+        policy("http", route("one"), **LIMIT),
+        policy("grpc", grpc, faultInjection={"abort": {"grpcStatus": 14}}),
+    )
+    assert problems == []
+    given = {
+        made.kind.value: [
+            (rule.rate_limit is not None, rule.fault is not None) for rule in made.rules
+        ]
+        for made in mesh.routes
+    }
+    assert given["HTTPRoute"][0] == (True, False)
+    assert given["GRPCRoute"] == [(False, True)]
 
 
 def test_two_services_before_one_port_cannot_both_be_obeyed() -> None:
