@@ -39,6 +39,7 @@ kind: Service
 class Demo:
     client: LabPod
     plain: LabPod
+    web_v1: LabPod
     server: XdsServer
 
     def ask(
@@ -83,7 +84,7 @@ def demo(
         eventually("listeners", partial(_configured, one))
         pod = one._pod
         enrollment.enroll(pod.name, pod.netns, pod.cgroup, request.param)
-    return Demo(pods["client"], pods["plain"], server)
+    return Demo(pods["client"], pods["plain"], pods["web-v1"], server)
 
 
 def test_what_applications_see(demo: Demo) -> None:
@@ -118,6 +119,13 @@ def test_what_applications_see(demo: Demo) -> None:
     # Straight to a listener there is no original destination: refused, and no loop.
     for port in (15001, 15006):
         assert demo.ask(PODS["web-v1"], port).status == 0
+    # A pod may be its own backend: through its sidecar out and in, once.
+    own = demo.ask_all(WEB, 80, [("GET", "/fine", {})] * 20, demo.web_v1)
+    assert {answer.status for answer in own} == {200}
+    by_itself = [answer for answer in own if answer.seen["app"] == "web-v1"]
+    assert by_itself
+    assert {answer.seen["headers"]["x-forwarded-for"] for answer in by_itself} == {PODS["web-v1"]}
+    assert {answer.seen["peer"] for answer in by_itself} == {"::ffff:127.0.0.6"}
     # Over IPv6, to a port that nothing declares.
     (six,) = demo.ask_all(demo.client.ip6, APP_PORT, requests[:1], demo.plain)
     assert (six.status, six.seen["app"], six.seen["peer"]) == (200, "client", "::6")
