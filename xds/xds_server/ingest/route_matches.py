@@ -7,6 +7,8 @@ from xds_server.ingest.reader import TOKEN, Field, first_of_each
 from xds_server.ir import GrpcMatch, MatchKind, NamedMatch, RouteMatch, StringMatch
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
+#: RFC 3986, 3.3, as HTTPPathMatch has it.
+_PATH = re.compile(r"(?:[-A-Za-z0-9/._~!$&'()*+,;=:@]|%[0-9a-fA-F]{2})*")
 _BAD_PATH = re.compile(r"//|/\.\.?(/|$)|%2[fF]|#|\?")
 _SERVICE = re.compile(r"\.?[A-Za-z_][A-Za-z_0-9]*(\.[A-Za-z_][A-Za-z_0-9]*)*")
 _METHOD = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
@@ -74,6 +76,8 @@ def _path(path: Field) -> StringMatch:
         value.problem("must begin with / and have at most 1024 characters")
     elif _BAD_PATH.search(text):
         value.problem("must not contain '//', '/./', '/../', '%2f', '#' or '?'")
+    elif not _PATH.fullmatch(text):
+        value.problem("must be as in a URL; write other characters as %XX")
     if kind is _PathType.EXACT:
         return StringMatch(MatchKind.EXACT, text)
     return StringMatch(MatchKind.PREFIX, text.rstrip("/") or "/")

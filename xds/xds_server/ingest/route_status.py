@@ -45,20 +45,27 @@ def settle(judged: Iterable[Judged], memo: Memo) -> tuple[list[Route], list[Obje
     """The routes in force and the status of all. Where GRPCRoutes and HTTPRoutes meet on a service
     port, for the same clients, only the GRPCRoutes count (GEP-1426, "Route types")."""
     judged = list(judged)
-    taken = {
-        scope
-        for one in judged
-        if one.force is not None and one.force.route.kind is RouteKind.GRPC
-        for parent in one.force.route.parents
-        for scope in _scopes(one.force.route, parent)
-    }
+    taken = memo.value(
+        frozenset(
+            _scope(one.force.route, parent)
+            for one in judged
+            if one.force is not None and one.force.route.kind is RouteKind.GRPC
+            for parent in one.force.route.parents
+        )
+    )
     routes = []
     for one in judged:
-        if one.force is not None:
-            route = one.force.route
-            left = tuple(p for p in route.parents if not _conflicts(route, p, taken))
-            routes.append(memo(_under, route, memo.value(left)) if left != route.parents else route)
-    return routes, [_status(one, taken) for one in judged]
+        if one.force is None:
+            continue
+        route = one.force.route
+        left = tuple(p for p in route.parents if not _conflicts(route, p, taken))
+        if left != route.parents:
+            route = memo(_under, route, memo.value(left))
+            for attachment in one.force.attachments:
+                if text := _conflict(one.force.route, attachment, taken):
+                    attachment.field.misfit(text)
+        routes.append(route)
+    return routes, [memo(_status, one.now, one.force, taken) for one in judged]
 
 
 def protocols_of(routes: Iterable[Route]) -> frozenset[tuple[Parent, Protocol]]:
@@ -80,23 +87,36 @@ def _under(route: Route, parents: tuple[Parent, ...]) -> Route:
     return replace(route, parents=parents)
 
 
-def _scopes(route: Route, parent: Parent) -> list[Scope]:
+def _scope(route: Route, parent: Parent) -> Scope:
     own = route.name.namespace
-    return [(parent, "" if own == parent.service.namespace else own)]
+    return parent, "" if own == parent.service.namespace else own
 
 
 def _conflicts(route: Route, parent: Parent, taken: Collection[Scope]) -> bool:
-    return route.kind is RouteKind.HTTP and any(s in taken for s in _scopes(route, parent))
+    return route.kind is RouteKind.HTTP and _scope(route, parent) in taken
 
 
-def _status(one: Judged, taken: Collection[Scope]) -> ObjectStatus:
-    item = one.now.item
-    resolved = _resolved(one.now)
+def _conflict(route: Route, attachment: Attachment, taken: Collection[Scope]) -> str:
+    """What to tell of it; empty when there is none."""
+    lost = [parent for parent in attachment.parents if _conflicts(route, parent, taken)]
+    if not lost:
+        return ""
+    numbers = ", ".join(str(parent.port) for parent in lost)
+    text = f"GRPCRoutes have port {numbers} of Service {lost[0].service}, and go first"
+    some = len(lost) < len(attachment.parents)
+    return f"{text}; accepted for its other ports" if some else text
+
+
+def _status(
+    now: RouteReading, force: RouteReading | None, taken: Collection[Scope]
+) -> ObjectStatus:
+    item = now.item
+    resolved = _resolved(now)
     parents = []
-    for attachment in one.now.attachments:
-        conditions = [_accepted(one, attachment, taken), resolved]
-        if conditions[0].status and one.now.dropped:
-            rules = ", ".join(one.now.dropped)
+    for attachment in now.attachments:
+        conditions = [_accepted(now, force, attachment, taken), resolved]
+        if conditions[0].status and now.dropped:
+            rules = ", ".join(now.dropped)
             text = f"Dropped Rule: {rules}; its requests are answered with an error"
             conditions.append(Condition(PARTIALLY_INVALID, True, "UnsupportedValue", text))
         parents.append(ParentStatus(attachment.reference, tuple(conditions)))
@@ -111,21 +131,21 @@ def _status(one: Judged, taken: Collection[Scope]) -> ObjectStatus:
     )
 
 
-def _accepted(one: Judged, attachment: Attachment, taken: Collection[Scope]) -> Condition:
-    if one.force is not one.now:
-        reason = "IncompatibleFilters" if one.now.incompatible else "UnsupportedValue"
-        return Condition(ACCEPTED, False, reason, _why(one.now.item, kept=one.force is not None))
+def _accepted(
+    now: RouteReading,
+    force: RouteReading | None,
+    attachment: Attachment,
+    taken: Collection[Scope],
+) -> Condition:
+    if force is not now:
+        reason = "IncompatibleFilters" if now.incompatible else "UnsupportedValue"
+        return Condition(ACCEPTED, False, reason, _why(now.item, kept=force is not None))
     if attachment.refused:
         return Condition(ACCEPTED, False, "NoMatchingParent", attachment.refused)
-    route = one.now.route
-    lost = [parent for parent in attachment.parents if _conflicts(route, parent, taken)]
-    if not lost:
-        return Condition(ACCEPTED, True, "Accepted")
-    numbers = ", ".join(str(parent.port) for parent in lost)
-    text = f"GRPCRoutes have port {numbers} of Service {lost[0].service}, and go first"
-    if len(lost) < len(attachment.parents):
-        return Condition(ACCEPTED, True, "Accepted", f"{text}; accepted for its other ports")
-    return Condition(ACCEPTED, False, "Conflicted", text)
+    conflict = _conflict(now.route, attachment, taken)
+    if conflict and all(_conflicts(now.route, parent, taken) for parent in attachment.parents):
+        return Condition(ACCEPTED, False, "Conflicted", conflict)
+    return Condition(ACCEPTED, True, "Accepted", conflict)
 
 
 def _why(item: Item, *, kept: bool) -> str:
