@@ -50,6 +50,8 @@ class Limits:
     connects: float = 500.0
     first_request_s: float = 10.0
     stream_age_s: float = 1800.0
+    #: How long beyond a connection's last stream's age a client may go on not reading.
+    stuck_s: float = 60.0
     #: Of all types together. A sidecar asks by name for the endpoints of each cluster and for its
     #: routes.
     names: int = 200_000

@@ -66,7 +66,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         # A stream that follows another on one connection proves nothing anew, so connections
         # have an age, too. The grace is for the last stream's own end; what is stuck is cut.
         ("grpc.max_connection_age_ms", age_ms),
-        ("grpc.max_connection_age_grace_ms", age_ms + 60_000),
+        ("grpc.max_connection_age_grace_ms", age_ms + int(limits.stuck_s * 1000)),
     ]
 
 

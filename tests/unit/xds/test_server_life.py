@@ -49,6 +49,23 @@ async def test_stopping_lets_every_client_go_in_good_order_and_no_new_one_in() -
             assert await asyncio.wait_for(late.code(), PATIENCE_S) is grpc.StatusCode.UNAVAILABLE
 
 
+async def test_client_that_never_reads_is_cut_with_its_connection() -> None:
+    big = {f"r{n}": ("web", n) for n in range(5000)}
+    options = (("grpc.http2.bdp_probe", 0),)
+    limits = Limits(stream_age_s=0.2, stuck_s=0.1)
+    async with running(world(routes=big, listeners={}), options=options, limits=limits) as (
+        run,
+        stub,
+    ):
+        stuck = stub.DeltaAggregatedResources()
+        await stuck.write(first(ROUTE, resource_names_subscribe=list(big)))
+        async with asyncio.timeout(PATIENCE_S):
+            while b"redirector_xds_clients 1.0" not in run.server.metrics():
+                await asyncio.sleep(0.01)
+            while b"redirector_xds_clients 0.0" not in run.server.metrics():
+                await asyncio.sleep(0.01)
+
+
 async def test_client_that_takes_nothing_does_not_hold_up_the_end() -> None:
     big = {f"r{n}": ("web", n) for n in range(5000)}
     options = (("grpc.http2.bdp_probe", 0),)
