@@ -155,6 +155,10 @@ class ApiServer:
         """Create or change an object."""
         with self.changed:
             name = _key(value)
+            before = self.objects[resource].get(name, {})
+            if resource not in BUILT_IN and "status" in before:
+                # A status is a resource of its own there.
+                value.setdefault("status", copy.deepcopy(before["status"]))
             kind = "MODIFIED" if name in self.objects[resource] else "ADDED"
             self._event(resource, kind, value)
             self.objects[resource][name] = value

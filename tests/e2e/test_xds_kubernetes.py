@@ -33,17 +33,21 @@ def served(place: Path, cluster: ApiServer) -> Iterator[XdsServer]:
     running.stop()
 
 
+@pytest.fixture
+def client(node: Node, place: Path, served: XdsServer) -> Sidecar:
+    pod = node.pod("client", "10.77.0.10")
+    started = Sidecar(pod, place, "client", "demo", f"unix:{served.socket}")
+    eventually("both listeners", lambda: started.listeners() == ["inbound", "outbound"])
+    return started
+
+
 def endpoints(sidecar: Sidecar) -> list[str]:
     return sidecar.endpoints()["outbound|80|web-v1.demo"]
 
 
 def test_changes_in_the_cluster_reach_envoy(
-    node: Node, place: Path, cluster: ApiServer, served: XdsServer
+    cluster: ApiServer, served: XdsServer, client: Sidecar
 ) -> None:
-    client = Sidecar(
-        node.pod("client", "10.77.0.10"), place, "client", "demo", f"unix:{served.socket}"
-    )
-    eventually("both listeners", lambda: client.listeners() == ["inbound", "outbound"])
     assert endpoints(client) == ["10.77.0.11:8080"]
 
     # Endpoints, a route; each alone.
@@ -115,3 +119,34 @@ def test_what_became_of_an_object_stands_in_its_status(
     cluster.delete("trafficpolicies", "demo/old")
     eventually("the younger holds", lambda: told("new") == good)
     served.wait_for_log("INFO TrafficPolicy demo/new for Service demo/web: Accepted is True")
+
+
+def test_what_envoy_refuses_is_told_in_its_own_words(cluster: ApiServer, client: Sidecar) -> None:
+    """An expression that is one to us, and too large to Envoy."""
+
+    def route(expression: str, generation: int) -> Object:
+        match = {"headers": [{"name": "x", "type": "RegularExpression", "value": expression}]}
+        metadata = {"name": "large", "namespace": "demo", "generation": generation}
+        parent = {"group": "", "kind": "Service", "name": "web-v1"}
+        rule = {"matches": [match], "backendRefs": [{"name": "web-v2", "port": 80}]}
+        spec = {"parentRefs": [parent], "rules": [rule]}
+        return {"kind": "HTTPRoute", "metadata": metadata, "spec": spec}
+
+    def told(name: str) -> dict[str, tuple[str, str]]:
+        status = cluster.objects["httproutes"][f"demo/{name}"].get("status", {})
+        return {
+            condition["type"]: (condition["status"], condition["message"])
+            for parent in status.get("parents", [])
+            for condition in parent["conditions"]
+        }
+
+    cluster.apply(route("((a{100}){100}){100}", 1))
+    eventually("a refusal", lambda: told("large").get("Programmed", ("",))[0] == "False")
+    words = told("large")["Programmed"][1]
+    assert words.startswith("refused by client.demo: "), words
+    assert "repetition" in words, words
+    assert told("large")["Accepted"][0] == "True"
+    assert told("web")["Programmed"] == ("True", "")
+    cluster.apply(route("a{100}", 2))
+    eventually("it is taken", lambda: told("large")["Programmed"] == ("True", ""))
+    assert "web-v1" in str(client.routes()["outbound|80|web-v1.demo"])

@@ -20,8 +20,10 @@ def culprits(mesh: Mesh, node: NodeId, type_url: str, name: str) -> Iterator[Cul
     if type_url == ROUTE:
         for route in mesh.routes:
             for parent in route.parents:
-                if _named(parent, name):
-                    yield "HTTPRoute", route.name, parent.service
+                # A route that lives elsewhere than its Service is for its own namespace's clients.
+                home = (parent.service.namespace, node.namespace)
+                if _named(parent, name) and route.name.namespace in home:
+                    yield route.kind, route.name, parent.service
     if type_url in (CLUSTER, ROUTE):
         for traffic in mesh.traffic:
             for parent in traffic.services:

@@ -10,6 +10,7 @@ from typing import Any
 
 from xds_server.conditions import (
     ACCEPTED,
+    PARTIALLY_INVALID,
     PROGRAMMED,
     Condition,
     ObjectStatus,
@@ -21,6 +22,8 @@ from xds_server.ir import Name
 #: By this name entries are known as ours (Gateway API, `RouteParentStatus.controllerName`).
 CONTROLLER = "redirector.io/xds-server"
 GATEWAY_GROUP = "gateway.networking.k8s.io"
+#: Types of conditions that are ours in our own kinds.
+_OURS = frozenset((ACCEPTED, PARTIALLY_INVALID, PROGRAMMED, "Conflicted"))
 #: What CustomResourceDefinitions allow at least.
 _MAX_MESSAGE = 1024
 _TOLD_BY = " (told by "
@@ -102,11 +105,10 @@ def patch(status: Mapping[str, Any], want: ObjectStatus | None, now: str, replic
         entries = kept + [writing.entry(parent, reference, ours) for parent in wanted]
         if entries != given:
             changes[field] = entries
-    given = _entries(status, "conditions")
-    if want and want.conditions:
-        types = {condition.type for condition in want.conditions}
+    if want and _field(want) == "ancestors":
+        given = _entries(status, "conditions")
         before = {entry.get("type"): entry for entry in given}
-        entries = [entry for entry in given if entry.get("type") not in types]
+        entries = [entry for entry in given if entry.get("type") not in _OURS]
         entries += [writing.condition(c, before.get(c.type, {})) for c in want.conditions]
         if sorted(entries, key=_type) != sorted(given, key=_type):
             changes["conditions"] = entries
@@ -210,7 +212,7 @@ def lines(old: Iterable[ObjectStatus], new: Iterable[ObjectStatus]) -> list[tupl
 
 
 #: Conditions that are there only when something is wrong.
-_BAD_WHEN_TRUE = frozenset({"PartiallyInvalid", "Conflicted"})
+_BAD_WHEN_TRUE = frozenset({PARTIALLY_INVALID, "Conflicted"})
 
 
 def _flat(status: ObjectStatus) -> Iterable[tuple[tuple[str, str], Condition]]:

@@ -123,6 +123,9 @@ def test_conditions_of_others_stay_as_they_are() -> None:
     assert after["conditions"][0] == theirs
     assert [entry["type"] for entry in after["conditions"]] == ["Liked", "Accepted"]
     assert patch(after, policy(ACCEPTED), NOW, replica()) == {}
+    aimed = written(after, policy(targets=(ParentStatus(WEB, (ACCEPTED,)),)))
+    assert aimed["conditions"] == [theirs]
+    assert len(aimed["ancestors"]) == 1
 
 
 def test_nonsense_in_a_status_is_replaced_where_it_is_ours() -> None:
