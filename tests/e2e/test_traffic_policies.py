@@ -3,6 +3,7 @@
 import json
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,58 @@ def test_what_hashes_alike_goes_to_one_endpoint(world: World, kind: str) -> None
         assert len(set(apps(*[get()] * 20))) == 1
         # Bytes have a source as well.
         assert len(set(apps(*[get()] * 20, port=90))) == 1
+
+
+def _from_the_link(address: str) -> bytes:
+    """What answers who shows no address but that on its link; runs inside a pod."""
+    for line in Path("/proc/net/if_inet6").read_text().splitlines():
+        digits, index, _, scope, _, device = line.split()
+        if scope == "20" and device != "lo":
+            with socket.socket(socket.AF_INET6) as end:
+                end.settimeout(PATIENCE_S)
+                end.bind((str(IPv6Address(bytes.fromhex(digits))), 0, 0, int(index, 16)))
+                end.connect((address, HTTP))
+                end.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                return end.recv(12)
+    raise AssertionError("no link-local address")
+
+
+def test_who_denies_a_namespace_denies_who_hides_behind_the_link(world: World) -> None:
+    outside, pod = world.pods["outside"], world.pods["web-v1"]
+    assert outside.call(_from_the_link, pod.ip6) == b"HTTP/1.1 200"
+    rules = [{"from": [{"namespaces": ["demo"]}]}]
+    with world.applied("AuthorizationPolicy", action="DENY", rules=rules):
+        assert outside.call(_from_the_link, pod.ip6) == b"HTTP/1.1 403"
+        assert world.statuses(pod.ip6, get(), port=HTTP, pod="outside") == [200]
+    rules = [{"from": [{"cidrs": [f"{outside.ip6}/128"]}]}]
+    with world.applied("AuthorizationPolicy", action="DENY", rules=rules):
+        assert world.statuses(pod.ip6, get(), port=HTTP, pod="outside") == [403]
+        assert world.statuses(PODS["web-v1"], get(), port=HTTP, pod="outside") == [200]
+
+
+def test_a_log_that_cannot_be_written_harms_only_itself(world: World) -> None:
+    file = world.manifests / "policy-log.yaml"
+    log = {"type": "File", "path": "/nobody/may/write.log"}
+    spec = {"targetRefs": [service("one")], "accessLog": [log]}
+    policy = {
+        "apiVersion": "policy.redirector.io/v1alpha1",
+        "kind": "TrafficPolicy",
+        "metadata": {"name": "it", "namespace": "demo"},
+        "spec": spec,
+    }
+    event = world.server.event_after(lambda: file.write_text(yaml.safe_dump(policy)))
+    assert any("unable to open file '/nobody/may/write.log'" in nack for nack in event["nacks"])
+    assert world.statuses(ONE, get()) == [200]
+    # The same pod's requests are judged by today's rules.
+    deny = {"rules": [{"to": [{"paths": ["/secret"]}]}], "action": "DENY"}
+    text = yaml.safe_dump({**policy, "kind": "AuthorizationPolicy", "spec": deny})
+    more = world.manifests / "policy-secret.yaml"
+    world.server.event_after(lambda: more.write_text(text))
+    eventually("the policy", lambda: world.statuses(ONE, get("/secret")) == [403])
+    assert world.statuses(ONE, get("/./secret"), get("/fine")) == [403, 200]
+    for path in (more, file):
+        world.server.event_after(path.unlink)
+    eventually("no policy", lambda: world.statuses(ONE, get("/secret")) == [200])
 
 
 def test_access_logs(world: World) -> None:
