@@ -35,7 +35,7 @@ class DeltaStream(Stream):
         self._ask(state, names_something=bool(subscribe or unsubscribe), owed=not known)
         for name in subscribe:
             if name != WILDCARD:
-                state.names.add(name)
+                state.own_names().add(name)
                 # A name that comes with its version is not asked for again: the client has it.
                 if name not in known:
                     state.due.add(name)
@@ -54,7 +54,7 @@ class DeltaStream(Stream):
         if name == WILDCARD:
             state.end_wildcard()
         elif name in state.names:
-            state.names.discard(name)
+            state.own_names().discard(name)
             if state.wildcard:
                 # The client cannot know whether "*" still covers the name: it must be told.
                 state.due.add(name)
@@ -77,7 +77,7 @@ class DeltaStream(Stream):
         state.stale -= desired.keys()
         fresh, told = self._fit(state, fresh, sorted(absent))
         state.book(fresh)
-        state.base = desired
+        state.reflect(desired)
         if not (fresh or told or state.owed):
             return self._try_apart(state, desired)
         if state.type_url == CLUSTER:

@@ -125,6 +125,16 @@ class ResourceSet(Mapping[str, Encoded]):
         """Everything that any resource of this set names."""
         return frozenset().union(*(entry.refers for entry in self._entries.values()))
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of all."""
+        return frozenset(self._entries)
+
+    @cached_property
+    def versions(self) -> Mapping[str, str]:
+        """name -> version of all."""
+        return MappingProxyType({name: entry.version for name, entry in self._entries.items()})
+
     def version_of(self, name: str) -> str:
         """A resource's version, or ABSENT."""
         entry = self._entries.get(name)

@@ -99,7 +99,7 @@ class SotwStream(Stream):
             state.linger(name)
         fresh, _ = self._fit(state, fresh)
         state.book(fresh)
-        state.base = desired
+        state.reflect(desired)
         if not fresh:
             return self._try_apart(state, desired)
         return self._emit(state, _version(state, desired), fresh)
@@ -123,7 +123,7 @@ class SotwStream(Stream):
             state.linger(name)
         state.stale = kept
         state.book(chosen)
-        state.base = desired
+        state.reflect(desired)
         state.due.clear()
         state.owed = False
         state.book_absent(gone - kept)

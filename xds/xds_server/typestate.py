@@ -8,7 +8,7 @@ A type's interest moves so (TRANSITIONS is this table as data):
     NAMED                     NAMED          NAMED
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from types import MappingProxyType
 from xds_server.exchange import Nack
 from xds_server.quarantine import Doubts
 from xds_server.references import Reference
+from xds_server.sent import Sent
 from xds_server.snapshot import ABSENT, EMPTY, Encoded, ResourceSet
 
 #: The version of what was sent and may not have been taken; no real one is so.
@@ -49,14 +50,14 @@ class TypeState:
     type_url: str
     interest: Interest = Interest.UNASKED
     wildcard: bool = False
-    #: Names asked for one by one, "*" left out.
-    names: set[str] = field(default_factory=set)
+    #: Names asked for one by one, "*" left out; to be changed by `own_names` only.
+    names: Set[str] = field(default_factory=set)
     #: Names to be told of whatever was sent before: asked for (again), or due with their cluster.
     due: set[str] = field(default_factory=set)
     #: The client waits for a response even if there is nothing in it.
     owed: bool = False
     #: name -> version that the client was sent last, or ABSENT.
-    sent: dict[str, str] = field(default_factory=dict)
+    sent: Sent = field(default_factory=Sent)
     #: How often `sent` lost a name: until then, what was found in it once is in it still.
     losses: int = 0
     #: Names sent that the client has never accepted in any version.
@@ -77,6 +78,19 @@ class TypeState:
     #: What was refused, and the last refusal while any of it stands.
     doubts: Doubts = field(default_factory=Doubts)
     rejected: Nack | None = None
+
+    def own_names(self) -> set[str]:
+        """The names asked for, to be changed: not shared with any other client."""
+        if not isinstance(self.names, set):
+            self.names = set(self.names)
+        return self.names
+
+    def reflect(self, desired: ResourceSet) -> None:
+        """`sent`, `stale` and `held` reflect this state in full now."""
+        self.base = desired
+        self.sent.share(desired.versions)
+        if isinstance(self.names, set) and self.names == desired.names:
+            self.names = desired.names
 
     def wants(self, name: str) -> bool:
         """Whether the client asked for this name, or for all."""
@@ -175,7 +189,8 @@ class TypeState:
 
     def accept(self, contents: Mapping[str, str]) -> None:
         """The client took a response."""
-        self.new.difference_update(contents)
+        # A new set, since one that shrinks keeps the memory of its best days.
+        self.new = self.new.difference(contents)
         for name, version in contents.items():
             if self.sent.get(name) == UNSURE:
                 self.sent[name] = version
