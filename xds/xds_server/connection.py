@@ -108,8 +108,15 @@ class Connection:
     def receive(self, request: Any) -> None:
         """Take in one request and book the answer that it carries, if any.
 
-        Refused when the client asks for more than one may.
+        Refused when the client asks for more than one may, or for what the stream does not serve.
         """
+        if only := self.stream.only:
+            request.type_url = request.type_url or only
+            if request.type_url != only:
+                raise Refused(
+                    Reason.MALFORMED,
+                    f"asks for {request.type_url[:200]!r}; this method serves {only} only",
+                )
         _bound(request, self.stream, self._limits)
         now = self._hub.clock()
         answer = self.stream.receive(request)

@@ -5,10 +5,10 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import grpc
-from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DiscoveryRequest
 from google.protobuf.message import DecodeError
 
 from redirector.errors import InputError, RedirectorError
@@ -19,6 +19,7 @@ from xds_server.generation import Generation
 from xds_server.hub import REPORT_AFTER_S, Hub
 from xds_server.identity import DEFAULT_TRUST_DOMAIN, NotPermitted, Peer, permit
 from xds_server.ir import Name, NodeId, Workload
+from xds_server.methods import METHODS, Method
 from xds_server.metrics import render
 from xds_server.push import Push, count
 from xds_server.quarantine import Quarantined
@@ -28,7 +29,6 @@ from xds_server.tally import Tally
 
 log = logging.getLogger(__name__)
 
-SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 #: Envoy's first request carries a node of about 61 kB; names of 10,000 resources are below 1 MB.
 MAX_REQUEST_BYTES = 4 << 20
 #: Of one connection at a time; an Envoy has one. What comes beyond waits in the client.
@@ -93,7 +93,7 @@ class Server:
         self._workloads: Mapping[Name, Workload] = {}
         self._hub = Hub(generation, report=report, report_after=report_after, clock=clock)
         self._grpc = grpc.aio.server(options=_options(self._limits))
-        self._grpc.add_generic_rpc_handlers((self._handlers(),))
+        self._grpc.add_generic_rpc_handlers(tuple(self._handlers()))
 
     def listen(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         """Bind a gRPC address (`host:port` or `unix:/path`); returns the port, 1 for a socket.
@@ -177,25 +177,21 @@ class Server:
         except NotPermitted as error:
             raise Refused(Reason.IDENTITY, str(error)) from None
 
-    def _handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
-        def handler(
-            variant: type[DeltaStream | SotwStream], request: type[Any]
-        ) -> "grpc.RpcMethodHandler[Any, Any]":
+    def _handlers(self) -> "Iterator[grpc.GenericRpcHandler[Any, Any]]":
+        def handler(method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
             async def serve(requests: AsyncIterator[Any], context: Any) -> None:
-                await self._serve(variant(), requests, context)
+                await self._serve(method.stream(), requests, context)
 
             # Responses are bytes already: resources are encoded once for all clients.
             return grpc.stream_stream_rpc_method_handler(
-                serve, request_deserializer=request.FromString, response_serializer=bytes
+                serve,
+                request_deserializer=method.request.FromString,
+                response_serializer=bytes,
             )
 
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "DeltaAggregatedResources": handler(DeltaStream, DeltaDiscoveryRequest),
-                "StreamAggregatedResources": handler(SotwStream, DiscoveryRequest),
-            },
-        )
+        for service, methods in groupby(METHODS, lambda method: method.service):
+            handlers = {method.name: handler(method) for method in methods}
+            yield grpc.method_handlers_generic_handler(service, handlers)
 
     async def _serve(
         self, stream: DeltaStream | SotwStream, requests: AsyncIterator[Any], context: Any

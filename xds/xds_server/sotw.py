@@ -21,8 +21,8 @@ class SotwStream(Stream):
     are sent resource by resource, and there is no way to say that one does not exist.
     """
 
-    def __init__(self, limit: int = MAX_RESPONSE_BYTES) -> None:
-        super().__init__(limit)
+    def __init__(self, limit: int = MAX_RESPONSE_BYTES, only: str = "") -> None:
+        super().__init__(limit, only)
         #: type -> version that the client says it still has from an earlier stream.
         self._claimed: dict[str, str] = {}
         #: Types of which the client came with a state that is not known here.

@@ -47,7 +47,9 @@ WHOLE_TYPES = frozenset({CLUSTER, LISTENER})
 class Stream(ABC):
     """What both variants share: order, nonces, answers and the wait before removals."""
 
-    def __init__(self, limit: int = MAX_RESPONSE_BYTES) -> None:
+    def __init__(self, limit: int = MAX_RESPONSE_BYTES, only: str = "") -> None:
+        """A message holds at most `limit` bytes; `only` is the type of a stream that serves one."""
+        self.only = only
         self._limit = limit
         self._types: dict[str, TypeState] = {url: TypeState(url) for url in ORDER}
         self._desired: Snapshot | None = None
@@ -174,7 +176,8 @@ class Stream(ABC):
         the listener's ACK, so an answered stream alone does not say that it has come this far.
         """
         listeners = self._types[LISTENER]
-        if self._desired is None:
+        if self._desired is None or self.only:
+            # What other streams of the same client have come to, this one cannot know.
             return True
         if listeners.interest is Interest.UNASKED:
             # Back after a reconnect: its listeners and routes may still use what is to go.
@@ -326,7 +329,7 @@ class Stream(ABC):
         Envoy asks for those of a new cluster only, and a route may follow right behind. After a
         reconnect it may ask for them later and say that it has them: they are due all the same.
         """
-        if self._desired is not None:
+        if self._desired is not None and not self.only:
             served = self._desired.of(ENDPOINT)
             state = self._types[ENDPOINT]
             targets = (target for cluster in clusters for target in cluster.refers)

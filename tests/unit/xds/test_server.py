@@ -7,15 +7,20 @@ from typing import Any
 import grpc
 import pytest
 from clients import EOF, NODE, PATIENCE_S, ack, answer, connected, first, running
+from envoy.service.cluster.v3.cds_pb2_grpc import ClusterDiscoveryServiceStub
 from envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceStub
 from envoy.service.discovery.v3.discovery_pb2 import (
     DiscoveryRequest,
 )
+from envoy.service.endpoint.v3.eds_pb2_grpc import EndpointDiscoveryServiceStub
+from envoy.service.listener.v3.lds_pb2_grpc import ListenerDiscoveryServiceStub
+from envoy.service.route.v3.rds_pb2_grpc import RouteDiscoveryServiceStub
 from worlds import Resources, world
 from xds_server.generation import Generation, InconsistentSnapshot
 from xds_server.ir import NodeId
-from xds_server.references import CLUSTER, ENDPOINT, ROUTE
-from xds_server.server import MAX_REQUEST_BYTES, SERVICE, Server
+from xds_server.methods import AGGREGATED
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, kind
+from xds_server.server import MAX_REQUEST_BYTES, Server
 
 from redirector.errors import RedirectorError
 
@@ -134,7 +139,7 @@ async def test_what_is_no_request_ends_its_stream_in_one_line(
         grpc.aio.insecure_channel(f"127.0.0.1:{started.port}") as channel,
     ):
         for sent in ([garbage], [first(CLUSTER).SerializeToString(), garbage]):
-            call = channel.stream_stream(f"/{SERVICE}/DeltaAggregatedResources")(iter(sent))
+            call = channel.stream_stream(f"/{AGGREGATED}/DeltaAggregatedResources")(iter(sent))
             ended = await asyncio.wait_for(code(call), PATIENCE_S)
             assert ended == grpc.StatusCode.INVALID_ARGUMENT
     assert "refused a client: Error parsing message" in caplog.text
@@ -244,3 +249,60 @@ async def test_state_of_the_world_over_the_wire() -> None:
             "web"
         ].SerializeToString(deterministic=True)
         assert changed.version_info != response.version_info
+
+
+PER_TYPE = {
+    CLUSTER: (ClusterDiscoveryServiceStub, "Clusters", "web"),
+    ENDPOINT: (EndpointDiscoveryServiceStub, "Endpoints", "web"),
+    LISTENER: (ListenerDiscoveryServiceStub, "Listeners", "in"),
+    ROUTE: (RouteDiscoveryServiceStub, "Routes", "to-web"),
+}
+
+
+@pytest.mark.parametrize("type_url", PER_TYPE, ids=kind)
+async def test_each_type_has_a_service_of_its_own(type_url: str) -> None:
+    stub, method, name = PER_TYPE[type_url]
+    changed = world(
+        clusters={"web": 1},
+        ports={"web": 9000},
+        routes={"to-web": ("web", 1)},
+        listeners={"in": ("to-web", 1)},
+    )
+    async with (
+        running() as (run, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{run.port}") as channel,
+    ):
+        # The type may be left out: the method says it.
+        delta = getattr(stub(channel), f"Delta{method}")()
+        await delta.write(first("", resource_names_subscribe=[name]))
+        sent = await answer(delta)
+        assert (sent.type_url, [entry.name for entry in sent.resources]) == (type_url, [name])
+        await delta.write(ack(sent))
+
+        whole = getattr(stub(channel), f"Stream{method}")()
+        request = DiscoveryRequest(type_url=type_url, resource_names=[name])
+        request.node.id = NODE
+        await whole.write(request)
+        assert len((await answer(whole)).resources) == 1
+
+        await run.publish(changed)
+        sent = await answer(delta)
+        await delta.write(ack(sent))
+        (resource,) = sent.resources
+        assert resource.name == name
+        (body,) = (await answer(whole)).resources
+        assert body == resource.resource
+
+        await run.publish(world(clusters={}, routes={}, listeners={}))
+        assert list((await answer(delta)).removed_resources) == [name]
+
+
+async def test_method_of_one_type_serves_no_other() -> None:
+    async with (
+        running() as (run, _),
+        grpc.aio.insecure_channel(f"127.0.0.1:{run.port}") as channel,
+    ):
+        call = ClusterDiscoveryServiceStub(channel).DeltaClusters()
+        await call.write(first(ROUTE, resource_names_subscribe=["to-web"]))
+        assert await asyncio.wait_for(call.code(), PATIENCE_S) == grpc.StatusCode.INVALID_ARGUMENT
+        assert "this method serves" in await call.details()

@@ -16,8 +16,8 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Disc
 from manifest_server import ManifestServer
 from worlds import world
 from xds_server.admission import Limits
+from xds_server.methods import AGGREGATED
 from xds_server.references import CLUSTER, ENDPOINT, ROUTE
-from xds_server.server import SERVICE
 
 MIB = 1 << 20
 
@@ -205,7 +205,7 @@ async def garbage(port: int, chance: random.Random) -> None:
     async with channel_to(port) as channel:
         for turn in range(100):
             method = ("Delta", "Stream")[turn % 2]
-            call = channel.stream_stream(f"/{SERVICE}/{method}AggregatedResources")()
+            call = channel.stream_stream(f"/{AGGREGATED}/{method}AggregatedResources")()
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 await call.write(first(CLUSTER).SerializeToString())
                 for _ in range(5):
