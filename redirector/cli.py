@@ -191,7 +191,8 @@ def _flows(arguments: argparse.Namespace, context: Context) -> int:
 def _metrics(_arguments: argparse.Namespace, context: Context) -> int:
     from redirector import metrics
 
-    context.out.write(metrics.render(context.enrollment().node_status()).decode())
+    for piece in metrics.render(context.enrollment().node_status()):
+        context.out.write(piece.decode())
     return 0
 
 

@@ -4,8 +4,10 @@ https://prometheus.io/docs/practices/naming/ ; the list is in docs/operations.md
 """
 
 from collections import Counter as Count
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib import metadata
+from itertools import chain
 
 from prometheus_client import exposition
 from prometheus_client.core import (
@@ -23,24 +25,39 @@ from redirector.status import NodeStatus, Outcome, PodStatus, defect_names
 #: The Content-Type of what `render` answers.
 CONTENT_TYPE = exposition.CONTENT_TYPE_LATEST
 _POD = ("namespace", "pod")
+#: How many pods' samples are made at a time.
+_PART = 50
 #: Of the buckets, every second one from 16 µs to 16.8 s: a series each, for every pod.
 _BOUNDS = frozenset(2**exponent / 1e6 for exponent in range(4, 26, 2))
 
 
-def render(status: NodeStatus, others: Iterable[Metric] = ()) -> bytes:
-    """The text format of Prometheus; `others` are families of whoever serves it."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Once([*families(status), *others]))
-    return exposition.generate_latest(registry)
+def render(status: NodeStatus, others: Iterable[Metric] = ()) -> Iterator[bytes]:
+    """The text format of Prometheus, in pieces; `others` are families of whoever serves it.
+
+    A sample costs half a kilobyte on its way to text, and a node of a thousand pods has 66,000.
+    """
+    name = ""
+    for part in chain(families(status), others):
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Once(part))
+        text = exposition.generate_latest(registry)
+        # The lines that begin a family, HELP and TYPE, are told once.
+        yield text if part.name != name else text.split(b"\n", 2)[2]
+        name = part.name
 
 
 def families(status: NodeStatus) -> Iterator[Metric]:
-    """Every metric family of a node."""
+    """Every metric family of a node, those with many samples in parts that follow each other."""
     yield _build_info()
-    yield from _pods(status)
-    yield from _connections(status)
-    yield from _latency(status)
-    yield from _short_circuit(status)
+    yield _pods(status)
+    yield from _in_parts(_missing, status.pods)
+    yield _defects(status)
+    yield from _in_parts(_connections, status.pods)
+    yield from _in_parts(_passed, status.pods)
+    yield from _in_parts(_withheld, status.pods)
+    yield from _in_parts(_latency, status.pods)
+    for counter, name, text in _SHORT_CIRCUIT:
+        yield from _in_parts(partial(_counted, counter, name, text), status.pods)
     yield from _events(status)
     yield from _maps(status)
 
@@ -48,11 +65,18 @@ def families(status: NodeStatus) -> Iterator[Metric]:
 class _Once(Collector):
     """What has been collected already."""
 
-    def __init__(self, collected: list[Metric]) -> None:
-        self._collected = collected
+    def __init__(self, family: Metric) -> None:
+        self._family = family
 
     def collect(self) -> list[Metric]:
-        return self._collected
+        return [self._family]
+
+
+def _in_parts(
+    family: Callable[[Sequence[PodStatus]], Metric], pods: Sequence[PodStatus]
+) -> Iterator[Metric]:
+    for start in range(0, max(1, len(pods)), _PART):
+        yield family(pods[start : start + _PART])
 
 
 def _names(status: PodStatus) -> list[str]:
@@ -69,71 +93,87 @@ def _build_info() -> Metric:
     return family
 
 
-def _pods(status: NodeStatus) -> Iterator[Metric]:
-    pods = GaugeMetricFamily(
+def _pods(status: NodeStatus) -> Metric:
+    family = GaugeMetricFamily(
         "redirector_pods",
         "Enrolled pods by mode and by whether their connections are short-circuited",
         labels=("mode", "accelerated"),
     )
     numbers = Count((pod.pod.mode, pod.accelerated) for pod in status.pods)
     for mode, accelerated in ((Mode.EBPF, True), (Mode.EBPF, False), (Mode.IPTABLES, False)):
-        pods.add_metric([mode, str(accelerated).lower()], numbers[mode, accelerated])
-    yield pods
-    missing = GaugeMetricFamily(
+        family.add_metric([mode, str(accelerated).lower()], numbers[mode, accelerated])
+    return family
+
+
+def _missing(pods: Sequence[PodStatus]) -> Metric:
+    family = GaugeMetricFamily(
         "redirector_pod_missing_parts",
         "What the kernel lacks of an enrolled pod: hooks, rules, its namespace; 0 when whole",
         labels=_POD,
     )
-    for pod in status.pods:
-        missing.add_metric(_names(pod), len(pod.missing))
-    yield missing
-    defects = GaugeMetricFamily(
+    for pod in pods:
+        family.add_metric(_names(pod), len(pod.missing))
+    return family
+
+
+def _defects(status: NodeStatus) -> Metric:
+    family = GaugeMetricFamily(
         "redirector_kernel_defect",
         "1 for each thing that this kernel does wrong with redirected bytes",
         labels=("defect",),
     )
     for name in defect_names(status.defects):
-        defects.add_metric([name], 1)
-    yield defects
+        family.add_metric([name], 1)
+    return family
 
 
-def _connections(status: NodeStatus) -> Iterator[Metric]:
-    connections = CounterMetricFamily(
+def _connections(pods: Sequence[PodStatus]) -> Metric:
+    family = CounterMetricFamily(
         "redirector_connections",
         "Connections by verdict: steered to which listener, direct by which rule, refused and why",
         labels=(*_POD, "mode", "verdict", "reason"),
     )
-    passed = CounterMetricFamily(
+    for pod in pods:
+        for tally in pod.tallies:
+            if tally.outcome not in (Outcome.PASSED, Outcome.WITHHELD):
+                labels = [*_names(pod), pod.pod.mode, tally.outcome, tally.reason]
+                family.add_metric(labels, tally.count)
+    return family
+
+
+def _passed(pods: Sequence[PodStatus]) -> Metric:
+    family = CounterMetricFamily(
         "redirector_passed",
         "Sockets, or directions of a connection, left to TCP instead of short-circuited, and why",
         labels=(*_POD, "reason"),
     )
-    withheld = CounterMetricFamily(
+    return _of_outcome(family, Outcome.PASSED, pods)
+
+
+def _withheld(pods: Sequence[PodStatus]) -> Metric:
+    family = CounterMetricFamily(
         "redirector_withheld_options",
         "Socket options that short-circuited sockets were not given",
         labels=(*_POD, "option"),
     )
-    for pod in status.pods:
+    return _of_outcome(family, Outcome.WITHHELD, pods)
+
+
+def _of_outcome(family: CounterMetricFamily, outcome: Outcome, pods: Sequence[PodStatus]) -> Metric:
+    for pod in pods:
         for tally in pod.tallies:
-            if tally.outcome is Outcome.PASSED:
-                passed.add_metric([*_names(pod), tally.reason], tally.count)
-            elif tally.outcome is Outcome.WITHHELD:
-                withheld.add_metric([*_names(pod), tally.reason], tally.count)
-            else:
-                labels = [*_names(pod), pod.pod.mode, tally.outcome, tally.reason]
-                connections.add_metric(labels, tally.count)
-    yield connections
-    yield passed
-    yield withheld
+            if tally.outcome is outcome:
+                family.add_metric([*_names(pod), tally.reason], tally.count)
+    return family
 
 
-def _latency(status: NodeStatus) -> Iterator[Metric]:
+def _latency(pods: Sequence[PodStatus]) -> Metric:
     family = HistogramMetricFamily(
         "redirector_connect_seconds",
         "Time from SYN to established of the connections that a pod opened (eBPF mode)",
         labels=(*_POD, "verdict"),
     )
-    for pod in status.pods:
+    for pod in pods:
         for kind, latency in pod.latencies.items():
             bounds = [pair for pair in latency.cumulative() if pair[0] in _BOUNDS]
             buckets = [(str(bound), n) for bound, n in bounds]
@@ -142,7 +182,7 @@ def _latency(status: NodeStatus) -> Iterator[Metric]:
                 [*buckets, ("+Inf", latency.count)],
                 latency.seconds,
             )
-    yield family
+    return family
 
 
 _SHORT_CIRCUIT = (
@@ -160,13 +200,12 @@ _SHORT_CIRCUIT = (
 )
 
 
-def _short_circuit(status: NodeStatus) -> Iterator[Metric]:
-    for counter, name, text in _SHORT_CIRCUIT:
-        family = CounterMetricFamily(name, text, labels=_POD)
-        for pod in status.pods:
-            if counter in pod.counters:
-                family.add_metric(_names(pod), pod.counters[counter])
-        yield family
+def _counted(counter: Counter, name: str, text: str, pods: Sequence[PodStatus]) -> Metric:
+    family = CounterMetricFamily(name, text, labels=_POD)
+    for pod in pods:
+        if counter in pod.counters:
+            family.add_metric(_names(pod), pod.counters[counter])
+    return family
 
 
 def _events(status: NodeStatus) -> Iterator[Metric]:

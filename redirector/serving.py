@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,7 +17,8 @@ class Page:
     """An answer."""
 
     status: int
-    body: bytes
+    #: Whole, or in pieces that are made while they are sent.
+    body: bytes | Iterable[bytes]
     content_type: str = "text/plain; charset=utf-8"
 
 
@@ -62,9 +63,26 @@ class _Handler(BaseHTTPRequestHandler):
         page = answer() if answer else Page(404, f"there are: {' '.join(self.answers)}\n".encode())
         self.send_response(page.status)
         self.send_header("Content-Type", page.content_type)
-        self.send_header("Content-Length", str(len(page.body)))
+        if isinstance(page.body, bytes):
+            self.send_header("Content-Length", str(len(page.body)))
+            self.end_headers()
+            self.wfile.write(page.body)
+        else:
+            self._send_pieces(page.body)
+
+    def _send_pieces(self, pieces: Iterable[bytes]) -> None:
+        """In chunks (RFC 9112, 7.1); to a client of HTTP/1.0, until the connection ends."""
+        chunked = self.request_version != "HTTP/1.0"
+        end = ("Transfer-Encoding", "chunked") if chunked else ("Connection", "close")
+        self.send_header(*end)
         self.end_headers()
-        self.wfile.write(page.body)
+        for piece in pieces:
+            # An empty chunk would be the last.
+            if chunked and piece:
+                piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+            self.wfile.write(piece)
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, format: str, *args: object) -> None:
         """Requests are not changes: the log has only those."""

@@ -66,7 +66,7 @@ def test_every_pod_and_map_is_in_the_metrics(
     other = node.pod("other")
     enrollment.enroll("shop/b", other.netns, other.cgroup, Mode.IPTABLES)
     steered.call(probes.dial, [SERVICE] * 3)
-    text = render(enrollment.node_status()).decode()
+    text = b"".join(render(enrollment.node_status())).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     connections = {
         (s.labels["pod"], s.labels["verdict"], s.labels["reason"]): s.value
