@@ -233,6 +233,33 @@ def test_a_fault_on_a_port_that_is_not_http_is_told() -> None:
     assert "no effect on ports that are not HTTP: 5432 of Service demo/web" in problem.message
 
 
+@pytest.mark.parametrize(
+    ("spec", "parts", "message"),
+    [
+        (
+            {"type": "ExternalName", "externalName": "example.org"},
+            LIMIT,
+            "rateLimit, connectionLimit and accessLog: no effect on Services of type ExternalName",
+        ),
+        (
+            {"clusterIP": "None"},
+            {"faultInjection": {"abort": {"httpStatus": 500}}},
+            "no effect on Services without an address, whose pods are asked directly: demo/odd",
+        ),
+    ],
+)
+def test_what_a_kind_of_service_cannot_have_is_told(spec: Any, parts: Any, message: str) -> None:
+    ports = [{"name": "http", "port": 80}]
+    odd = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "odd", "namespace": "demo"},
+        "spec": {**spec, "ports": ports},
+    }
+    _, (problem,) = read(odd, policy("it", service("odd"), **parts))
+    assert message in problem.message
+
+
 def test_a_bad_policy_says_so_and_its_last_good_form_stays() -> None:
     ingester = Ingester()
     good, bad = policy("it", service(), **LIMIT), policy("it", service(), rateLimit={})

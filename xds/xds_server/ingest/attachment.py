@@ -98,6 +98,8 @@ def attach(
     rules: RuleNames,
 ) -> Attached:
     """Where each policy holds, and what to tell of it."""
+    if not policies:
+        return Attached((), {}, (), ())
     places = _Places(
         {service.name: service for service in services},
         protocols,
@@ -204,7 +206,7 @@ def _arrivals(
     """The pods' ports that the policy judges arriving traffic on. A pod cannot tell which service
     a connection was meant for: with two services before one port, the older policy has it."""
     policy = raw.policy
-    if policy.rate_limit is None and policy.max_connections is None and not policy.access_logs:
+    if not policy.arrives:
         return set(), []
     wanted = {place for parent in parents for place in behind.get(parent, ())}
     lost = {place: claims.pods.setdefault(place, raw) for place in sorted(wanted)}
@@ -221,23 +223,35 @@ def _arrivals(
 
 
 def _without_effect(policy: TrafficPolicy, places: _Places) -> list[_Lack]:
-    """A fault is HTTP's."""
-    if policy.fault is None:
-        return []
-    protocols = {
-        (service, port.number): places.protocols[port]
-        for service in {parent.service for parent in policy.services}
-        for port in places.services[service].ports
-    }
-    bare = sorted(
-        parent for parent in policy.services if not protocols[parent.service, parent.port].is_http
-    )
-    if not bare:
-        return []
-    ports = ", ".join(f"{parent.port} of Service {parent.service}" for parent in bare)
-    return [
-        ("UnsupportedValue", f"faultInjection has no effect on ports that are not HTTP: {ports}")
-    ]
+    """What the policy asks of services that cannot have it."""
+    services = sorted({parent.service for parent in policy.services})
+    raw = {name: places.services[name] for name in services}
+    found: list[str] = []
+
+    def lacking(parts: str, why: str, where: Iterable[object]) -> None:
+        if named := ", ".join(map(str, where)):
+            found.append(f"{parts}: no effect {why}: {named}")
+
+    if policy.fault:
+        bare = (
+            f"{port.number} of Service {name}"
+            for name in services
+            for port in raw[name].ports
+            if Parent(name, port.number) in policy.services and not places.protocols[port].is_http
+        )
+        lacking("faultInjection", "on ports that are not HTTP", bare)
+        lacking(
+            "faultInjection",
+            "on Services without an address, whose pods are asked directly",
+            (name for name in services if not raw[name].addresses),
+        )
+    if policy.arrives:
+        lacking(
+            "rateLimit, connectionLimit and accessLog",
+            "on Services of type ExternalName, which no pod serves",
+            (name for name in services if raw[name].external),
+        )
+    return [("UnsupportedValue", message) for message in found]
 
 
 def _status(

@@ -126,3 +126,8 @@ class TrafficPolicy:
     balancer: LoadBalancer | None = None
     max_connections: int | None = None
     access_logs: tuple[AccessLog, ...] = ()
+
+    @property
+    def arrives(self) -> bool:
+        """Whether it asks something of the pods where traffic arrives."""
+        return bool(self.rate_limit or self.max_connections or self.access_logs)
