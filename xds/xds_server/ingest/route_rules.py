@@ -55,7 +55,7 @@ class RuleReader:
         """All rules. If none of them is good, the route is bad."""
         fields = rules.items()
         found = [self._rule(one) for one in fields]
-        if not fields and self.kind is RouteKind.HTTP:
+        if rules.value in (None, []) and self.kind is RouteKind.HTTP:
             # The API server's default, for HTTPRoutes only.
             rules.misfit("is missing: every request is answered with 500; add a rule")
             return (RouteRule((RouteMatch(),), ()),)
@@ -75,9 +75,12 @@ class RuleReader:
         rule, problems = _apart(given)
         http = self.kind is RouteKind.HTTP
         rule.only(
-            *("name", "matches", "filters", "backendRefs"),
+            *("name", "matches", "filters", "backendRefs", "sessionPersistence"),
             *(("timeouts", "retry") if http else ()),
         )
+        if rule["sessionPersistence"].present:
+            # Experimental; the rule serves without it.
+            rule["sessionPersistence"].misfit("is not supported and has no effect; remove it")
         filters = FilterReader(self.kind, self._destination)
         timeouts = rule["timeouts"]
         timeouts.only("request", "backendRequest")

@@ -31,6 +31,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 #: The status of what cannot be forwarded. Envoy tells gRPC clients UNAVAILABLE for a 503.
 _FAILED = {RouteKind.HTTP: 500, RouteKind.GRPC: 503}
 _MILLION = 1_000_000
+#: Longer only if that is what is asked for.
+_LONGEST_BACKOFF = timedelta(hours=1)
 #: The request was not taken: not connected, or refused by HTTP/2 or gRPC before it was looked at.
 _NOT_TAKEN = ("connect-failure", "refused-stream", "unavailable")
 
@@ -208,7 +210,8 @@ def _retry_policy(retry: Retry | None, each: timedelta | None) -> route_componen
     if retry.backoff is not None:
         base = max(retry.backoff, timedelta(milliseconds=1))
         result.retry_back_off.base_interval.CopyFrom(duration(base))
-        result.retry_back_off.max_interval.CopyFrom(duration(base * 10))
+        most = max(base, min(base * 10, _LONGEST_BACKOFF))
+        result.retry_back_off.max_interval.CopyFrom(duration(most))
     # Another endpoint, if there is one.
     elsewhere = result.retry_host_predicate.add(name="envoy.retry_host_predicates.previous_hosts")
     elsewhere.typed_config.Pack(previous_hosts_pb2.PreviousHostsPredicate())
