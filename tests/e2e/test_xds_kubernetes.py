@@ -2,6 +2,7 @@
 
 import copy
 import json
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def cluster() -> Iterator[ApiServer]:
 @pytest.fixture
 def served(place: Path, cluster: ApiServer) -> Iterator[XdsServer]:
     config = kubeconfig(place, cluster.url, "secret")
-    running = XdsServer(place, ["--kubernetes", "--kubeconfig", str(config)])
+    source = ["--kubernetes", "--kubeconfig", str(config)]
+    running = XdsServer(place, source, "--status-address", "127.0.0.1:0")
     yield running
     running.stop()
 
@@ -39,6 +41,13 @@ def client(node: Node, place: Path, served: XdsServer) -> Sidecar:
     started = Sidecar(pod, place, "client", "demo", f"unix:{served.socket}")
     eventually("both listeners", lambda: started.listeners() == ["inbound", "outbound"])
     return started
+
+
+def metrics(server: XdsServer) -> str:
+    port = server.wait_for_log(r"metrics and health on port (\d+)")[1]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        text: str = page.read().decode()
+    return text
 
 
 def endpoints(sidecar: Sidecar) -> list[str]:
@@ -71,6 +80,7 @@ def test_changes_in_the_cluster_reach_envoy(
     # An API server that restarts changes nothing; what it tells afterwards arrives.
     cluster.down()
     served.wait_for_log("API server: .*refused")
+    assert "\nredirector_xds_source_up 0.0\n" in metrics(served)
     assert endpoints(client) == ["10.77.0.11:8080", "10.77.0.99:8080"]
     cluster.forget()
     cluster.up()
@@ -78,6 +88,7 @@ def test_changes_in_the_cluster_reach_envoy(
     event = served.event_after(lambda: cluster.put("endpointslices", piece))
     assert event["changed"] == ["endpoints outbound|80|web-v1.demo"]
     assert endpoints(client) == ["10.77.0.11:8080"]
+    eventually("all is well", lambda: "\nredirector_xds_source_up 1.0\n" in metrics(served))
     assert "NACK" not in served.log
     assert {request.authorization for request in cluster.requests} == {"Bearer secret"}
 

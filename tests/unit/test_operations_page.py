@@ -41,7 +41,8 @@ def test_every_metric_is_listed() -> None:
     assert [name for name in sorted(names) if f"`{name}`" not in PAGE] == []
 
 
-def test_every_metric_of_the_xds_server_is_listed() -> None:
+async def test_every_metric_of_the_xds_server_is_listed() -> None:
+    """A server is made in a loop, whatever ran before."""
     server = Server(Generation(lambda _: {}), report=lambda _: None)
     lines = server.metrics().decode().splitlines()
     names = {line.split()[2] for line in lines if line.startswith("# TYPE ")}

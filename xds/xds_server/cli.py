@@ -223,10 +223,12 @@ async def _run(
     count_in(found, server)
     tasks = []
     telling = Telling()
-    if isinstance(reader.source, Kubernetes) and writes:
-        writer = Writer(reader.source, server.refused, socket.gethostname())
-        telling = Telling(writer.want)
-        tasks.append(asyncio.create_task(writer.run()))
+    if isinstance(reader.source, Kubernetes):
+        server.tally.hindrances = reader.source.problems
+        if writes:
+            writer = Writer(reader.source, server.refused, socket.gethostname())
+            telling = Telling(writer.want)
+            tasks.append(asyncio.create_task(writer.run()))
     telling.tell(found.mesh)
     for address in shell.listens:
         _listen(server, address, shell)

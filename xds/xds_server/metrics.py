@@ -41,6 +41,7 @@ def _families(hub: Hub, admission: Admission) -> Iterator[Metric]:
     )
     yield _gauge("mesh_objects", "Objects that were read last", tally.objects)
     yield _gauge("mesh_problems", "Mistakes in the objects that were read last", tally.problems)
+    yield _gauge("source_up", "Whether the source of the objects answers", not tally.hindrances())
     yield CounterMetricFamily(
         "redirector_xds_encodings",
         "Resources that were serialized, for all sidecars together",

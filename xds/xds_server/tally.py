@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -56,3 +56,5 @@ class Tally:
     #: Objects that were read last, and mistakes in them.
     objects: int = 0
     problems: int = 0
+    #: Why what was read last may be old; none while the source answers.
+    hindrances: Callable[[], Sequence[str]] = tuple

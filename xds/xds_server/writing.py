@@ -34,6 +34,7 @@ _JITTER_S = 0.3
 _LOOK_S = 2.0
 #: How often everything is looked at again: a replica that told of its sidecars may be gone.
 _RESYNC_S = 60.0
+_AFTER_ERROR_S = 5.0
 _CONFLICT, _NOT_FOUND = 409, 404
 
 Key = tuple[str, Name]
@@ -84,7 +85,12 @@ class Writer:
             if self._news.is_set():
                 await asyncio.sleep(random.uniform(0, _JITTER_S))
                 self._news.clear()
-                await self._pass()
+                try:
+                    await self._pass()
+                except Exception:
+                    # Sidecars are served without statuses, too.
+                    log.exception("statuses are not written")
+                    await asyncio.sleep(_AFTER_ERROR_S)
 
     def _blame(self) -> dict[Key, list[Refusal]]:
         found: defaultdict[Key, list[Refusal]] = defaultdict(list)

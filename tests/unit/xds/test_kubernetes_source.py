@@ -165,6 +165,13 @@ async def test_what_is_of_no_use_here_is_no_change(demo: ApiServer) -> None:
     assert await changes.next() == "added Namespace later"
 
 
+async def test_nonsense_in_a_status_hides_nothing(demo: ApiServer) -> None:
+    route = copy.deepcopy(demo.objects["httproutes"]["demo/web"])
+    route["metadata"]["name"], route["status"] = "odd", "fine"
+    demo.apply(route)
+    assert {"HTTPRoute web", "HTTPRoute odd"} <= await names(follow(demo))
+
+
 async def test_endpoints_do_not_wait_for_a_burst_to_end(
     demo: ApiServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,9 @@ class Kind:
         status = None
         if self.told:
             data.pop("status", None)
-            status = _mapping(value, "status")
+            # Whatever stands there, it keeps nobody from reading the object.
+            found = value.get("status")
+            status = found if isinstance(found, dict) else {}
         return ApiObject(
             f"{namespace}/{name}" if namespace else name,
             data,
