@@ -45,6 +45,8 @@ _AGE_JITTER = 0.2
 #: Streams that end because the server does: so many a second, within so many seconds at most.
 _DRAIN_RATE = 200.0
 _DRAIN_S = 5.0
+#: Far beyond what gRPC takes to notice that a client went.
+_CANCEL_S = 60.0
 
 
 def _options(limits: Limits) -> list[tuple[str, int]]:
@@ -248,6 +250,10 @@ class Server:
                 await reader
         except Refused:
             raise
+        except grpc.aio.InternalError:
+            # A write fails like this when the client goes meanwhile: gRPC is about to cancel us.
+            # To return before that would make it answer a call that is no more, with a traceback.
+            await asyncio.sleep(_CANCEL_S)
         except RedirectorError as error:
             log.error("%s", error)
             await context.abort(grpc.StatusCode.INTERNAL, str(error))

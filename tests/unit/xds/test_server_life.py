@@ -3,7 +3,9 @@
 import asyncio
 
 import grpc
+import pytest
 from clients import EOF, PATIENCE_S, ack, answer, connected, first, running
+from envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceStub
 from worlds import world
 from xds_server.admission import Limits
 from xds_server.references import CLUSTER, LISTENER, ROUTE
@@ -64,6 +66,25 @@ async def test_client_that_never_reads_is_cut_with_its_connection() -> None:
                 await asyncio.sleep(0.01)
             while b"redirector_xds_clients 0.0" not in run.server.metrics():
                 await asyncio.sleep(0.01)
+
+
+async def test_clients_that_go_in_the_middle_of_a_message_leave_no_trace(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    big = {f"r{n}": ("web", n) for n in range(2000)}
+    async with running(world(routes=big, listeners={})) as (run, good):
+        for _ in range(5):
+            options = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{run.port}", options) as channel:
+                stub = AggregatedDiscoveryServiceStub(channel)
+                for _ in range(20):
+                    call = stub.DeltaAggregatedResources()
+                    await call.write(first(ROUTE, resource_names_subscribe=list(big)))
+        async with asyncio.timeout(PATIENCE_S):
+            while b"redirector_xds_clients 0.0" not in run.server.metrics():
+                await asyncio.sleep(0.01)
+        await connected(good)
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_client_that_takes_nothing_does_not_hold_up_the_end() -> None:
