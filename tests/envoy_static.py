@@ -1,5 +1,7 @@
 """A sidecar's resources as one static bootstrap: Envoy can be asked without a server."""
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from envoy.config.bootstrap.v3 import bootstrap_pb2
@@ -9,6 +11,8 @@ from envoy.extensions.filters.network.http_connection_manager.v3 import (
 )
 from google.protobuf import json_format
 from xds_server.translate import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resources
+
+from redirector.machine import envoy_binary
 
 HCM = hcm_pb2.HttpConnectionManager
 
@@ -34,6 +38,15 @@ def bootstrap(resources: Resources) -> Any:
                     manager.route_config.CopyFrom(resources[ROUTE][manager.rds.route_config_name])
                     part.typed_config.Pack(manager, deterministic=True)
     return result
+
+
+def refused_by_envoy(resources: Resources, folder: Path) -> str:
+    """What Envoy has against these resources; empty when it takes all of them."""
+    file = folder / "bootstrap.json"
+    file.write_text(as_json(bootstrap(resources)))
+    command = [str(envoy_binary()), "--mode", "validate", "-c", str(file), "-l", "warn"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return result.stderr if result.returncode or "deprecated" in result.stderr else ""
 
 
 def as_json(message: Any) -> str:

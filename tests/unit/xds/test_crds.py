@@ -1,15 +1,20 @@
 """What the schemas of our kinds accept is what is read, and what they refuse is refused."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
-from crds import refusals, schema_of
+import yaml
+from crds import CRDS, refusals, schema_of
+from envoy_static import refused_by_envoy
 from xds_server.errors import Problem
 from xds_server.ingest import ingest
-from xds_server.ir import Mesh
+from xds_server.ir import Mesh, NodeId
 from xds_server.sources.objects import KubeObject
 from xds_server.statuses import Replica, patch
+from xds_server.translate import translate
 
 GATEWAY = "gateway.networking.k8s.io"
 OBJECTS: list[dict[str, Any]] = [
@@ -98,7 +103,7 @@ TRAFFIC_GOOD: list[tuple[str, Any]] = [
     ),
     ("accessLog", [{}]),
     ("accessLog", [{"type": "Stdout", "format": "Text", "text": "%PROTOCOL% 1%%\n"}]),
-    ("accessLog", [{"type": "File", "path": "/tmp/x", "format": "JSON", "json": {"a": "b"}}]),
+    ("accessLog", [{"type": "File", "path": "/dev/null", "format": "JSON", "json": {"a": "b"}}]),
     ("accessLog", [{"filter": {"minStatus": 500, "maxStatus": 500}}]),
 ]
 
@@ -180,7 +185,7 @@ TRAFFIC_BAD: list[tuple[str, Any]] = [
     ("accessLog", [{"type": "File"}]),
     ("accessLog", [{"type": "File", "path": "x"}]),
     ("accessLog", [{"type": "File", "path": "/x\n"}]),
-    ("accessLog", [{"path": "/tmp/x"}]),
+    ("accessLog", [{"path": "/dev/null"}]),
     ("accessLog", [{"format": "XML"}]),
     ("accessLog", [{"json": {"a": "b"}}]),
     ("accessLog", [{"format": "JSON", "text": "a"}]),
@@ -269,6 +274,45 @@ def test_what_is_bad_is_bad_to_both(kind: str, part: str, value: Any) -> None:
         assert problem.message
 
 
+def test_envoy_takes_all_that_is_good(tmp_path: Path) -> None:
+    """Each policy has a Service and a port of the one pod."""
+    objects: list[dict[str, Any]] = []
+    endpoint = {"addresses": ["10.77.0.1"]}
+    for number, (part, value) in enumerate(TRAFFIC_GOOD):
+        name, port = f"s{number}", 8000 + number
+        metadata = {"name": name, "namespace": "demo"}
+        spec = spec_of("TrafficPolicy", part, value)
+        spec["targetRefs"] = [{"kind": "Service", "name": name}]
+        objects += [
+            {
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": metadata,
+                "spec": {"clusterIP": f"10.96.1.{number}", "ports": [{"name": "http", "port": 80}]},
+            },
+            {
+                "apiVersion": "discovery.k8s.io/v1",
+                "kind": "EndpointSlice",
+                "metadata": {**metadata, "labels": {"kubernetes.io/service-name": name}},
+                "addressType": "IPv4",
+                "ports": [{"name": "http", "port": port}],
+                "endpoints": [endpoint],
+            },
+            {
+                "apiVersion": "policy.redirector.io/v1alpha1",
+                "kind": "TrafficPolicy",
+                "metadata": metadata,
+                "spec": spec,
+            },
+        ]
+    everything = [KubeObject("f", entry) for entry in [*deepcopy(OBJECTS), *objects]]
+    mesh, problems = ingest(everything)
+    assert problems == []
+    assert all(policy.services and policy.pods for policy in mesh.traffic)
+    node = NodeId("10.77.0.1", "web-1", "demo")
+    assert refused_by_envoy(translate(mesh, node), tmp_path) == ""
+
+
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
@@ -325,3 +369,8 @@ def test_what_is_told_fits_the_status(kind: str) -> None:
         changes = patch({}, status, "2026-01-01T00:00:00Z", alone)
         assert changes
         assert refusals(kind, changes, "status") == []
+
+
+@pytest.mark.parametrize("path", sorted(CRDS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_they_are_what_kubernetes_calls_definitions(path: Path) -> None:
+    kubernetes_validate.validate(yaml.safe_load(path.read_text()), "1.30", strict=True)
