@@ -19,6 +19,7 @@ from redirector.apiserver.kubeconfig import from_file
 from redirector.errors import InputError, RedirectorError
 from xds_server import options, status
 from xds_server.following import Reader, count_in, follow
+from xds_server.garbage import settle
 from xds_server.ingest.scopes import Wishes
 from xds_server.ir import NodeId
 from xds_server.lineage import Lineage
@@ -234,6 +235,7 @@ async def _run(
         _listen(server, address, shell)
     if shell.admin is not None:
         log.info("status on %s", await operating.serve_admin(shell.admin))
+    settle()
     await server.start()
     operating.tell_of(server)
     log.info("serving")

@@ -175,8 +175,11 @@ class Connection:
             self.wake.clear()
             while not self._leaving and (response := await self._next()) is not None:
                 self._note_sent(response)
-                async with self._hub.room.for_(response.size):
+                if self._hub.room.passes(response.size):
                     await context.write(response.body)
+                else:
+                    async with self._hub.room.for_(response.size):
+                        await context.write(response.body)
             self._settle()
 
     async def _next(self) -> Response | None:

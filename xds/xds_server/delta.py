@@ -74,7 +74,8 @@ class DeltaStream(Stream):
             for name in gone - state.stale:
                 state.linger(name)
             state.stale |= gone
-        state.stale -= desired.keys()
+        if state.stale:
+            state.stale -= desired.keys()
         fresh, told = self._fit(state, fresh, sorted(absent))
         state.book(fresh)
         state.reflect(desired)

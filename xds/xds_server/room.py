@@ -14,7 +14,7 @@ PATIENCE_S = 1.0
 
 
 class Room:
-    """Large messages wait for their turn until there is room for them; small ones pass."""
+    """Large messages wait for their turn until there is room for them; small ones pass by."""
 
     def __init__(
         self, room: int = ROOM_BYTES, small: int = SMALL_BYTES, patience: float = PATIENCE_S
@@ -25,12 +25,13 @@ class Room:
         self._taken = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
+    def passes(self, size: int) -> bool:
+        """Whether a message of so many bytes needs no room."""
+        return size <= self._small
+
     @asynccontextmanager
     async def for_(self, size: int) -> AsyncIterator[None]:
         """Holds room for a message of so many bytes while it is sent, or until patience ends."""
-        if size <= self._small:
-            yield
-            return
         loop = asyncio.get_running_loop()
         turn = loop.create_future()
         self._waiting.append((size, turn))

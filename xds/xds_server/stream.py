@@ -96,7 +96,10 @@ class Stream(ABC):
     @property
     def unanswered(self) -> int:
         """How many responses the client owes an answer."""
-        return sum(len(state.unanswered) for state in self._types.values())
+        number = 0  # a plain loop: this is asked several times for each message
+        for state in self._types.values():
+            number += len(state.unanswered)
+        return number
 
     def sync(self, type_url: str) -> Sync:
         """How what the client has of a type compares with what it should have."""

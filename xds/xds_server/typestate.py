@@ -103,8 +103,10 @@ class TypeState:
 
     def up_to_date(self, desired: ResourceSet) -> bool:
         """Nothing can have changed since `base`: spares a comparison of every name."""
-        unchanged = self.base is not None and self.base.version == desired.version
-        return unchanged and not (self.due or self.owed or self.held or self.doubts.waiting)
+        base = self.base
+        if base is not desired and (base is None or base.version != desired.version):
+            return False
+        return not (self.due or self.owed or self.held or self.doubts.waiting)
 
     def candidates(self, desired: ResourceSet) -> set[str]:
         """Names whose state may differ from what the client was sent."""

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from xds_server.bench.objects import Size, World, node_id
+from xds_server.garbage import settle
 from xds_server.generation import Generation
 from xds_server.ingest import Ingester
 from xds_server.ir import NodeId
@@ -71,6 +72,7 @@ class _Served:
         generation = self._generation()
         generation.snapshot(NodeId.parse(node_id(0)))
         cold = Cold(time.perf_counter() - began, time.process_time() - spent)
+        settle()
         server = Server(generation, report=self._pushes.put_nowait, report_after=_PATIENCE_S)
         server.listen(address)
         await server.start()
