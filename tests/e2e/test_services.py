@@ -18,7 +18,7 @@ from redirector.model import Mode
 
 pytestmark = pytest.mark.root
 
-ZONED, STICKY, FRONT = "10.96.78.1", "10.96.78.2", "10.96.78.3"
+ZONED, STICKY, FRONT, FAR = "10.96.78.1", "10.96.78.2", "10.96.78.3", "10.96.78.4"
 PODS = {"one": "10.77.0.11", "two": "10.77.0.12"}
 APP_PORT, DNS_PORT = 8080, 5300
 
@@ -70,8 +70,13 @@ class World:
         return answers
 
     def apps(self, address: str, port: int = 80) -> set[str]:
-        """Who answers 20 connections."""
-        return {answer.seen.get("app", "") for answer in self.ask_all(address, port, "/", 20)}
+        """Who answers 12 connections."""
+        return {answer.seen.get("app", "") for answer in self.ask_all(address, port, "/", 12)}
+
+    def ended(self) -> int:
+        """How many connections the sidecar has ended in the blackhole."""
+        text = self.sidecar.admin("/stats?filter=tcp.blackhole.downstream_cx_total")
+        return int(text.rpartition(":")[2])
 
     def edit(self, old: str, new: str) -> None:
         """Changes the manifests; returns once every sidecar has answered."""
@@ -112,4 +117,19 @@ def test_kinds_of_services(world: World) -> None:
     assert world.ask(FRONT).seen["app"] == "two"
     # An ExternalName is resolved by the sidecar.
     assert world.ask(FRONT, path="/outside").seen["app"] == "one"
+    # What is no service passes to where it goes ...
+    assert world.ask(PODS["one"], APP_PORT).seen["app"] == "one"
+    # ... unless the mesh is closed: then services alone are reached, and the rest is counted.
+    assert world.ended() == 0
+    world.edit("outboundPolicy: allow-any", "outboundPolicy: registry-only")
+    assert world.ask(PODS["one"], APP_PORT).status == 0
+    assert world.ended() == 1
+    for address, port in ((PODS["two"], APP_PORT), (FRONT, 80), (FAR, 80)):
+        assert world.ask(address, port).seen["app"] == "two"
+    # Told of its own namespace only, it does not know the other's service, but what its own routes
+    # lead to.
+    world.edit("registry-only}", "registry-only, redirector.io/imports: .}")
+    assert world.ask(FAR).status == 0
+    assert world.ask(FRONT, path="/far").seen["app"] == "two"
+    assert world.ended() == 2
     assert "NACK" not in world.server.log
