@@ -7,6 +7,9 @@ once (a missing directory, a node id that is none) is a `redirector.errors.Input
 import reprlib
 from dataclasses import dataclass
 
+#: Of a part of a message, in characters.
+_LONGEST = 1000
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,13 +28,27 @@ class Problem:
 
     def __str__(self) -> str:
         parts = (self.file, self.object, self.field, self.value, self.message)
-        line = " ".join(": ".join(part for part in parts if part).split())
-        # Keys come from the file as they are: nothing of them may move a terminal's cursor.
-        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        return ": ".join(printable(part) for part in parts if part)
+
+
+def printable(text: str) -> str:
+    """One line of bearable length. Names and keys come as they were given: nothing of them may move
+    a terminal's cursor."""
+    line = " ".join(text[: 2 * _LONGEST].split())
+    if len(line) > _LONGEST:
+        line = f"{line[:_LONGEST]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+class _Shortener(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write numbers of more than 4,300 digits.
+        bits = value.bit_length()
+        return super().repr_int(value, level) if bits <= 256 else f"a number of {bits} bits"
 
 
 def shown(value: object) -> str:
     """The value as a message shows it: short, whatever was given (aliases may nest for ever)."""
-    shortener = reprlib.Repr()
+    shortener = _Shortener()
     shortener.maxlevel, shortener.maxstring, shortener.maxother = 3, 80, 80
     return shortener.repr(value)

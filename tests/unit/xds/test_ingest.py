@@ -1,19 +1,15 @@
 """Objects in, a mesh and all problems out."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from xds_server.errors import Problem
 from xds_server.ingest import ingest
 from xds_server.ir import Mesh, Name, NodeId, Protocol
 from xds_server.sources.files import parse
 from xds_server.sources.objects import KubeObject
-from xds_server.translate import translate
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "xds"
@@ -398,61 +394,6 @@ def _good_documents() -> list[Any]:
 
 
 DOCUMENTS = _good_documents()
-_SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers(-2, 70000)
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(
-        ["web", "demo", "10.96.77.1", "GET", "/a", "*", "Service", "", "1s", "\0", "\ud800"]
-    )
-)
-_VALUES = st.recursive(
-    _SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["name", "port", "value", "type"]) | _SCALARS, inner)
-    ),
-    max_leaves=6,
-)
-
-
-@st.composite
-def _mangled(draw: st.DrawFn) -> list[KubeObject]:
-    """Real objects with a few values replaced, at any depth."""
-    documents = deepcopy(draw(st.lists(st.sampled_from(DOCUMENTS), min_size=1, max_size=5)))
-    for _ in range(draw(st.integers(0, 3))):
-        place: Any = draw(st.sampled_from(documents))
-        while True:
-            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-            if not keys:
-                break
-            key = draw(st.sampled_from(keys))
-            if not isinstance(place[key], dict | list) or draw(st.integers(0, 5)) == 0:
-                place[key] = draw(_VALUES)
-                break
-            place = place[key]
-    return [KubeObject("f", document) for document in documents]
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(_mangled())
-def test_whatever_is_read_it_is_a_mesh_or_problems(objects: list[KubeObject]) -> None:
-    mesh, problems = ingest(objects)
-    for problem in problems:
-        assert "\n" not in str(problem)
-        assert str(problem).startswith("f: ")
-    if not problems:
-        for named in translate(mesh, NODE).values():
-            for message in named.values():
-                message.SerializeToString(deterministic=True)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.dictionaries(st.sampled_from(["apiVersion", "kind", "metadata", "spec"]), _VALUES))
-def test_anything_at_all_is_read(data: dict[str, Any]) -> None:
-    ingest([KubeObject("f", data)])
 
 
 def test_the_crd_and_the_reader_know_the_same_fields() -> None:

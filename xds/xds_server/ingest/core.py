@@ -174,7 +174,8 @@ def read_service(item: Item) -> RawService:
     addresses = [
         field.address() for field in given if field.present and field.value not in ("", "None")
     ]
-    ports: list[RawPort] = []
+    ports: dict[int, RawPort] = {}
+    names: set[str] = set()
     foreign: list[str] = []
     for field in spec["ports"].items():
         number, name = field["port"].port(), field["name"].text("")
@@ -182,22 +183,23 @@ def read_service(item: Item) -> RawService:
             field["targetPort"].port()
         if not _is_tcp(field) or number != field["port"].value:
             continue
-        if any(number == port.number for port in ports):
+        if number in ports:
             field["port"].problem("is given twice; give each port of a service its own number")
             continue
-        if any(name == port.name for port in ports):
+        if name in names:
             field["name"].problem("must be there and differ between the ports of a service")
         said = field["appProtocol"].text("")
         if said and _plain(said) not in _PROTOCOLS:
             foreign.append(f"appProtocol {said} of port {number}")
-        ports.append(RawPort(name, number, protocol_of(said, name)))
+        names.add(name)
+        ports[number] = RawPort(name, number, protocol_of(said, name))
     return RawService(
         item.name,
         item,
         tuple(sorted({a for a in addresses if a is not None}, key=address_key)),
         spec["selector"].labels(),
         _external_name(spec) if spec["type"].text("ClusterIP") == "ExternalName" else "",
-        tuple(sorted(ports, key=lambda port: port.number)),
+        tuple(ports[number] for number in sorted(ports)),
         spec["sessionAffinity"].choice(_Affinity, _Affinity.NONE) is _Affinity.CLIENT,
         _stays_in_zone(spec["trafficDistribution"]),
         tuple(foreign),

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from xds_server.errors import Problem
+from xds_server.errors import Problem, printable
 from xds_server.ingest.lastgood import Forms, Key
 from xds_server.ingest.policies import POLICY_GROUP, POLICY_VERSION
 from xds_server.ingest.reader import Item
@@ -53,7 +53,7 @@ def sort_by_kind(
             kind = _meant(item.kind)
             claims[kind, item.name].append(replace(item, kind=kind))
         else:
-            result.ignored.append(f"{item.subject} ({version})")
+            result.ignored.append(printable(f"{item.subject} ({version})"))
     for item in forms.missing_from(nameless, set(claims)):
         claims[item.kind, item.name].append(item)
     for (kind, _), items in claims.items():
@@ -98,4 +98,4 @@ def _foreign_without_name(source: KubeObject, known: Collection[tuple[str, str]]
         return None
     if version.split("/")[0] == POLICY_GROUP or not isinstance(metadata, dict):
         return None
-    return None if "name" in metadata else f"{kind} ({version})"
+    return None if "name" in metadata else printable(f"{kind} ({version})")

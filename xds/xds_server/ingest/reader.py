@@ -35,6 +35,8 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")
 _DURATION = re.compile(r"([0-9]{1,5}(h|m|s|ms)){1,4}")
 _WITHOUT_NAMESPACE = ("Namespace", "Node")
+#: Nested deep, groups take long to read.
+_MOST_GROUPS = 100
 _UNITS = {"h": 3_600_000, "m": 60_000, "s": 1_000, "ms": 1}
 # What Python's re takes and RE2 (Envoy's) does not: lookaround, conditions, backreferences, some
 # flags and escapes, possessive repeats. Character classes and plain escapes are taken out first.
@@ -113,7 +115,7 @@ class Field:
             return
         for name in self.value:
             if name not in names and self.value[name] is not None:
-                self[str(name)].problem(f"is not supported (known: {', '.join(names)}); {way_out}")
+                self[_key(name)].problem(f"is not supported (known: {', '.join(names)}); {way_out}")
 
     def items(self) -> list["Field"]:
         """The entries of a list; none when it is missing."""
@@ -134,7 +136,7 @@ class Field:
         if isinstance(self.value, dict):
             for name in self.value:
                 if self.value[name] is None:
-                    self[str(name)].problem("must not be empty; remove it or fill it in")
+                    self[_key(name)].problem("must not be empty; remove it or fill it in")
 
     def filled(self, way_out: str) -> list["Field"]:
         """The entries of a list that says something if it is there at all: an empty one is a
@@ -207,7 +209,7 @@ class Field:
         if not isinstance(self.value, dict):
             self.problem("must be a mapping")
             return {}
-        return {str(key): self[str(key)].text() for key in self.value}
+        return {_key(key): self[_key(key)].text() for key in self.value}
 
     def address(self) -> IPAddress | None:
         return self._parsed(ip_address, "an IP address such as 10.0.0.1 or fd00::1")
@@ -242,8 +244,19 @@ class Field:
 
     def regex(self) -> str:
         text = self.text()
-        if len(text) > 1024:
-            self.problem("is too long for a regular expression; keep it within 1024 characters")
+        if len(text) > 1024 or text.count("(") > _MOST_GROUPS:
+            self.problem(
+                "is too long for a regular expression; keep it within 1024 characters and "
+                f"{_MOST_GROUPS} groups"
+            )
+            return ""
+        try:
+            # First of all, since what follows takes long where brackets are left open.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's plans for its own syntax
+                re.compile(text)
+        except (re.error, OverflowError, RecursionError) as error:
+            self.problem(f"is not a regular expression: {error}")
             return ""
         bare = _PLAIN.sub("c", text)
         classes = [part for part in _PLAIN.findall(text) if part.startswith("[")]
@@ -258,14 +271,12 @@ class Field:
                 "ASCII, nor more than 999 repeats); rewrite it without"
             )
             return ""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python's plans for its own syntax
-                re.compile(text)
-        except (re.error, OverflowError, RecursionError) as error:
-            self.problem(f"is not a regular expression: {error}")
-            return ""
         return text
+
+
+def _key(name: object) -> str:
+    """A mapping's key as a path shows it."""
+    return name if isinstance(name, str) else shown(name)
 
 
 def _re2_knows(character_class: str) -> bool:
