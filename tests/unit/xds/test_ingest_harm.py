@@ -70,6 +70,18 @@ def test_the_last_good_form_stays_and_the_rest_goes_on(kind: str) -> None:
     assert mesh.kept == ()
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_the_last_good_form_stays_when_nothing_can_be_read(kind: str) -> None:
+    ingester = Ingester()
+    before, _ = step(ingester, *ALL.values())
+    data = yaml.safe_load(ALL[kind])
+    bad = {**data, "spec": 3, "endpoints": 3, "status": 3, "ports": 3}
+    others = [text for name, text in ALL.items() if name != kind]
+    mesh, _ = step(ingester, *others, yaml.safe_dump(bad))
+    assert len(mesh.kept) == 1
+    assert essence(mesh) == essence(before)
+
+
 @pytest.mark.parametrize("kind", ["Service", "EndpointSlice", "HTTPRoute"])
 def test_what_never_was_good_is_left_out(kind: str) -> None:
     ingester = Ingester()

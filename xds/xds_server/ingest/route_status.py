@@ -36,9 +36,10 @@ def judge(
     """None for a route that is not the mesh's. `beside` is what the reader looks at."""
     reading = forms.read(item, reader.read, beside)
     now = reading.value if reading.item is item else reader.read(item.again())
-    if now is None:
-        return None
-    return Judged(now, reading.value if reading.good else None)
+    force = reading.value if reading.good else None
+    # Where not even the parents can be read now, its last good form stays, and its status.
+    now = now or force
+    return None if now is None else Judged(now, force)
 
 
 def settle(judged: Iterable[Judged], memo: Memo) -> tuple[list[Route], list[ObjectStatus]]:
