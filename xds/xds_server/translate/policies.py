@@ -41,6 +41,7 @@ _UNNORMALIZED = (
     r".*(?://|/\.\.?[/;]|\\|%(?:2[d-fD-F]|3[0-9]|[46][1-9a-fA-F]|5[0-9acfACF]|7[0-9aeAE])).*"
     r"|.*/\.\.?"
 )
+_PARAMETERS = "(?:;[^/]*)?"
 _ORDER = (Action.DENY, Action.ALLOW)
 
 
@@ -120,7 +121,7 @@ def _policy(rule: PolicyRule, *, http: bool, deny: bool) -> rbac_pb2.Policy | No
     if not http and rule.headers and not deny:
         return None
     operations = [
-        _operation(operation, http=http)
+        _operation(operation, http=http, deny=deny)
         for operation in rule.operations
         if http or deny or not operation.needs_http
     ]
@@ -149,7 +150,7 @@ def _source(source: Source) -> rbac_pb2.Principal:
     return rbac_pb2.Principal(and_ids=rbac_pb2.Principal.Set(ids=groups))
 
 
-def _operation(operation: Operation, *, http: bool) -> rbac_pb2.Permission:
+def _operation(operation: Operation, *, http: bool, deny: bool) -> rbac_pb2.Permission:
     parts: list[rbac_pb2.Permission] = []
     if operation.ports:
         parts.append(
@@ -163,7 +164,7 @@ def _operation(operation: Operation, *, http: bool) -> rbac_pb2.Permission:
                     _header(NamedMatch(":method", StringMatch(MatchKind.EXACT, method)))
                     for method in operation.methods
                 ],
-                [_path(path) for path in operation.paths],
+                [_path(path, deny=deny) for path in operation.paths],
                 [_header(NamedMatch(":authority", _authority(host))) for host in operation.hosts],
             )
             if permissions
@@ -199,12 +200,17 @@ def _any_value(match: NamedMatch) -> NamedMatch:
     return NamedMatch(match.name, StringMatch(MatchKind.REGEX, rf"(?:.*,[ \t]*)?{body}{end}"))
 
 
-def _path(match: StringMatch) -> rbac_pb2.Permission:
+def _path(match: StringMatch, *, deny: bool) -> rbac_pb2.Permission:
     """The path without its query. Normalizing decodes what RFC 3986 calls unreserved; any other
-    character may reach the application raw or encoded, and is the same to it."""
-    if not _UNRESERVED.fullmatch(match.value):
-        body = "".join(map(_spellings, match.value))
-        end = ".*" if match.kind is MatchKind.PREFIX else ""
+    character may reach the application raw or encoded, and is the same to it. So may be what
+    follows a semicolon in a segment (RFC 3986, 3.3), which some applications take off: a DENY
+    looks past it."""
+    value, is_prefix = match.value, match.kind is MatchKind.PREFIX
+    ends = value.count("/", 1) + (not is_prefix and not value.endswith("/")) if deny else 0
+    if ends or not _UNRESERVED.fullmatch(value):
+        segments = ["".join(map(_spellings, segment)) for segment in value[1:].split("/")]
+        body = "/" + f"{_PARAMETERS if deny else ''}/".join(segments)
+        end = ".*" if is_prefix else _PARAMETERS if deny else ""
         match = StringMatch(MatchKind.REGEX, body + end)
     result = rbac_pb2.Permission()
     result.url_path.path.CopyFrom(string_matcher(match))
