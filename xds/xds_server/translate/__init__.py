@@ -41,6 +41,10 @@ __all__ = ["CLUSTER", "ENDPOINT", "LISTENER", "ROUTE", "Resources", "Translator"
 
 #: type URL -> resource name -> message. Messages are shared between nodes: do not change them.
 Resources = Mapping[str, Mapping[str, Message]]
+#: Clusters, endpoints, the outbound listener and its routes.
+Outward: TypeAlias = tuple[
+    Mapping[str, Message], Mapping[str, Message], Message, Mapping[str, Message]
+]
 #: A pod's own listener, and its routes by their names.
 Inbound: TypeAlias = tuple[Message, Mapping[str, Message]]
 
@@ -90,6 +94,8 @@ class Translator:
         for traffic in mesh.traffic:
             for place in traffic.pods:
                 self._arrivals[place.pod][place.port] = traffic
+        #: By what tells sidecars apart in it; the view is held for its identity.
+        self._outward: dict[tuple[object, ...], tuple[View, Outward]] = {}
         row = self.memo.row
         self._all_policies, self._all_traffic = row(mesh.policies), row(mesh.traffic)
         self._all_routes = row(mesh.routes)
@@ -122,14 +128,20 @@ class Translator:
             closed = mesh.registry_only_in.get(node.namespace, mesh.registry_only)
             return memo(self._unknown, inbound, closed)
         view = self._views.of(workload.scope, node.namespace)
+        key = (id(view), consumer, workload.zone, workload.closed)
+        if key not in self._outward:
+            self._outward[key] = (view, self._outward_of(view, consumer, workload))
+        return memo(self._whole, *self._outward[key][1], inbound)
+
+    def _outward_of(self, view: View, consumer: str | None, workload: Workload) -> Outward:
+        memo = self.memo
         outbound = (
             memo(_closed_listener, view.bare, memo(self._headless, view.services))
             if workload.closed
             else memo(_listener, view.bare)
         )
         clusters, endpoints = self._upstream(view, consumer, workload)
-        routes = self._outbound_routes(view, consumer)
-        return memo(self._whole, clusters, endpoints, outbound, routes, inbound)
+        return clusters, endpoints, outbound, self._outbound_routes(view, consumer)
 
     def _upstream(
         self, view: View, consumer: str | None, workload: Workload | None
