@@ -95,6 +95,25 @@ def test_what_no_call_matches_is_left_out(match: object) -> None:
     assert followed(match=match, route={"cluster": "c"}) == []
 
 
+def test_shares_are_drawn_one_by_one() -> None:
+    """A quarter each, twice, and again for the next match."""
+
+    def share(name: str, upto: int | None) -> dict[str, object]:
+        fraction = {"default_value": {"numerator": upto, "denominator": "MILLION"}}
+        match = {"prefix": "/"} | ({"runtime_fraction": fraction} if upto else {})
+        return {"name": name, "match": match, "route": {"cluster": name}}
+
+    shares = [250_000, 500_000, 750_000, None]
+    routes = [share(f"a/b/0/{m}/{n}", upto) for m in (0, 1) for n, upto in enumerate(shares)]
+    table = ParseDict(
+        {"virtualHosts": [{"name": "a", "domains": ["*"], "routes": routes}]},
+        RouteConfiguration(),
+    )
+    made = proxyless.routes(table, 80).virtual_hosts[0].routes
+    fractions = [route.match.runtime_fraction.default_value.numerator for route in made]
+    assert fractions == [250_000, 333_333, 500_000, 0] * 2
+
+
 def test_timeouts_and_retries_are_told_in_its_words() -> None:
     (route,) = followed(
         match={"prefix": "/"},

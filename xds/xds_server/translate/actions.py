@@ -30,7 +30,8 @@ from xds_server.translate.messages import NO_TIMEOUT, duration, header_option, r
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 #: The status of what cannot be forwarded. Envoy tells gRPC clients UNAVAILABLE for a 503.
 _FAILED = {RouteKind.HTTP: 500, RouteKind.GRPC: 503}
-_MILLION = 1_000_000
+#: Fractions of requests are told in parts of this.
+MILLION = 1_000_000
 #: Longer only if that is what is asked for.
 _LONGEST_BACKOFF = timedelta(hours=1)
 #: The request was not taken: not connected, or refused by HTTP/2 or gRPC before it was looked at.
@@ -161,7 +162,7 @@ def _one_by_one(
         share = EnvoyMatch()
         share.CopyFrom(match)
         if taken < total:
-            share.runtime_fraction.default_value.CopyFrom(_fraction(taken * _MILLION // total))
+            share.runtime_fraction.default_value.CopyFrom(_fraction(taken * MILLION // total))
         own = f"{name}/{number}" if len(backends) > 1 else name
         filters = rule.filters.then(backend.filters)
         if not backend.found:

@@ -7,7 +7,7 @@ rest: what is kept here is what it knows. Source: gRPC proposals A27 (clients), 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from envoy.config.cluster.v3.cluster_pb2 import Cluster
 from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
@@ -23,6 +23,7 @@ from google.protobuf.message import Message
 from xds_server.ir import Name, Service
 from xds_server.memo import Memo
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.translate.actions import MILLION
 from xds_server.translate.clusters import RESOLVED, cluster_name
 from xds_server.translate.listeners import stat_prefix
 from xds_server.translate.messages import ads, packed
@@ -196,9 +197,32 @@ def routes(envoy: RouteConfiguration, port: int) -> RouteConfiguration:
             made.domains.append(domain)
             if domain != "*" and not domain.endswith(f":{port}"):
                 made.domains.append(f"{domain}:{port}")
-        for route in host.routes:
+        for route in _drawn_anew(host.routes):
             made.routes.extend(_followed(route))
     return result
+
+
+def _drawn_anew(
+    envoy: Iterable[route_components_pb2.Route],
+) -> Iterator[route_components_pb2.Route]:
+    """Envoy compares a request's one random number with the fractions of all routes, so those of a
+    rule's shares add up (`actions.py`). gRPC draws a new one for each route: the share of what is
+    left."""
+    rule, before = "", 0
+    for route in envoy:
+        own = route.name.rpartition("/")[0]
+        if own != rule:
+            rule, before = own, 0
+        if route.match.HasField("runtime_fraction"):
+            upto = route.match.runtime_fraction.default_value.numerator
+            if before:
+                anew = route_components_pb2.Route()
+                anew.CopyFrom(route)
+                share = (upto - before) * MILLION // (MILLION - before)
+                anew.match.runtime_fraction.default_value.numerator = share
+                route = anew
+            before = upto
+        yield route
 
 
 def _followed(envoy: route_components_pb2.Route) -> Iterator[route_components_pb2.Route]:
