@@ -20,6 +20,24 @@ pytestmark = pytest.mark.root
 
 ZONED, STICKY, FRONT, FAR = "10.96.78.1", "10.96.78.2", "10.96.78.3", "10.96.78.4"
 PODS = {"one": "10.77.0.11", "two": "10.77.0.12"}
+NEW = "10.96.78.9"
+LATE = f"""
+apiVersion: v1
+kind: ConfigMap
+metadata: {{name: late, namespace: demo}}
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: late, namespace: demo}}
+spec: {{clusterIP: {NEW}, ports: [{{name: http, port: 80}}]}}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: late, namespace: demo, labels: {{kubernetes.io/service-name: late}}}}
+addressType: IPv4
+ports: [{{name: http, port: 8080}}]
+endpoints: [{{addresses: [10.77.0.12]}}]
+"""
 APP_PORT, DNS_PORT = 8080, 5300
 
 #: Answers every question for an address with the one given (RFC 1035, 4.1).
@@ -117,6 +135,14 @@ def test_kinds_of_services(world: World) -> None:
     assert world.ask(FRONT).seen["app"] == "two"
     # An ExternalName is resolved by the sidecar.
     assert world.ask(FRONT, path="/outside").seen["app"] == "one"
+    # A file that comes takes effect, and so does one that goes; what is not ours in it is said.
+    late = world.file.with_name("late.yaml")
+    late.write_text(LATE)
+    eventually("the new service", lambda: "outbound|80|late.demo" in world.sidecar.clusters())
+    assert world.ask(NEW).seen["app"] == "two"
+    assert "ignored: ConfigMap demo/late (v1)" in world.server.log
+    late.unlink()
+    eventually("its end", lambda: "outbound|80|late.demo" not in world.sidecar.clusters())
     # What is no service passes to where it goes ...
     assert world.ask(PODS["one"], APP_PORT).seen["app"] == "one"
     # ... unless the mesh is closed: then services alone are reached, and the rest is counted.
