@@ -95,8 +95,10 @@ class SotwStream(Stream):
         fresh = [desired[n] for n in sorted(names) if n in desired and state.outdated(desired[n])]
         fresh = self._ready(state, fresh)
         for name in names - desired.keys():
-            # There is no way to say that it is gone: the client has it until it asks no more.
-            state.linger(name)
+            if state.sent.get(name) and name not in state.stale:
+                state.linger(name)
+                state.stale.add(name)
+        state.stale -= desired.keys()
         fresh, _ = self._fit(state, fresh)
         state.book(fresh)
         state.reflect(desired)
@@ -144,8 +146,13 @@ class SotwStream(Stream):
         state.doubts.on_trial(part, response.nonce)
         return response
 
-    def _remove(self, state: TypeState, desired: ResourceSet, names: Iterable[str]) -> Response:
+    def _remove(
+        self, state: TypeState, desired: ResourceSet, names: Iterable[str]
+    ) -> Response | None:
         state.book_absent(names)
+        if state.type_url not in WHOLE_TYPES:
+            # The client has it until it asks no more; nothing that counts uses it.
+            return None
         return self._emit_whole(state, desired)
 
     def _emit_whole(

@@ -129,8 +129,10 @@ class Stream(ABC):
         if self._may_remove():
             self._note_takeovers(self._desired)
             for type_url in (*REMOVAL_ORDER, *self._others()):
-                if names := self._removable(type_url):
-                    return self._remove(self._types[type_url], self._desired.of(type_url), names)
+                state, desired = self._types[type_url], self._desired.of(type_url)
+                names = self._removable(type_url)
+                if names and (response := self._remove(state, desired, names)):
+                    return response
         self._drained = True
         return None
 
@@ -349,8 +351,10 @@ class Stream(ABC):
         """What is new, changed or asked for of one type."""
 
     @abstractmethod
-    def _remove(self, state: TypeState, desired: ResourceSet, names: Iterable[str]) -> Response:
-        """Takes away these stale resources of one type."""
+    def _remove(
+        self, state: TypeState, desired: ResourceSet, names: Iterable[str]
+    ) -> Response | None:
+        """Takes away these stale resources of one type; None where there is no way to say so."""
 
     @staticmethod
     @abstractmethod

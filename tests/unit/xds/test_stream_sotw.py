@@ -294,3 +294,21 @@ def test_slow_client_skips_the_states_in_between() -> None:
     for variant in range(1, 30):
         talk.offer(world(clusters={"web": variant}))
     assert talk.said() == [("cluster", ("web",)), ("endpoints", ("web",))]
+
+
+def test_route_that_is_gone_and_still_asked_for_holds_nothing_up() -> None:
+    """A listener's chain that drains keeps its routes for minutes."""
+    old = world(
+        clusters={"old": 0, "web": 0},
+        routes={"to-old": ("old", 0), "to-web": ("web", 0)},
+        listeners={"in": ("to-old", 0)},
+    )
+    talk = connected(old)
+    talk.offer(world())
+    assert talk.said() == [("listener", ("in",))]
+    talk.ack(LISTENER)
+    assert talk.said() == [("cluster", ("web",))]
+    talk.ack(CLUSTER)
+    # When it comes back it is sent again.
+    talk.offer(old)
+    assert ("route", ("to-old",)) in talk.said()
