@@ -216,7 +216,7 @@ def _retry_policy(retry: Retry | None, each: timedelta | None) -> route_componen
     # Another endpoint, if there is one.
     elsewhere = result.retry_host_predicate.add(name="envoy.retry_host_predicates.previous_hosts")
     elsewhere.typed_config.Pack(previous_hosts_pb2.PreviousHostsPredicate())
-    result.host_selection_retry_max_attempts = 3
+    result.host_selection_retry_max_attempts = 5
     return result
 
 
