@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from xds_server.sources.files import load, parse
+from xds_server.sources.files import Manifests, load, parse
 
 from redirector.errors import InputError
 
@@ -121,3 +121,21 @@ def test_the_demo_has_no_problems() -> None:
     objects, problems = load(ROOT / "manifests" / "demo")
     assert problems == []
     assert len(objects) == 14
+
+
+def test_a_file_that_is_the_same_holds_the_same_objects(tmp_path: Path) -> None:
+    still, edited = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    still.write_text("kind: Pod\n---\nkind: Service\n")
+    edited.write_text("kind: Pod\n")
+    manifests = Manifests(tmp_path)
+    first, _ = manifests.load()
+    edited.write_text("kind: Service\n")
+    still.write_text(still.read_text())
+    second, _ = manifests.load()
+    assert [one is other for one, other in zip(first, second, strict=True)] == [True, True, False]
+    assert second[2].data == {"kind": "Service"}
+    edited.write_text("kind: [\n")
+    for _ in range(2):
+        kept, problems = manifests.load()
+        assert [one is other for one, other in zip(second, kept, strict=True)] == [True] * 3
+        assert len(problems) == 1

@@ -5,6 +5,7 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,14 @@ class _Loader(yaml.CSafeLoader):
 
 class Manifests:
     """A directory's *.yaml, *.yml and *.json files (not in folders below, not hidden ones). While a
-    file cannot be read, what it last held stays."""
+    file cannot be read, what it last held stays; one whose text is the same holds the same objects,
+    to their identity."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._good: dict[str, list[KubeObject]] = {}
+        #: By file: its text's hash, and what was in it.
+        self._parsed: dict[str, tuple[bytes, list[KubeObject], list[Problem]]] = {}
 
     def load(self) -> tuple[list[KubeObject], list[Problem]]:
         """Every object, by file name and place, and what could not be read. Of a file that never
@@ -84,12 +88,15 @@ class Manifests:
         objects: list[KubeObject] = []
         problems: list[Problem] = []
         good: dict[str, list[KubeObject]] = {}
+        before, self._parsed = self._parsed, {}
         for path in self._paths():
             file = str(path)
             text, wrong = _text(path)
             if text is None and wrong is None:
                 continue
-            read, unreadable = ([], [wrong]) if wrong else parse(file, text or "")
+            read, unreadable = (
+                ([], [wrong]) if wrong else self._parse(file, text or "", before.get(file))
+            )
             if not unreadable:
                 good[file] = read
             elif file in self._good:
@@ -101,6 +108,17 @@ class Manifests:
             problems += unreadable
         self._good = good
         return objects, problems
+
+    def _parse(
+        self,
+        file: str,
+        text: str,
+        before: tuple[bytes, list[KubeObject], list[Problem]] | None,
+    ) -> tuple[list[KubeObject], list[Problem]]:
+        digest = blake2b(text.encode()).digest()
+        known = before if before and before[0] == digest else (digest, *parse(file, text))
+        self._parsed[file] = known
+        return known[1], list(known[2])
 
     def _paths(self) -> list[Path]:
         try:
