@@ -329,7 +329,8 @@ class Item:
     @property
     def bad(self) -> bool:
         """Nothing of what was read of it may be used."""
-        return any(problem.own for problem in self.problems)
+        problems = self.root.origin.problems
+        return bool(problems) and any(problem.own for problem in problems)
 
     @property
     def age(self) -> tuple[bool, str]:
