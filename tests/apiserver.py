@@ -448,8 +448,10 @@ def _selected(value: Object, query: dict[str, str]) -> bool:
     if selector is None:
         return True
     name, _, wanted = selector.partition("=")
+    if name == "metadata.name":
+        return bool(value["metadata"]["name"] == wanted)
     assert name == "spec.nodeName", selector
-    return value["spec"].get("nodeName") == wanted
+    return bool(value["spec"].get("nodeName") == wanted)
 
 
 def kubeconfig(directory: Path, url: str, token: str) -> Path:

@@ -84,13 +84,17 @@ class Reflector(Generic[T]):
         complain: Callable[[str], None],
         backoff: Backoff | None = None,
         clock: Callable[[], float] = time.monotonic,
+        verify: Callable[[], None] = lambda: None,
     ) -> None:
+        """`verify` is called before and after each list, and raises ApiError if the server is not
+        to be believed."""
         self._client = client
         self._resource = resource
         self._changed = changed
         self._complain = complain
         self._backoff = backoff or Backoff()
         self._clock = clock
+        self._verify = verify
         self._table: dict[str, T] | None = None
         self._version: str | None = None
         self._failures = 0
@@ -157,12 +161,14 @@ class Reflector(Generic[T]):
         self._failures = 0
 
     def _list(self) -> None:
+        self._verify()
         try:
             found, version = self._pages()
         except ApiError as error:
             if error.status != NOT_FOUND or not self._resource.optional:
                 raise
             found, version = {}, None
+        self._verify()
         self._doubt(found)
         if version is None and not self._missing:
             self._complain(f"{self._resource.path}: the server does not have this kind (yet)")

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 
-from redirector.apiserver.client import Client
+from redirector.apiserver.client import ApiError, Client
 from redirector.apiserver.reflector import Reflector
 from xds_server.errors import Problem
 from xds_server.push import listed
@@ -44,14 +45,21 @@ class Kubernetes:
         #: Kinds whose table changed since it was last looked at, and when the first of them did.
         self._changed: set[Kind] = set()
         self._since = 0.0
-        #: The UIDs of the cluster that is served, and of another that answered in its place.
+        #: The UID of the cluster that is served.
         self._cluster: object = None
-        self._stranger: object = None
+        self._said = ""
+        self._verifying = threading.Lock()
         self._told: Tables = {}
         #: The same, with the values from before of what differs in its status alone.
         self._tables: Tables = {}
         self._reflectors = {
-            kind: Reflector(client, kind.resource(), self._changer(kind), self._complain)
+            kind: Reflector(
+                client,
+                kind.resource(),
+                self._changer(kind),
+                self._complain,
+                verify=self._verify,
+            )
             for kind in KINDS
         }
         self._status_changed: list[Callable[[], None]] = []
@@ -129,9 +137,16 @@ class Kubernetes:
             self._loop.call_soon_threadsafe(call)
 
     def _complain(self, text: str) -> None:
-        self._in_loop(lambda: log.warning("API server: %s", text))
+        self._in_loop(lambda: self._say(text))
+
+    def _say(self, text: str) -> None:
+        # All kinds may meet the same.
+        if text != self._said:
+            log.warning("API server: %s", text)
+        self._said = text
 
     def _note(self, kind: Kind) -> None:
+        self._said = ""
         if not self._changed:
             self._since = time.time()
         self._changed.add(kind)
@@ -158,8 +173,6 @@ class Kubernetes:
         """Make what the server told last ours; what changed by it, "" for nothing."""
         told = {kind: self.table(kind) for kind in KINDS}
         self._changed.clear()
-        if self._is_another(told):
-            return ""
         words: dict[str, list[str]] = {"changed": [], "added": [], "removed": []}
         for kind, new in told.items():
             if new is not self._told.get(kind):
@@ -167,30 +180,19 @@ class Kubernetes:
         self._told = told
         return ", ".join(f"{word} {listed(names)}" for word, names in words.items() if names)
 
-    def _is_another(self, told: Tables) -> bool:
-        found = _identity(told)
-        if found is None or found == self._cluster:
-            return False
-        if self._cluster is None:
-            self._cluster = found
-            return False
-        if found != self._stranger:
-            self._stranger = found
-            log.error(
-                "%s is another one now (namespace %s has another UID): still serving the last good "
-                "state; restart to serve the new one",
-                self,
-                _IDENTITY,
-            )
-        return True
-
-
-def _identity(told: Tables) -> object:
-    for kind, table in told.items():
-        if kind.kind == "Namespace" and _IDENTITY in table:
-            metadata = table[_IDENTITY].data["metadata"]
-            return metadata.get("uid") if isinstance(metadata, dict) else None
-    return None
+    def _verify(self) -> None:
+        """ApiError unless the cluster still is the first one; called in the reflectors' threads."""
+        # A list of one: the role grants `list`.
+        query = {"fieldSelector": f"metadata.name={_IDENTITY}"}
+        found = self._client.get("/api/v1/namespaces", query).get("items") or []
+        uid = found[0].get("metadata", {}).get("uid") if found else None
+        with self._verifying:
+            self._cluster = self._cluster or uid
+            if uid not in (None, self._cluster):
+                raise ApiError(
+                    f"{self} is another one now (namespace {_IDENTITY} has another UID); what the "
+                    "first one told stays; restart to follow the new one"
+                )
 
 
 def _compare(
