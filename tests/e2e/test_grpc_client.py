@@ -155,3 +155,30 @@ def test_calls_are_routed_by_their_method(
     }
     for method, answer in answers.items():
         assert caller.call(WEB, 5, method) == {answer: 5}, method
+
+
+def test_a_grpc_route_goes_by_service_method_and_metadata(
+    caller: Caller, server: XdsServer, manifests: Path
+) -> None:
+    route = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: GRPCRoute
+metadata: {name: greeter, namespace: demo}
+spec:
+  parentRefs: [{group: "", kind: Service, name: web, port: 80}]
+  rules:
+    - matches: [{method: {service: demo.Greeter, method: Hello}}]
+      backendRefs: [{name: web-v2, port: 80}]
+    - matches: [{method: {service: demo.Greeter}, headers: [{name: x-user, value: tester}]}]
+      backendRefs: [{name: web-v1, port: 80}]
+    - matches: [{method: {type: RegularExpression, service: "demo[.]O.*", method: One}}]
+      backendRefs: [{name: web-v1, port: 80, weight: 1}, {name: web-v2, port: 80, weight: 1}]
+"""
+    server.event_after(lambda: (manifests / "route-web.yaml").write_text(route))
+    assert caller.call(WEB, 10) == {"web-v2": 10}
+    found = caller.call(WEB, 100, "/demo.Other/One")
+    # Half and half, and six standard deviations.
+    assert sum(found.values()) == found["web-v1"] + found["web-v2"]
+    assert 20 < found["web-v1"] < 80
+    for method in ("/demo.Greeter/Bye", "/demo.Other/Two"):
+        assert caller.call(WEB, 5, method) == {"UNAVAILABLE": 5}
