@@ -1,5 +1,6 @@
-"""When Python looks for garbage in cycles."""
+"""When Python looks for garbage in cycles, and when the process gives memory back."""
 
+import ctypes
 import gc
 
 #: Objects made before the young are looked through, and how many times that before the old are.
@@ -15,3 +16,11 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where the C library knows how (glibc, which
+    of its own accord gives back only the end of its heap). Other threads go on meanwhile."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

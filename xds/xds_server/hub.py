@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+from xds_server.garbage import give_back
 from xds_server.generation import Generation
 from xds_server.ir import NodeId
 from xds_server.push import Push
@@ -55,7 +56,7 @@ class Hub:
         self._report = report
         self._report_after = report_after
         self.tally = Tally()
-        self.room = Room()
+        self.room = Room(quiet=give_back)
         self._encoded_before = 0
         self._pushes: dict[Push, asyncio.TimerHandle] = {}
         # One thread: snapshots share an encoder, and the event loop stays free meanwhile.

@@ -3,7 +3,7 @@ megabytes each would otherwise take gigabytes."""
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 ROOM_BYTES = 16 << 20
@@ -11,18 +11,27 @@ ROOM_BYTES = 16 << 20
 SMALL_BYTES = 64 << 10
 #: Whoever takes longer to read a message does so at its own expense: others go on.
 PATIENCE_S = 1.0
+#: How long nothing large is on its way until that is told.
+QUIET_S = 1.0
 
 
 class Room:
-    """Large messages wait for their turn until there is room for them; small ones pass by."""
+    """Large messages wait for their turn until there is room for them; small ones pass by. `quiet`
+    is called once all of them are through and no other one has come for QUIET_S."""
 
     def __init__(
-        self, room: int = ROOM_BYTES, small: int = SMALL_BYTES, patience: float = PATIENCE_S
+        self,
+        room: int = ROOM_BYTES,
+        small: int = SMALL_BYTES,
+        patience: float = PATIENCE_S,
+        quiet: Callable[[], None] = lambda: None,
     ) -> None:
         self._room = room
         self._small = small
         self._patience = patience
         self._taken = 0
+        self._quiet = quiet
+        self._calm: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     def passes(self, size: int) -> bool:
@@ -60,6 +69,14 @@ class Room:
     def _give_back(self, size: int) -> None:
         self._taken -= size
         self._admit()
+        if self._calm is not None:
+            self._calm.cancel()
+        if not self._taken:
+            self._calm = asyncio.get_running_loop().call_later(QUIET_S, self._tell)
+
+    def _tell(self) -> None:
+        if not (self._taken or self._waiting):
+            self._quiet()
 
     def _admit(self) -> None:
         while self._waiting:

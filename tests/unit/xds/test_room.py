@@ -60,3 +60,11 @@ async def test_who_gives_up_waiting_leaves_the_room_to_others() -> None:
     async with asyncio.timeout(5), room.for_(100):
         pass
     assert room._taken == 0
+
+
+async def test_it_tells_when_all_is_through() -> None:
+    told = asyncio.Event()
+    room = Room(100, 10, 60, told.set)
+    async with room.for_(100):
+        assert not told.is_set()
+    await asyncio.wait_for(told.wait(), 30)

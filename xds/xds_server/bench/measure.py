@@ -19,6 +19,8 @@ from xds_server.bench.served import Change, Cold, Command
 
 _PATIENCE_S = 600.0
 _LOOK_EVERY_S = 0.2
+#: What memory is only needed while clients connect is given back after this.
+_PASSING_S = 2.0
 Progress = Callable[[str], None]
 
 
@@ -106,7 +108,7 @@ def _measure(
             raise BenchFailed(f"{complete} of {case.size.clients} clients have all they asked for")
         time.sleep(_LOOK_EVERY_S)
     connected = time.monotonic() - began
-    time.sleep(_LOOK_EVERY_S)
+    time.sleep(_PASSING_S)
     memory = _ask(server, Command.MEMORY)
     _ask(crowd, "arrivals")
     found: dict[Command, tuple[Round, ...]] = {}
