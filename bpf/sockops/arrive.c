@@ -29,8 +29,12 @@ int redirector_arrive(struct __sk_buff *skb)
 	// struct tcp_skb_cb begins with the sequence numbers of the segment's start and end.
 	__u32 start = skb->cb[0], end = skb->cb[1];
 	__u64 cookie = bpf_get_socket_cookie(skb);
-	__u32 *arrived_to = arrived.lookup(&cookie);
+	__u32 *arrived_to;
 
+	// A FIN alone, which is all that TCP brings to most: nothing in it to come twice.
+	if (!skb->len)
+		return SK_PASS;
+	arrived_to = arrived.lookup(&cookie);
 	if (!arrived_to) {
 		arrived.update(&cookie, &end);
 		return SK_PASS;
