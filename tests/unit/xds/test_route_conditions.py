@@ -213,6 +213,25 @@ def test_the_last_good_form_stays_and_the_status_says_what_is_wrong() -> None:
     assert accepted.message.endswith("; its last good form stays in force")
 
 
+def test_a_good_route_of_which_one_rule_becomes_bad_falls_back() -> None:
+    """Requests that were served go on being served."""
+    ingester = Ingester()
+    good, bad = route("[{name: web}]"), route("[{name: web}]", "[{}, {retry: {attempts: -1}}]")
+    before, _ = ingester.ingest([*SERVICES, good])
+    bad.data["metadata"]["generation"] = 4  # type: ignore[index]
+    after, _ = ingester.ingest([*SERVICES, bad])
+    assert after.routes == before.routes
+    assert reasons(of(after)) == [{**ACCEPTED, "PartiallyInvalid": "UnsupportedValue"}]
+    told = of(after).parents[0].conditions[-1].message
+    # The specification asks for this beginning, and for the generation that is accepted.
+    assert told.startswith("Fall Back: spec.rules[1].retry.attempts: -1: must be from 0 to 100")
+    assert of(after).generation == 3
+    # Without anything to fall back to, what is good of it is served.
+    alone = mesh_of(bad)
+    assert [rule.broken for rule in alone.routes[0].rules] == [False, True]
+    assert alone.left_out == ()
+
+
 @pytest.mark.parametrize(
     ("http", "grpc", "conflict"),
     [

@@ -52,7 +52,7 @@ class RuleReader:
     incompatible: bool = False
 
     def read(self, rules: Field) -> tuple[RouteRule, ...]:
-        """All rules. If none of them is good, the route is bad."""
+        """All rules. `dropped` stays empty if none of them is good."""
         fields = rules.items()
         found = [self._rule(one) for one in fields]
         if rules.value in (None, []) and self.kind is RouteKind.HTTP:
@@ -65,10 +65,9 @@ class RuleReader:
                 name.misfit("is given twice; give each rule a name of its own")
         hopeless = all(rule.broken for rule, _ in found)
         for rule, problems in found:
-            keep = problems if hopeless else [replace(one, own=False) for one in problems]
-            self.item.problems.extend(keep)
+            self.item.problems.extend(problems)
             if rule.broken and not hopeless:
-                self.dropped.append(str(next(one for one in problems if one.own).field))
+                self.dropped.append(next(one for one in problems if one.own).field)
         return tuple(rule for rule, _ in found)
 
     def _rule(self, given: Field) -> tuple[RouteRule, list[Problem]]:

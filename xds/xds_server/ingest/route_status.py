@@ -23,8 +23,8 @@ Scope = tuple[Parent, str]
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A route as it is written now, and as it is in force: its last good form, if what is written
-    is bad, or None."""
+    """A route as it is written now, and as it is in force. If what is written is bad that is its
+    last good form; if there is none, what is good of its rules, or None."""
 
     now: RouteReading
     force: RouteReading | None
@@ -37,6 +37,9 @@ def judge(
     reading = forms.read(item, reader.read, beside)
     now = reading.value if reading.item is item else reader.read(item.again())
     force = reading.value if reading.good else None
+    if not reading.good and now is not None and now.dropped:
+        forms.left_out.remove(item.subject)
+        force = now
     # Where not even the parents can be read now, its last good form stays, and its status.
     now = now or force
     return None if now is None else Judged(now, force)
@@ -113,15 +116,20 @@ def _status(
 ) -> ObjectStatus:
     item = now.item
     resolved = _resolved(now)
+    fallen_back = force is not None and force is not now and bool(now.dropped)
     parents = []
     for attachment in now.attachments:
         conditions = [_accepted(now, force, attachment, taken), resolved]
         if conditions[0].status and now.dropped:
             rules = ", ".join(now.dropped)
             text = f"Dropped Rule: {rules}; its requests are answered with an error"
+            if fallen_back:
+                text = f"Fall Back: {_why(item)}; the last good form of all rules stays in force"
             conditions.append(Condition(PARTIALLY_INVALID, True, "UnsupportedValue", text))
         parents.append(ParentStatus(attachment.reference, tuple(conditions)))
-    generation = item.root["metadata"]["generation"].value
+    # Of a route that fell back, what is accepted is what it was.
+    told = force.item if force is not None and fallen_back else item
+    generation = told.root["metadata"]["generation"].value
     return ObjectStatus(
         str(item.root["apiVersion"].value),
         item.kind,
@@ -138,9 +146,10 @@ def _accepted(
     attachment: Attachment,
     taken: Collection[Scope],
 ) -> Condition:
-    if force is not now:
+    if force is None or (force is not now and not now.dropped):
         reason = "IncompatibleFilters" if now.incompatible else "UnsupportedValue"
-        return Condition(ACCEPTED, False, reason, _why(now.item, kept=force is not None))
+        kept = "" if force is None else "; its last good form stays in force"
+        return Condition(ACCEPTED, False, reason, f"{_why(now.item)}{kept}")
     if attachment.refused:
         return Condition(ACCEPTED, False, "NoMatchingParent", attachment.refused)
     conflict = _conflict(now.route, attachment, taken)
@@ -149,11 +158,11 @@ def _accepted(
     return Condition(ACCEPTED, True, "Accepted", conflict)
 
 
-def _why(item: Item, *, kept: bool) -> str:
+def _why(item: Item) -> str:
     wrong = [problem for problem in item.problems if problem.own]
     first = ": ".join(part for part in (wrong[0].field, wrong[0].value, wrong[0].message) if part)
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    return f"{first}{more}" + ("; its last good form stays in force" if kept else "")
+    return f"{first}{more}"
 
 
 def _resolved(reading: RouteReading) -> Condition:

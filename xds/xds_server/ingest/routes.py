@@ -39,8 +39,9 @@ class Attachment:
 
 @dataclass(frozen=True, eq=False)
 class RouteReading:
-    """A route with what its status is made of. `dropped` are the fields for which rules of it are
-    left out; `incompatible` tells that filters which cannot be combined are."""
+    """A route with what its status is made of. `dropped` are the fields for which some of its rules
+    are broken, if it is bad for nothing else; `incompatible` tells that it combines filters that
+    cannot be combined."""
 
     item: Item
     route: Route
@@ -89,12 +90,15 @@ class RouteReader:
             return None
         spec.only("parentRefs", "hostnames", "rules")
         attachments = tuple(self._attachment(item, reference) for reference in references)
+        hostnames = tuple(sorted({_hostname(host) for host in spec["hostnames"].items()}))
+        created = item.root["metadata"]["creationTimestamp"].text("")
+        sound = not item.bad
         rules = RuleReader(item, kind, self.services, lambda name: self._granted(item, name))
         route = Route(
             item.name,
-            item.root["metadata"]["creationTimestamp"].text(""),
+            created,
             tuple(sorted({parent for one in attachments for parent in one.parents})),
-            tuple(sorted({_hostname(host) for host in spec["hostnames"].items()})),
+            hostnames,
             rules.read(spec["rules"]),
             kind,
         )
@@ -103,7 +107,7 @@ class RouteReader:
             route,
             attachments,
             tuple(rules.unresolved),
-            tuple(rules.dropped),
+            tuple(rules.dropped) if sound else (),
             rules.incompatible,
         )
 
