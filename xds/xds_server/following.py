@@ -46,12 +46,17 @@ class Reader:
         self.source = source
         self._ingester = Ingester(defaults)
         self._said: Collection[str] = ()
+        self._mesh: Mesh | None = None
 
     async def read(self) -> Read:
-        """What there is now."""
+        """What there is now; with the mesh from before if that is nothing at all."""
         objects, problems = await self.source.read()
+        if not objects and not problems and self._mesh is not None:
+            # The last good forms are kept for when it is back.
+            return Read(self._mesh, 0, [])
         suspects = frozenset().union(*(problem.suspects for problem in problems))
         mesh, more = await asyncio.to_thread(self._ingester.ingest, objects, suspects)
+        self._mesh = mesh
         return Read(mesh, len(objects), [*problems, *more])
 
     def note(self, found: Read) -> None:

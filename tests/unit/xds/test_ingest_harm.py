@@ -8,8 +8,10 @@ import pytest
 import yaml
 from test_ingest import ALL, POD, POLICY, ROUTE, SERVICE, SLICE
 from xds_server.errors import Problem
+from xds_server.following import Reader
 from xds_server.ingest import Ingester
 from xds_server.ir import Action, Mesh, Name, Policy, PolicyRule
+from xds_server.sources.directory import Directory
 from xds_server.sources.files import Manifests, parse
 
 WEB, POD_1 = Name("demo", "web"), Name("demo", "web-1")
@@ -263,6 +265,21 @@ def test_a_file_that_cannot_be_read_stays_as_it_was(directory: Path, bad: bytes)
     assert count(manifests) == (5, 0, frozenset())
     (directory / "b.yaml").unlink()
     assert count(manifests) == (3, 0, frozenset())
+
+
+async def test_last_good_forms_outlive_an_empty_directory(directory: Path) -> None:
+    reader = Reader(Directory(directory))
+    before = await reader.read()
+    assert (before.objects, before.problems) == (4, [])
+    texts = {path: path.read_text() for path in directory.iterdir()}
+    for path in texts:
+        path.unlink()
+    assert (await reader.read()).objects == 0
+    for path, text in texts.items():
+        path.write_text(text.replace("paths: [/a]", "paths: [a]"))
+    found = await reader.read()
+    assert found.mesh.kept == ("AuthorizationPolicy demo/web",)
+    assert essence(found.mesh) == essence(before.mesh)
 
 
 def test_of_a_file_that_never_could_be_read_its_good_documents_are(directory: Path) -> None:
