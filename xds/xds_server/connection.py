@@ -157,7 +157,7 @@ class Connection:
     def stays(self, old: Generation, new: Generation) -> bool:
         """Take over a generation that has nothing new for this client, if it has come as far as the
         old one; whether there is nothing to do for it."""
-        if self._generation is not old or old.ready(self.node) is not new.ready(self.node):
+        if self._generation is not old:
             return False
         self._generation = new
         return self.stream.settled

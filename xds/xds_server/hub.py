@@ -76,11 +76,15 @@ class Hub:
         await self._in_translator(generation.prepare, nodes)
         old, self.generation = self.generation, generation
         self._encoded_before += old.encodings
-        pairs = ((old.ready(node), generation.ready(node)) for node in nodes)
-        different = {(id(before), id(now)): (before, now) for before, now in pairs}
+        standing = [(c, old.ready(c.node), generation.ready(c.node)) for c in self.connections]
+        different = {(id(before), id(now)): (before, now) for _, before, now in standing}
         changed = set().union(*(_changed(before, now) for before, now in different.values()))
         # Whoever the change does not concern has nothing to do and nothing to answer.
-        concerned = {one for one in self.connections if not one.stays(old, generation)}
+        concerned = {
+            connection
+            for connection, before, now in standing
+            if before is not now or not connection.stays(old, generation)
+        }
         push = Push(reason, changed_at, tuple(sorted(changed)), set(concerned))
         self._pushes[push] = asyncio.get_running_loop().call_later(
             self._report_after, self._finish, push
