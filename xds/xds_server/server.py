@@ -232,6 +232,7 @@ class Server:
         peer = Peer.of(context.auth_context())
         self._judge(node, peer)
         connection = Connection(self._hub, node, stream, peer, self._limits)
+        stream.recall(self._hub.recall(node))
         connection.receive(first)
         return connection
 
@@ -261,5 +262,6 @@ class Server:
             aged.cancel()
             reader.cancel()
             connections.discard(connection)
+            self._hub.remember(connection.node, connection.stream.memory())
             log.info("%s gone, %s left", connection, count(len(connections), "sidecar"))
             self._hub.settle(connection)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
-from xds_server.exchange import Ack, Nack, Response
+from xds_server.exchange import Ack, Nack, Recollection, Response
 from xds_server.references import CLUSTER
 from xds_server.snapshot import Encoded, ResourceSet, set_version
 from xds_server.stream import MAX_RESPONSE_BYTES, WHOLE_TYPES, WILDCARD, Stream
@@ -44,12 +44,42 @@ class SotwStream(Stream):
         if request.response_nonce != state.last_nonce:
             return self._book(state, request.response_nonce, error)
         names = set(request.resource_names)
-        if state.interest is Interest.UNASKED and request.version_info:
-            self._claimed[state.type_url] = request.version_info
+        if state.interest is Interest.UNASKED:
+            if request.version_info:
+                self._claimed[state.type_url] = request.version_info
+            else:
+                # It has nothing, and may be another program than the one that refused.
+                self._forget(state)
         self._ask(state, names_something=bool(names), owed=True)
         if state.interest is Interest.NAMED:
             self._replace(state, names)
         return self._book(state, request.response_nonce, error)
+
+    def memory(self) -> tuple[Recollection, ...]:
+        """In complete responses the version before has to stand for what was refused."""
+        return tuple(
+            Recollection(found, self._taken[found.type_url].get(found.name))
+            for found in self.quarantined
+            if found.type_url in WHOLE_TYPES
+        )
+
+    def recall(self, memory: Iterable[Recollection]) -> None:
+        for each in memory:
+            found = each.refused
+            state = self._types[found.type_url]
+            state.doubts.quarantined[found.name] = found
+            state.rejected = Nack(found.type_url, "", found.version, found.error)
+            state.sent[found.name] = found.version
+            if each.has is None:
+                state.new.add(found.name)
+            else:
+                self._taken[found.type_url][found.name] = each.has
+
+    def _forget(self, state: TypeState) -> None:
+        for name in list(state.doubts.quarantined):
+            self._taken[state.type_url].pop(name, None)
+            state.forget(name)
+        state.rejected = None
 
     def _book(self, state: TypeState, nonce: str, error: str | None) -> Ack | Nack | None:
         offered = self._offered.pop(nonce, None)
@@ -113,7 +143,7 @@ class SotwStream(Stream):
         taken = self._taken[state.type_url]
         chosen = [entry for name, entry in desired.items() if state.wants(name)]
         claimed = self._claimed.pop(state.type_url, None)
-        resumed = claimed is not None and claimed == _version(state, desired)
+        resumed = claimed is not None and claimed == set_version(self._entries(state, desired))
         if claimed is not None and not resumed:
             self._unknown.add(state.type_url)
         fresh = [entry for entry in chosen if state.outdated(entry)]
@@ -130,8 +160,8 @@ class SotwStream(Stream):
         state.owed = False
         state.book_absent(gone - kept)
         if resumed:
-            taken.update((entry.name, entry) for entry in chosen)
-            state.new.clear()
+            taken.update((entry.name, entry) for entry in self._entries(state, desired))
+            state.new -= taken.keys()
         if not news:
             return self._try_apart(state, desired)
         return self._emit_whole(state, desired)
@@ -155,9 +185,9 @@ class SotwStream(Stream):
             return None
         return self._emit_whole(state, desired)
 
-    def _emit_whole(
+    def _entries(
         self, state: TypeState, desired: ResourceSet, part: Iterable[str] = ()
-    ) -> Response:
+    ) -> list[Encoded]:
         """All that the client asked for, but what it refused only in the version that it took.
 
         `part` is what is tried again.
@@ -172,7 +202,12 @@ class SotwStream(Stream):
                     entries.append(taken[name])
             else:
                 entries.append(entry)
-        entries += (taken[name] for name in sorted(state.stale))
+        return entries + [taken[name] for name in sorted(state.stale)]
+
+    def _emit_whole(
+        self, state: TypeState, desired: ResourceSet, part: Iterable[str] = ()
+    ) -> Response:
+        taken, entries = self._taken[state.type_url], self._entries(state, desired, part)
         if state.type_url == CLUSTER:
             self._send_endpoints_of(
                 entry

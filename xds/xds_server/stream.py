@@ -24,9 +24,10 @@ version refers to.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
-from xds_server.exchange import Ack, Nack, Response
+from xds_server.exchange import Ack, Nack, Recollection, Response
+from xds_server.inuse import note_takeovers, removable, targets
 from xds_server.quarantine import MAX_ERROR, Quarantined
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, Reference
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds_server.snapshot import Encoded, ResourceSet, Snapshot
 from xds_server.standing import Sync
 from xds_server.typestate import TRANSITIONS, UNSURE, Interest, TypeState
@@ -38,8 +39,6 @@ MAX_RESPONSE_BYTES = 3 << 20
 _HEAD, _NAME = 512, 6
 ORDER = (CLUSTER, ENDPOINT, LISTENER, ROUTE)
 REMOVAL_ORDER = (ROUTE, CLUSTER, ENDPOINT)
-#: Which types refer to one, of those in REMOVAL_ORDER.
-_USERS = {ROUTE: (LISTENER,), CLUSTER: (LISTENER, ROUTE), ENDPOINT: (CLUSTER,)}
 #: Types that know a wildcard, and whose state-of-the-world responses are always complete.
 WHOLE_TYPES = frozenset({CLUSTER, LISTENER})
 
@@ -89,6 +88,14 @@ class Stream(ABC):
             and (bool(self.rejected) or self._routes_delivered())
         )
 
+    @abstractmethod
+    def memory(self) -> tuple[Recollection, ...]:
+        """What the client's next stream has to know, since the client cannot tell it."""
+
+    @abstractmethod
+    def recall(self, memory: Iterable[Recollection]) -> None:
+        """Know from the client's stream before what it refused; before its first request."""
+
     def kept(self) -> dict[str, int]:
         """How many names are kept for the client, by type."""
         return {url: max(len(t.names), len(t.sent)) for url, t in self._types.items()}
@@ -127,10 +134,10 @@ class Stream(ABC):
             if response := self._update(state, desired):
                 return response
         if self._may_remove():
-            self._note_takeovers(self._desired)
+            note_takeovers(self._types, self._desired)
             for type_url in (*REMOVAL_ORDER, *self._others()):
                 state, desired = self._types[type_url], self._desired.of(type_url)
-                names = self._removable(type_url)
+                names = removable(self._types, type_url)
                 if names and (response := self._remove(state, desired, names)):
                     return response
         self._drained = True
@@ -145,34 +152,6 @@ class Stream(ABC):
             and not any(state.stuck for state in self._types.values())
             and self._routes_delivered()
         )
-
-    def _removable(self, type_url: str) -> list[str]:
-        """What is to go and nothing that the client may still have refers to."""
-        stale = self._types[type_url].stale
-        for user in _USERS.get(type_url, ()) if stale else ():
-            for targets in self._types[user].lingering.values():
-                if targets is None:
-                    return []
-                stale = stale - {t.name for t in targets if t.type_url == type_url}
-        return sorted(stale)
-
-    def _note_takeovers(self, desired: Snapshot) -> None:
-        """What was replaced, and refers to nothing any more. All has been answered.
-
-        A listener takes over once its routes are taken, too.
-        """
-        for user in (LISTENER, ROUTE, CLUSTER):
-            state, entries = self._types[user], desired.of(user)
-            for name in list(state.lingering):
-                if state.taken(name, entries) and (
-                    user != LISTENER
-                    or all(
-                        self._types[ROUTE].taken(target.name, desired.of(ROUTE))
-                        for target in entries[name].refers
-                        if target.type_url == ROUTE
-                    )
-                ):
-                    del state.lingering[name]
 
     def _routes_delivered(self) -> bool:
         """Every route that the client's listeners name has been sent, if there is one.
@@ -201,20 +180,12 @@ class Stream(ABC):
             return True
         delivered = all(
             target.name in sent or target.name not in routes
-            for target in self._targets(listeners, wanted)
+            for target in targets(listeners, wanted)
             if target.type_url == ROUTE
         )
         if delivered and not listeners.doubts:
             self._delivered = (wanted, routes, state.losses)
         return delivered
-
-    @staticmethod
-    def _targets(state: TypeState, desired: ResourceSet) -> Iterable[Reference]:
-        """What the resources of a type refer to, but for those that the client refused."""
-        if not state.doubts:
-            return desired.refers
-        taken = (e for e in desired.values() if not state.doubts.holds(e.name, e.version))
-        return frozenset().union(*(entry.refers for entry in taken))
 
     def _state(self, type_url: str) -> TypeState:
         return self._types.setdefault(type_url, TypeState(type_url))

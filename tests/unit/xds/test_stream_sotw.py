@@ -7,7 +7,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, Discovery
 from worlds import Resources, world
 from xds_server.exchange import Ack, Nack, Response
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, kind
-from xds_server.snapshot import Encoder
+from xds_server.snapshot import Encoder, set_version
 from xds_server.sotw import SotwStream
 
 
@@ -273,6 +273,36 @@ def test_nothing_is_left_out_for_a_try_while_it_is_not_known_what_the_client_has
     assert len(talk.stream.rejected) == 1
     talk.offer(world(clusters={"a": 2, "web": 1}))
     assert talk.said() == [("cluster", ("a", "web"))]
+
+
+def test_what_was_refused_is_known_when_the_client_comes_back() -> None:
+    before = connected(world(clusters={"a": 0, "web": 0}))
+    new = world(clusters={"a": 1, "web": 1})
+    before.offer(new)
+    bad = Encoder().snapshot(new).of(CLUSTER)["a"]
+    while before.said():
+        if bad in before.last[CLUSTER].resources:
+            before.ask(CLUSTER, error="no")
+        before.ack()
+    version = next(e.version for e in before.stream._taken[CLUSTER].values() if e.name == "a")
+
+    talk = Talk(new)
+    talk.stream.recall(before.stream.memory())
+    # It says what it took last, with the version before of what it refused.
+    claimed = set_version(before.stream._taken[CLUSTER].values())
+    talk.ask(CLUSTER, version=claimed)
+    assert talk.said() == []
+    assert [found.name for found in talk.stream.quarantined] == ["a"]
+    talk.offer(world(clusters={"a": 1, "web": 2}))
+    assert talk.said()[0] == ("cluster", ("a", "web"))
+    assert talk.last[CLUSTER].resources[0].version == version
+    # Another program at its place has nothing, and may take it.
+    fresh = Talk(new)
+    fresh.stream.recall(before.stream.memory())
+    fresh.ask(CLUSTER)
+    assert fresh.said()[0] == ("cluster", ("a", "web"))
+    assert fresh.last[CLUSTER].resources[0].version != version
+    assert fresh.stream.quarantined == ()
 
 
 def test_endpoints_are_split_at_the_limit_and_clusters_cannot_be() -> None:

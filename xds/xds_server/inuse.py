@@ -1,0 +1,45 @@
+"""What a client may still be using although it is no longer desired. Pure."""
+
+from collections.abc import Iterable, Mapping
+
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, Reference
+from xds_server.snapshot import ResourceSet, Snapshot
+from xds_server.typestate import TypeState
+
+#: Which types refer to one.
+_USERS = {ROUTE: (LISTENER,), CLUSTER: (LISTENER, ROUTE), ENDPOINT: (CLUSTER,)}
+
+
+def removable(types: Mapping[str, TypeState], type_url: str) -> list[str]:
+    """What is to go of a type and nothing that the client may still have refers to."""
+    stale = types[type_url].stale
+    for user in _USERS.get(type_url, ()) if stale else ():
+        for references in types[user].lingering.values():
+            if references is None:
+                return []
+            stale = stale - {t.name for t in references if t.type_url == type_url}
+    return sorted(stale)
+
+
+def note_takeovers(types: Mapping[str, TypeState], desired: Snapshot) -> None:
+    """What was replaced refers to nothing any more. All has been answered.
+
+    A listener takes over once its routes are taken, too.
+    """
+    for user in (LISTENER, ROUTE, CLUSTER):
+        state, entries = types[user], desired.of(user)
+        for name in list(state.lingering):
+            refers = entries[name].refers if user == LISTENER and name in entries else ()
+            routes = (target.name for target in refers if target.type_url == ROUTE)
+            if state.taken(name, entries) and all(
+                types[ROUTE].taken(route, desired.of(ROUTE)) for route in routes
+            ):
+                del state.lingering[name]
+
+
+def targets(state: TypeState, desired: ResourceSet) -> Iterable[Reference]:
+    """What the resources of a type refer to, but for those that the client refused."""
+    if not state.doubts:
+        return desired.refers
+    taken = (e for e in desired.values() if not state.doubts.holds(e.name, e.version))
+    return frozenset().union(*(entry.refers for entry in taken))
