@@ -178,3 +178,14 @@ def test_a_name_to_resolve_is_taken_if_it_is_one(number: int, kind: int) -> None
     for _ in range(number):
         group.lb_endpoints.add().endpoint.address.socket_address.address = "example.com"
     assert proxyless.cluster(envoy).type == kind
+
+
+def test_an_external_name_is_one_to_resolve() -> None:
+    (file,) = (path for path in GOLDEN if path.name == "services.in.yaml")
+    mesh, _ = ingest(parse(file.name, file.read_text())[0])
+    node = dataclasses.replace(CLIENT, client=Client.GRPC)
+    found = translate(mesh, node)[CLUSTER]["outbound|8080|outside.demo"]
+    assert isinstance(found, Cluster)
+    assert found.type == Cluster.LOGICAL_DNS
+    (place,) = found.load_assignment.endpoints[0].lb_endpoints
+    assert place.endpoint.address.socket_address.address == "db.example.com"
