@@ -91,6 +91,8 @@ def test_an_edited_policy_translates_what_comes_in_to_its_pods() -> None:
     second = prepared(lineage, replace(MESH, policies=(policy(1, 2, rules=2),)))
     changed = [n for n in NODES if second.ready(n) is not first.ready(n)]
     assert changed == [NODES[1], NODES[2]]
+    # Listener and routes of these two, the set that they are in, and the whole.
+    assert lineage.translated <= 4
     assert second.encodings <= 2
 
 
