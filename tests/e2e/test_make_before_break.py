@@ -22,7 +22,7 @@ pytestmark = pytest.mark.root
 DEMO = Path(__file__).parents[2] / "manifests" / "demo"
 WEB = "10.96.77.1"
 PODS = {"web-v1": "10.77.0.11", "web-v2": "10.77.0.12"}
-ROUNDS = 8
+ROUNDS = 5
 
 #: Asks for as long as its input is open, on connections that are kept and on new ones; then says
 #: how often each status came, or each error.
