@@ -164,6 +164,9 @@ class SotwStream(Stream):
             state.new -= taken.keys()
         if not news:
             return self._try_apart(state, desired)
+        if state.type_url == CLUSTER:
+            # Also what goes back to the version taken, past one that is on its way.
+            self._send_endpoints_of(fresh)
         return self._emit_whole(state, desired)
 
     def _try_apart(self, state: TypeState, desired: ResourceSet) -> Response | None:

@@ -150,6 +150,8 @@ class Stream(ABC):
         return (
             not self.unanswered
             and not any(state.stuck for state in self._types.values())
+            # A listener of before a reconnect may still run, for want of a route that was refused.
+            and not (self._resumed and self._types[ROUTE].new)
             and self._routes_delivered()
         )
 

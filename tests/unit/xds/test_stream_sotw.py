@@ -213,7 +213,7 @@ def test_nack_is_kept_and_does_not_loop() -> None:
     assert talk.said() == []
     assert talk.stream.rejected == (nack,)
     talk.offer(world())
-    assert talk.said() == [("cluster", ("web",))]
+    assert talk.said() == [("cluster", ("web",)), ("endpoints", ("web",))]
     talk.ack()
     assert not talk.stream.rejected
 
