@@ -175,6 +175,33 @@ def test_a_policy_for_what_cannot_be_read() -> None:
     assert refusals(mesh) == {WEB: None}
 
 
+@pytest.mark.parametrize("shape", ["good", "bad", "never good"])
+def test_a_policy_holds_while_the_service_that_it_is_for_is_gone(shape: str) -> None:
+    policy = POLICY.replace(
+        "selector: {matchLabels: {app: web}}", "targetRefs: [{kind: Service, name: web}]"
+    )
+    service = SERVICE.replace("clusterIP", "selector: {app: web}, clusterIP")
+    spoiled = policy.replace("/a", "a")
+    ingester = Ingester()
+    step(ingester, service, POD, spoiled if shape == "never good" else policy)
+    now = policy if shape == "good" else spoiled
+    # Pods that are new since then are governed, too.
+    second = POD.replace("web-1", "web-2").replace("10.77.0.1", "10.77.0.2")
+    for _ in range(2):
+        mesh, _ = step(ingester, POD, second, now)
+        assert mesh.policies[0].targets == {POD_1, Name("demo", "web-2")}
+        assert bool(refusals(mesh)) == (shape == "never good")
+        assert mesh.services == {}
+        assert [port.number for port in mesh.workloads[POD_1].ports] == [8080]
+    # A service of that name that selects others is another one.
+    mesh, _ = step(ingester, service.replace("app: web", "app: db"), POD, policy)
+    assert mesh.policies[0].targets == frozenset()
+    # Nothing is known any more once no policy asks for it.
+    step(ingester, POD)
+    mesh, _ = step(ingester, POD, policy)
+    assert mesh.policies[0].targets == frozenset()
+
+
 def test_a_bad_pod_is_still_governed_and_trusted_by_nobody() -> None:
     allow = POLICY.replace("to: [{paths: [/a]}]", "to: [{ports: [80]}]")
     deny = allow.replace("name: web, ", "name: deny, ").replace("spec:", "spec:\n  action: DENY")

@@ -24,7 +24,7 @@ from xds_server.ingest.core import (
 from xds_server.ingest.kinds import Sorted, sort_by_kind
 from xds_server.ingest.lastgood import Forms, Key, readable
 from xds_server.ingest.members import Members, members
-from xds_server.ingest.policies import POLICY_VERSION, Origins, PolicyReader
+from xds_server.ingest.policies import POLICY_VERSION, Origins, PolicyReader, services_aimed_at
 from xds_server.ingest.policy_status import policy_statuses
 from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
@@ -109,6 +109,7 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms, defaults: Wish
     slices = [one.value for one in slice_readings if one.good and one.value]
     all_pods, all_services = memo.row(pods.values()), memo.row(services.values())
     portless = [memo(RawService.without_ports, one.value) for one in bad_services]
+    portless += _gone_services(kinds, forms)
     behind = members(
         all_pods,
         memo.row([*all_services, *portless]),
@@ -234,6 +235,21 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms, defaults: Wish
         registry_only=bool(defaults.closed),
         registry_only_in={name: bool(wish.closed) for name, wish in sorted(wishes.items())},
     )
+
+
+def _gone_services(kinds: Mapping[str, Sequence[Item]], forms: Forms) -> list[RawService]:
+    """Services that are no more, but that a policy is for, in its form now or its last good one."""
+    wanted: set[Name] = set()
+    for item in kinds["AuthorizationPolicy"]:
+        former = forms.former(item)
+        wanted |= forms.memo(services_aimed_at, item)
+        wanted |= services_aimed_at(former) if former else set()
+    wanted -= {item.name for item in kinds["Service"]}
+    return [forms.memo(_bare_service, item) for item in forms.gone("Service", wanted)]
+
+
+def _bare_service(item: Item) -> RawService:
+    return read_service(item).without_ports()
 
 
 def _contested(

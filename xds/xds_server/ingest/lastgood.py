@@ -1,6 +1,6 @@
 """What stays in force of an object that is bad now: its last good form, if it ever had one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -29,7 +29,7 @@ class Reading(Generic[T]):
 @dataclass(eq=False)
 class Forms:
     """One reading of all objects. `before` are the last good forms known so far, and `good` becomes
-    what is known after it: an object that is gone is not in it."""
+    what is known after it: an object that is gone is not in it, unless it is asked for (`gone`)."""
 
     before: Mapping[Key, KubeObject]
     good: dict[Key, KubeObject] = field(default_factory=dict)
@@ -84,6 +84,16 @@ class Forms:
                     self.kept.append(former.subject)
                     yield former
 
+    def gone(self, kind: str, names: Iterable[Name]) -> Iterator[Item]:
+        """The last good forms of objects that are no more; known for as long as they are asked
+        for."""
+        for name in sorted(names):
+            source = self.before.get((kind, name))
+            found = self.memo(_identified, source)[0] if source is not None else None
+            if source is not None and found is not None:
+                self.good[kind, name] = source
+                yield found[1]
+
     def _remembered(self, item: Item, reader: Callable[[Item], T], beside: tuple[object, ...]) -> T:
         known = len(item.problems)
         fresh = False
@@ -104,6 +114,11 @@ class Forms:
     def problems(self) -> list[Problem]:
         """Everything found so far, object by object."""
         return [problem for item in self._read for problem in item.problems]
+
+    def former(self, item: Item) -> Item | None:
+        """The object as it last was good, if that differs from now."""
+        key = (item.kind, item.name)
+        return None if self.before.get(key) is item.source else self._former(key)
 
     def _former(self, key: Key) -> Item | None:
         source = self.before.get(key)

@@ -147,7 +147,8 @@ class PolicyReader:
         reference["name"].misfit(
             f"there is no {reference['kind'].value} {name}; create it or correct this"
         )
-        return frozenset()
+        # Those of a Service that is gone are known still (services_aimed_at).
+        return self.members.of(name) if reference["kind"].value == "Service" else frozenset()
 
     def _rule(self, namespace: str, action: Action, rule: Field) -> PolicyRule:
         rule.complete()
@@ -184,6 +185,19 @@ class PolicyReader:
             networks = [field.network() for field in cidrs.filled(way_out)]
             groups.append(_collapsed(network for network in networks if network is not None))
         return Source(tuple(groups))
+
+
+def services_aimed_at(item: Item) -> frozenset[Name]:
+    """The Services among a policy's targets, whatever else is wrong with it. It holds for the pods
+    behind them also while these are gone: to make a Service anew must not open its pods."""
+    spec = item.again().spec
+    if not isinstance(spec.value, dict):
+        return frozenset()
+    return frozenset(
+        Name(item.name.namespace, reference["name"].text())
+        for reference in spec["targetRefs"].items()
+        if reference["kind"].text("") == "Service"
+    )
 
 
 def _account(namespace: str, field: Field) -> tuple[str, str]:
