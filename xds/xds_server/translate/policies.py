@@ -35,10 +35,10 @@ _ANYONE = rbac_pb2.Principal(any=True)
 _NOBODY = rbac_pb2.Principal(not_id=_ANYONE)
 
 _UNRESERVED = re.compile(r"[A-Za-z0-9\-._~/]*")
-#: What normalizing leaves in no path: an empty or a dot segment, a backslash, an encoded slash,
-#: backslash or unreserved character.
+#: What normalizing leaves in no path: an empty or a dot segment (of parameters alone is empty, too,
+#: to those who take them off), a backslash, an encoded slash, backslash or unreserved character.
 _UNNORMALIZED = (
-    r".*(?://|/\.\.?[/;]|\\|%(?:2[d-fD-F]|3[0-9]|[46][1-9a-fA-F]|5[0-9acfACF]|7[0-9aeAE])).*"
+    r".*(?:/[/;]|/\.\.?[/;]|\\|%(?:2[d-fD-F]|3[0-9]|[46][1-9a-fA-F]|5[0-9acfACF]|7[0-9aeAE])).*"
     r"|.*/\.\.?"
 )
 _PARAMETERS = "(?:;[^/]*)?"
@@ -226,8 +226,9 @@ def _spellings(character: str) -> str:
 
 
 def _authority(host: StringMatch) -> StringMatch:
-    """A host in any case, with any port, and also with the dot that ends a complete name."""
+    """A host in any case, with any port, with the colon of a port that is not told (RFC 3986,
+    3.2.3), and also with the dot that ends a complete name."""
     body = re.escape(host.value)
     before = ".*" if host.kind is MatchKind.SUFFIX else ""
     after = ".*" if host.kind is MatchKind.PREFIX else ""
-    return StringMatch(MatchKind.REGEX, f"(?i){before}{body}{after}\\.?(:[0-9]+)?")
+    return StringMatch(MatchKind.REGEX, f"(?i){before}{body}{after}\\.?(:[0-9]*)?")
