@@ -20,7 +20,7 @@ demo: setup ## steer real pods through real Envoys and show it
 
 test: setup ## every test, on the real kernel, with real Envoys and real programs
 	@bash tests/programs/setup $(STATE)/programs
-	@$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulator
 	@bash tests/kernel/setup $(STATE)/kernel

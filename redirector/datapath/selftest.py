@@ -278,7 +278,7 @@ LINES: tuple[Line, ...] = (
     ),
     Line(
         Defect.OVERLAP,
-        "passed, some of it twice",
+        "segments that overlap",
         "bytes that TCP has to send again are read twice",
         _overlap,
     ),

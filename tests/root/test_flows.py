@@ -253,7 +253,7 @@ def test_what_is_refused_says_why(
     assert refused["no-listener"].destination == f"{plain.ip}:8080"
     assert refused["no-listener"].source.startswith(outside.ip)
     assert refused["no-flow"].destination == f"{plain.ip}:15001"
-    assert refused["no-flow"].comm == "python"
+    assert refused["no-flow"].comm == Path("/proc/self/comm").read_text().strip()
     assert all(event.verdict == "refused" for event in refused.values())
 
 
