@@ -24,24 +24,39 @@ ALWAYS __s32 cut(struct __sk_buff *skb, __s32 twice)
 	return twice;
 }
 
+// Whether this is the end of what comes to a socket that closed() has left the entry of. Beyond its
+// `length` bytes, a FIN counts as one.
+ALWAYS bool is_last(struct __sk_buff *skb, __u32 length)
+{
+	struct bpf_sock *sk = skb->sk;
+
+	return sk && sk->state == BPF_TCP_CLOSE && skb->cb[1] - skb->cb[0] > length;
+}
+
 int redirector_arrive(struct __sk_buff *skb)
 {
 	// struct tcp_skb_cb begins with the sequence numbers of the segment's start and end.
-	__u32 start = skb->cb[0], end = skb->cb[1];
+	__u32 start = skb->cb[0], end = skb->cb[1], length = skb->len;
 	__u64 cookie = bpf_get_socket_cookie(skb);
 	__u32 *arrived_to;
 
 	// A FIN alone, which is all that TCP brings to most: nothing in it to come twice.
-	if (!skb->len)
+	if (!length) {
+		if (is_last(skb, length))
+			arrived.delete(&cookie);
 		return SK_PASS;
+	}
 	arrived_to = arrived.lookup(&cookie);
 	if (!arrived_to) {
-		arrived.update(&cookie, &end);
+		if (!is_last(skb, length))
+			arrived.update(&cookie, &end);
 		return SK_PASS;
 	}
 	// Without the memory to cut it off, what would be read is wrong: the stream ends here.
 	if (cut(skb, *arrived_to - start))
 		return SK_DROP;
 	*arrived_to = end;
+	if (is_last(skb, length))
+		arrived.delete(&cookie);
 	return SK_PASS;
 }

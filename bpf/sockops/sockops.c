@@ -337,6 +337,14 @@ ALWAYS void tell_failed(struct bpf_sock_ops *ops, struct sock_state *state, cons
 	tell(ops, state, flow, EVENT_REFUSED);
 }
 
+// Whether TCP brings the last segment only now: the FIN that comes to who has half-closed makes it
+// closed before it is read (tcp_fin). arrive.c deletes the entry then.
+ALWAYS bool last_is_to_come(struct bpf_sock_ops *ops, struct sock_state *state)
+{
+	return state && !(state->flags & FLOW_LEFT) && ops->args[0] == BPF_TCP_FIN_WAIT2 &&
+	       ops->sk && has_ended(ops->sk);
+}
+
 ALWAYS void closed(struct bpf_sock_ops *ops)
 {
 	struct sock_state *state = state_of(ops, 0);
@@ -344,7 +352,7 @@ ALWAYS void closed(struct bpf_sock_ops *ops)
 	__u32 before = ops->args[0];
 	struct flow *flow;
 
-	if (arrived.lookup(&cookie))
+	if (!last_is_to_come(ops, state) && arrived.lookup(&cookie))
 		arrived.delete(&cookie);
 	if (!state || before == BPF_TCP_CLOSE ||
 	    (state->side != CLIENT && !(state->flags & FLOW_WATCHED)))

@@ -35,6 +35,26 @@ ALWAYS bool wants_zerocopy(struct bpf_sock *sk)
 	return false;
 }
 
+// enum sock_flags (net/sock.h)
+#define SOCK_DEAD_BIT 0
+#define SOCK_DONE_BIT 1
+
+// Whether a FIN has come, and somebody still reads.
+ALWAYS bool has_ended(struct bpf_sock *sk)
+{
+#if FLAGS_OFFSET
+	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
+	__u64 flags;
+
+	if (!tp)
+		return false;
+	flags = *(volatile __u64 *)((char *)tp + FLAGS_OFFSET);
+	return flags >> SOCK_DONE_BIT & 1 && !(flags >> SOCK_DEAD_BIT & 1);
+#else
+	return false;
+#endif
+}
+
 #define SOCK_NOSPACE_BIT 2 // linux/net.h
 #define NONBLOCK 04000	   // O_NONBLOCK, asm-generic/fcntl.h
 

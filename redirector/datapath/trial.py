@@ -27,7 +27,7 @@ _SO_COOKIE = 57  # asm-generic/socket.h; Python has no name for it
 # linux/tcp.h
 _TCP_REPAIR, _TCP_REPAIR_QUEUE, _TCP_QUEUE_SEQ = 19, 20, 21
 _RECEIVE_QUEUE, _SEND_QUEUE = 1, 2
-_PSH, _ACK = 8, 16
+_FIN, _PSH, _ACK = 1, 8, 16
 _CLONE_NEWNET = 0x40000000
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1  # netdevice(7)
 
@@ -79,16 +79,7 @@ class Trial:
 
     def resend(self, data: bytes, new: int) -> None:
         """Bring the server one segment of the client's, of which it lacks the last `new` bytes."""
-        sequences = []
-        self.client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
-        for queue in (_SEND_QUEUE, _RECEIVE_QUEUE):
-            self.client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR_QUEUE, queue)
-            sequences.append(self.client.getsockopt(socket.IPPROTO_TCP, _TCP_QUEUE_SEQ))
-        self.client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, -1)
-        start = sequences[0] - (len(data) - new)
-        with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
-            ends = (self.client.getsockname(), self.client.getpeername())
-            raw.sendto(_segment(ends, start, sequences[1], data), (ends[1][0], 0))
+        resend(self.client, data, new)
 
     def forget(self) -> None:
         """Delete the flow, and what is known of both ends; all else goes with the sockets."""
@@ -128,6 +119,24 @@ def trial(maps: TrialMaps, *, deferred: bool = False) -> Iterator[Trial]:
             made.forget()
 
 
+def resend(sender: socket.socket, data: bytes, new: int, *, last: bool = False) -> None:
+    """Bring the peer of an IPv4 socket one segment of it, of which it lacks the last `new` bytes.
+
+    To be called in the socket's network namespace. With `last` the segment ends the stream (FIN).
+    """
+    sequences = []
+    sender.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+    for queue in (_SEND_QUEUE, _RECEIVE_QUEUE):
+        sender.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR_QUEUE, queue)
+        sequences.append(sender.getsockopt(socket.IPPROTO_TCP, _TCP_QUEUE_SEQ))
+    sender.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, -1)
+    start = sequences[0] - (len(data) - new)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+        ends = (sender.getsockname(), sender.getpeername())
+        flags = _PSH | _ACK | (_FIN if last else 0)
+        raw.sendto(_segment(ends, start, sequences[1], flags, data), (ends[1][0], 0))
+
+
 def enter_scratch_namespace() -> None:
     """Move this thread, for good, into a network namespace that has nothing but its loopback."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -139,14 +148,18 @@ def enter_scratch_namespace() -> None:
 
 
 def _segment(
-    ends: tuple[tuple[str, int], tuple[str, int]], sequence: int, acknowledged: int, data: bytes
+    ends: tuple[tuple[str, int], tuple[str, int]],
+    sequence: int,
+    acknowledged: int,
+    flags: int,
+    data: bytes,
 ) -> bytes:
     """A TCP segment with data (RFC 9293, 3.1), from the first of the ends to the second."""
     (source, source_port), (destination, destination_port) = ends
     head = struct.pack(
         "!HHIIBBHHH",
         *(source_port, destination_port, sequence % 2**32, acknowledged % 2**32),
-        *(5 << 4, _PSH | _ACK, 0xFFFF, 0, 0),
+        *(5 << 4, flags, 0xFFFF, 0, 0),
     )
     pseudo = socket.inet_aton(source) + socket.inet_aton(destination)
     pseudo += struct.pack("!HH", socket.IPPROTO_TCP, len(head) + len(data))

@@ -15,11 +15,12 @@ from waiting import eventually
 
 from redirector.datapath.layout import Counter, Defect
 from redirector.datapath.pins import Datapath
+from redirector.datapath.trial import resend
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
 from redirector.machine import ensure_bpffs
 from redirector.model import Accelerate, Mode
-from redirector.network import netns_cookie
+from redirector.network import netns_cookie, within
 from redirector.records import Records
 
 pytestmark = pytest.mark.root
@@ -75,6 +76,24 @@ def test_order_with_late_accept(pod: LabPod) -> None:
     with pair(pod, first=b"111122223333") as ends:
         ends.client.sendall(b"4444")
         assert receive(ends.server, 16) == b"1111222233334444"
+
+
+def test_the_last_segment_comes_to_who_has_half_closed(pod: LabPod, datapath: Datapath) -> None:
+    """It makes the end closed before it is read: nothing of it is read twice, no entry is left."""
+    before = datapath.maps.fills()["arrived"]
+    with pair(pod) as ends:
+        ends.client.sendall(b"request")
+        assert receive(ends.server, 7) == b"request"
+        ends.server.sendall(b"answer")  # so that the client's end stays in the sockhash
+        assert receive(ends.client, 6) == b"answer"
+        ends.client.shutdown(socket.SHUT_WR)
+        ends.server.sendall(bytes(MIB + 1))
+        ends.server.sendall(b"a" * 1000)
+        assert receive(ends.client, MIB + 1001)[-1000:] == b"a" * 1000
+        segment = b"a" * 900 + b"b" * 100
+        within(pod.netns, lambda: resend(ends.server, segment, new=100, last=True))
+        assert receive(ends.client, 1001) == b"b" * 100
+        assert datapath.maps.fills()["arrived"] == before
 
 
 @pytest.mark.parametrize("size", [1, 4096, 300_000])
