@@ -18,7 +18,7 @@ _DEBOUNCE_MS = 50
 _STEP_MS = 20
 #: How often the directory is compared without any notice (started too late, remote file system).
 _COMPARE_EVERY_MS = 1000
-#: An empty or missing file may be one that an editor is about to write: wait before believing it.
+#: A shorter or missing file may be one that an editor is about to write: wait before believing it.
 _SETTLE_S = 0.25
 _RETRY_S = 0.25
 
@@ -84,9 +84,10 @@ def compare(old: Listing, new: Listing, now: float) -> Change | None:
 
 
 def unsettled(old: Listing, new: Listing) -> bool:
-    """A file is gone or was emptied, as happens in the middle of a save."""
+    """A file is gone or became shorter, as happens in the middle of a save: the beginning of a
+    policy may well be a policy that refuses less."""
     return any(
-        name not in new.files or (new.files[name].size == 0 and state.size > 0)
+        name not in new.files or new.files[name].size < state.size
         for name, state in old.files.items()
     )
 
