@@ -228,6 +228,10 @@ def test_a_mistake_is_named(kind: str, path: str, value: Any, problem: str) -> N
         r"\é",
         r"[\é]",
         "(?P<é>a)",
+        "(a{10}){101}",
+        "(?:a{2}|b{600,}){2}",
+        "((a{10}b){10}){11}",
+        "(?:" + "ab" * 500 + "){999}",
     ],
 )
 def test_expressions_that_envoy_does_not_know(expression: str) -> None:
@@ -251,6 +255,8 @@ def test_expressions_that_envoy_does_not_know(expression: str) -> None:
         "[é]",
         "[+--]",
         r"\b[\d\-]\n",
+        "(a{10}[{9]{100}){10}",
+        "(?:a{999}|b{999})(?:c{3}?)*",
     ],
 )
 def test_expressions_that_envoy_knows(expression: str) -> None:

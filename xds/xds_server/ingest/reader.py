@@ -50,6 +50,11 @@ _NOT_RE2_ESCAPE = re.compile(r"\\(?:[1-9ABZbuUN]|[^\x00-\x7f])")
 _POSIX = "alnum|alpha|ascii|blank|cntrl|digit|graph|lower|print|punct|space|upper|word|xdigit"
 _NOT_RE2_CLASS = re.compile(rf"\[:(?!\^?(?:{_POSIX}):\])")
 _REPEATS = re.compile(r"\{[0-9,]*[0-9]{4}")
+_COUNT = re.compile(r"\{([0-9]*),?([0-9]*)\}")
+#: RE2 refuses more, all that are nested multiplied (RE2::kMaxRepeat).
+_MOST_REPEATS = 1000
+#: Written out, repeated parts become RE2's program, which has its bounds as well.
+_MOST_WRITTEN_OUT = 10_000
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -271,7 +276,42 @@ class Field:
                 "ASCII, nor more than 999 repeats); rewrite it without"
             )
             return ""
+        repeats, length = _written_out(bare)
+        if repeats > _MOST_REPEATS or length > _MOST_WRITTEN_OUT:
+            self.problem(
+                "repeats too much, which Envoy refuses: nested counts multiply, and may be "
+                f"{_MOST_REPEATS} at most, and {_MOST_WRITTEN_OUT} characters when written out; "
+                "repeat less"
+            )
+            return ""
         return text
+
+
+def _written_out(expression: str) -> tuple[int, int]:
+    """How often the counts of an expression (escapes and classes taken for one character) repeat
+    its most repeated part, and how many characters it has with all of them written out."""
+    outer: list[tuple[int, int]] = []
+    #: Of the group so far, and of what was read last in it.
+    most, length = 1, 0
+    last = (1, 0)
+    position = 0
+    while position < len(expression):
+        character = expression[position]
+        position += 1
+        if character == "{" and (count := _COUNT.match(expression, position - 1)):
+            times = max(int(count[2] or count[1] or 1), 1)
+            last = (last[0] * times, last[1] * times)
+            position = count.end()
+        elif character not in "*+?":
+            most, length = max(most, last[0]), length + last[1]
+            last = (1, 1)
+            if character == "(":
+                outer.append((most, length))
+                most, length = 1, 0
+            elif character == ")" and outer:
+                last = (most, length)
+                most, length = outer.pop()
+    return max(most, last[0]), length + last[1]
 
 
 def _key(name: object) -> str:
