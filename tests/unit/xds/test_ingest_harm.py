@@ -262,6 +262,22 @@ def test_an_address_that_two_pods_claim_allows_nobody() -> None:
     assert mesh.policies[0].targets == {POD_1, Name("demo", "web-2")}
 
 
+def test_a_nodes_address_that_a_pod_claims_allows_nobody() -> None:
+    node = POD.replace("web-1", "node").replace("spec: {", "spec: {hostNetwork: true, ")
+    for texts in ([POD, node], [node, POD]):
+        mesh, _ = step(Ingester(), *texts, POLICY)
+        assert mesh.policies[0].rules[0].sources[0].groups == ((),)
+
+
+@pytest.mark.parametrize("said", ["serviceAccountName: robot", "serviceAccount: robot", ""])
+def test_accounts_are_those_that_an_api_server_would_fill_in(said: str) -> None:
+    pod = POD.replace("spec: {", f"spec: {{{said or 'serviceAccountName: ' + repr('')}, ")
+    policy = POLICY.replace("namespaces: [demo]", "serviceAccounts: [robot]")
+    mesh, _ = step(Ingester(), pod, policy)
+    assert mesh.workloads[POD_1].service_account == ("robot" if said else "default")
+    assert bool(mesh.policies[0].rules[0].sources[0].groups[0]) == bool(said)
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     (tmp_path / "a.yaml").write_text("\n---\n".join([SERVICE, ROUTE]))

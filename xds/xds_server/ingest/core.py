@@ -153,7 +153,7 @@ def read_pod(item: Item) -> Pod | None:
     return Pod(
         item.name,
         item.root["metadata"]["labels"].labels(),
-        spec["serviceAccountName"].text("default"),
+        _service_account(spec),
         tuple(sorted({a for a in addresses if a is not None}, key=address_key)),
         spec["hostNetwork"].boolean(False),
         tuple(sorted(ports.items())),
@@ -161,6 +161,11 @@ def read_pod(item: Item) -> Pod | None:
         item.root["metadata"]["labels"][ZONE].text(""),
         read_pod_wishes(item),
     )
+
+
+def _service_account(spec: Field) -> str:
+    """As the API server fills it in; `serviceAccount` is its name of old."""
+    return spec["serviceAccountName"].text("") or spec["serviceAccount"].text("") or "default"
 
 
 def read_node(item: Item) -> str:

@@ -55,7 +55,8 @@ class Origins:
     claim (`shared`), and one that is good on the link only: whose it is nobody tells.
     """
 
-    def __init__(self, pods: Iterable[Pod], shared: Collection[IPAddress]) -> None:
+    def __init__(self, pods: Collection[Pod], shared: Collection[IPAddress]) -> None:
+        nodes = {a for pod in pods if pod.host_network for a in pod.addresses}
         self._own: dict[tuple[str, ...], set[IPNetwork]] = defaultdict(set)
         self._any: dict[tuple[str, ...], set[IPNetwork]] = defaultdict(set)
         for pod in pods:
@@ -63,7 +64,7 @@ class Origins:
             for key in ((namespace,), (namespace, pod.service_account)):
                 self._any[key] |= {ip_network(address) for address in pod.addresses}
                 if not pod.host_network:
-                    own = (address for address in pod.addresses if address not in shared)
+                    own = {*pod.addresses}.difference(shared, nodes)
                     self._own[key] |= {ip_network(address) for address in own}
 
     def of(self, keys: Iterable[tuple[str, ...]], action: Action) -> tuple[IPNetwork, ...]:
