@@ -156,6 +156,18 @@ def test_a_policy_that_lost_its_name_stays_as_it_was() -> None:
     assert WEB in {policy.name for policy in mesh.policies}
 
 
+def test_a_list_of_policies_as_the_api_server_has_it_is_not_read_but_not_open() -> None:
+    policy = yaml.safe_load(POLICY)
+    found = {
+        "apiVersion": policy["apiVersion"],
+        "kind": "AuthorizationPolicyList",
+        "items": [{"metadata": policy["metadata"], "spec": policy["spec"]}, 7],
+    }
+    mesh, problems = step(Ingester(), POD, yaml.safe_dump(found))
+    assert problems
+    assert set(refusals(mesh)) == {Name("demo", "(unreadable)"), Name("default", "(unreadable)")}
+
+
 def test_a_policy_for_what_cannot_be_read() -> None:
     """A pod whose labels are unreadable may be meant by any policy of its namespace, and so may any
     pod by a policy for a service whose selector is unreadable."""

@@ -76,14 +76,20 @@ def _meant(kind: str) -> str:
 
 
 def _suspected(source: KubeObject) -> set[str]:
-    """The namespace that a policy without a readable name may be for."""
+    """The namespaces that a policy without a readable name, or a list of policies, may be for."""
     version, kind = source.data.get("apiVersion"), source.data.get("kind")
     if isinstance(version, str) and version.split("/")[0] == POLICY_GROUP:
         if isinstance(kind, str) and _meant(kind) != _CLOSING:
             return set()
     elif isinstance(version, str) or kind != _CLOSING:
         return set()
-    metadata = source.data.get("metadata")
+    items = source.data.get("items")
+    objects = items if isinstance(items, list) and items else [source.data]
+    return set().union(*(_namespace_of(one) for one in objects))
+
+
+def _namespace_of(data: object) -> set[str]:
+    metadata = data.get("metadata") if isinstance(data, dict) else None
     namespace = metadata.get("namespace") if isinstance(metadata, dict) else None
     if namespace is None:
         return {"default"}
