@@ -98,6 +98,7 @@ async def _reload(
         return
     reader.note(found)
     count_in(found, server)
-    await server.publish(lineage.next(found.mesh), change.reason, change.at)
+    # A client that is somebody else's by now gets nothing of what is new.
     server.know(found.mesh.workloads)
+    await server.publish(lineage.next(found.mesh), change.reason, change.at)
     telling.tell(found.mesh)
