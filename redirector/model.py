@@ -8,6 +8,10 @@ from pathlib import Path
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
+#: What our annotations of pods and namespaces begin with, and those that the control plane reads.
+ANNOTATION = "redirector.io/"
+IMPORTS, OUTBOUND_POLICY = "imports", "outboundPolicy"
+
 
 class Mode(StrEnum):
     """How a pod's traffic reaches its sidecar."""

@@ -9,11 +9,11 @@ from itertools import combinations
 from typing import Any
 
 from redirector.errors import InputError
-from redirector.model import EVERYWHERE, IPAddress, IPNetwork, Steering
+from redirector.model import ANNOTATION, EVERYWHERE, IPAddress, IPNetwork, Steering
 from redirector.steering import TUNNEL_PORT, unmapped
 
-#: What options of a pod's annotations and of the command line begin with.
-ANNOTATION, FLAG = "redirector.io/", "--"
+#: What options of the command line begin with.
+FLAG = "--"
 _LOOPBACK = IPv4Network("127.0.0.0/8")
 
 

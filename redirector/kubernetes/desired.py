@@ -7,8 +7,15 @@ from enum import StrEnum
 
 from redirector import options
 from redirector.errors import InputError
-from redirector.kubernetes.objects import PREFIX, NamespaceObject, PodObject
-from redirector.model import Accelerate, Mode, Steering
+from redirector.kubernetes.objects import NamespaceObject, PodObject
+from redirector.model import (
+    ANNOTATION,
+    IMPORTS,
+    OUTBOUND_POLICY,
+    Accelerate,
+    Mode,
+    Steering,
+)
 
 MODE, ACCELERATE = "mode", "accelerate"
 #: The value of the mode annotation that asks for no steering.
@@ -16,7 +23,7 @@ NONE = "none"
 #: Kubernetes' own: there the agent's default asks for nothing, only an annotation does.
 SYSTEM = frozenset({"kube-system", "kube-public", "kube-node-lease"})
 #: What the control plane reads.
-_OTHERS = ("imports", "outboundPolicy")
+_OTHERS = (IMPORTS, OUTBOUND_POLICY)
 _NAMES = (MODE, ACCELERATE, *(option.name for option in options.OPTIONS), *_OTHERS)
 
 
@@ -80,8 +87,9 @@ def _judge(pod: PodObject, namespace: NamespaceObject | None, default: Mode | No
             if not asked:
                 return Rest.NOT_ASKED
             raise InputError(
-                f"pod {pod.full_name}: {PREFIX}{MODE}: {mode!s}: it has the node's own network "
-                f"(hostNetwork), which is never steered; annotate it with {PREFIX}{MODE}: {NONE}"
+                f"pod {pod.full_name}: {ANNOTATION}{MODE}: {mode!s}: it has the node's own network "
+                "(hostNetwork), which is never steered; annotate it with "
+                f"{ANNOTATION}{MODE}: {NONE}"
             )
     except InputError as error:
         return Refusal(pod, str(error))
@@ -96,7 +104,7 @@ def _mode(pod: PodObject, namespace: NamespaceObject | None, default: Mode | Non
         text = namespace.annotations[MODE]
         if text not in values:
             raise InputError(
-                f"pod {pod.full_name}: {PREFIX}{MODE} of namespace {namespace.name}: {text!r} "
+                f"pod {pod.full_name}: {ANNOTATION}{MODE} of namespace {namespace.name}: {text!r} "
                 f"is not a mode; use one of {', '.join(values)}"
             )
     else:
@@ -110,7 +118,7 @@ def _choice(pod: PodObject, name: str, values: list[str]) -> str | None:
         near = difflib.get_close_matches(text, values, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(
-            f"pod {pod.full_name}: {PREFIX}{name}: {text!r} is not one of its values; {hint}"
+            f"pod {pod.full_name}: {ANNOTATION}{name}: {text!r} is not one of its values; {hint}"
             f"use one of {', '.join(values)}"
         )
     return text
@@ -120,14 +128,16 @@ def _check_names(pod: PodObject) -> None:
     for name, value in sorted(pod.annotations.items()):
         if name not in _NAMES:
             near = difflib.get_close_matches(name, _NAMES, 1)
-            hint = f"did you mean {PREFIX}{near[0]}?" if near else f"there are {', '.join(_NAMES)}"
+            hint = f"there are {', '.join(_NAMES)}"
+            if near:
+                hint = f"did you mean {ANNOTATION}{near[0]}?"
             raise InputError(
-                f"pod {pod.full_name}: {PREFIX}{name}: {value!r}: no such annotation; {hint}"
+                f"pod {pod.full_name}: {ANNOTATION}{name}: {value!r}: no such annotation; {hint}"
             )
 
 
 def _steering(pod: PodObject, values: Mapping[str, str]) -> Steering:
     try:
-        return options.parse(values, prefix=PREFIX)
+        return options.parse(values)
     except InputError as error:
         raise InputError(f"pod {pod.full_name}: {error}") from None

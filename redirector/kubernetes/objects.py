@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
 
-from redirector.model import IPAddress
+from redirector.apiserver.values import mapping
+from redirector.model import ANNOTATION, IPAddress
 
-#: Our annotations begin so.
-PREFIX = "redirector.io/"
 #: On the mirror of a static pod: the UID by which the kubelet knows it (kubetypes).
 _MIRROR = "kubernetes.io/config.mirror"
 _FINISHED = ("Succeeded", "Failed")
@@ -66,8 +65,8 @@ class NamespaceObject:
 
 def read_pod(value: Mapping[str, Any]) -> PodObject:
     """A v1 Pod."""
-    metadata = _mapping(value, "metadata")
-    spec, status = _mapping(value, "spec"), _mapping(value, "status")
+    metadata = mapping(value, "metadata")
+    spec, status = mapping(value, "spec"), mapping(value, "status")
     return PodObject(
         namespace=_text(metadata, "namespace"),
         name=_text(metadata, "name"),
@@ -78,23 +77,14 @@ def read_pod(value: Mapping[str, Any]) -> PodObject:
         finished=status.get("phase") in _FINISHED,
         running=status.get("phase") == "Running",
         addresses=_addresses(status),
-        mirrored=str(_mapping(metadata, "annotations").get(_MIRROR) or ""),
+        mirrored=str(mapping(metadata, "annotations").get(_MIRROR) or ""),
     )
 
 
 def read_namespace(value: Mapping[str, Any]) -> NamespaceObject:
     """A v1 Namespace, or its metadata alone."""
-    metadata = _mapping(value, "metadata")
+    metadata = mapping(value, "metadata")
     return NamespaceObject(_text(metadata, "name"), _annotations(metadata))
-
-
-def _mapping(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = value.get(name)
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: {found!r:.60} is not an object")
-    return found
 
 
 def _text(value: Mapping[str, Any], name: str) -> str:
@@ -106,9 +96,9 @@ def _text(value: Mapping[str, Any], name: str) -> str:
 
 def _annotations(metadata: Mapping[str, Any]) -> Mapping[str, str]:
     return {
-        name.removeprefix(PREFIX): str(value)
-        for name, value in _mapping(metadata, "annotations").items()
-        if name.startswith(PREFIX)
+        name.removeprefix(ANNOTATION): str(value)
+        for name, value in mapping(metadata, "annotations").items()
+        if name.startswith(ANNOTATION)
     }
 
 

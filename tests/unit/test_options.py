@@ -5,8 +5,8 @@ from ipaddress import IPv4Network, ip_address, ip_network
 import pytest
 
 from redirector.errors import InputError
-from redirector.model import EVERYWHERE, Steering
-from redirector.options import ANNOTATION, FLAG, OPTIONS, parse
+from redirector.model import ANNOTATION, EVERYWHERE, Steering
+from redirector.options import FLAG, OPTIONS, parse
 
 
 def test_nothing_named_is_the_default() -> None:

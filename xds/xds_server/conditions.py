@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 #: The types that the Gateway API gives to routes and policies.
 ACCEPTED = "Accepted"
+CONFLICTED = "Conflicted"
 RESOLVED_REFS = "ResolvedRefs"
 PARTIALLY_INVALID = "PartiallyInvalid"
 PROGRAMMED = "Programmed"

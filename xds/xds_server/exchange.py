@@ -1,6 +1,7 @@
 """What a stream sends, and what the client answers. Pure."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from xds_server.quarantine import Quarantined
 from xds_server.snapshot import ABSENT, Encoded
@@ -36,7 +37,7 @@ class Response:
     removed: tuple[str, ...]
     frames: tuple[bytes, ...] = field(repr=False)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Its encoding's bytes."""
         return sum(map(len, self.frames))

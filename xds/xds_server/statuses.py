@@ -10,6 +10,7 @@ from typing import Any
 
 from xds_server.conditions import (
     ACCEPTED,
+    CONFLICTED,
     PARTIALLY_INVALID,
     PROGRAMMED,
     Condition,
@@ -17,13 +18,13 @@ from xds_server.conditions import (
     ParentStatus,
     Reference,
 )
+from xds_server.groups import GATEWAY_GROUP
 from xds_server.ir import Name
 
 #: By this name entries are known as ours (Gateway API, `RouteParentStatus.controllerName`).
 CONTROLLER = "redirector.io/xds-server"
-GATEWAY_GROUP = "gateway.networking.k8s.io"
 #: Types of conditions that are ours in our own kinds.
-_OURS = frozenset((ACCEPTED, PARTIALLY_INVALID, PROGRAMMED, "Conflicted"))
+_OURS = frozenset((ACCEPTED, CONFLICTED, PARTIALLY_INVALID, PROGRAMMED))
 #: What CustomResourceDefinitions allow at least.
 _MAX_MESSAGE = 1024
 _TOLD_BY = " (told by "
@@ -212,7 +213,7 @@ def lines(old: Iterable[ObjectStatus], new: Iterable[ObjectStatus]) -> list[tupl
 
 
 #: Conditions that are there only when something is wrong.
-_BAD_WHEN_TRUE = frozenset({PARTIALLY_INVALID, "Conflicted"})
+_BAD_WHEN_TRUE = frozenset({CONFLICTED, PARTIALLY_INVALID})
 
 
 def _flat(status: ObjectStatus) -> Iterable[tuple[tuple[str, str], Condition]]:

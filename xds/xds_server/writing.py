@@ -101,14 +101,11 @@ class Writer:
         return dict(found)
 
     async def _pass(self) -> None:
-        wanted: dict[Key, ObjectStatus] = {
-            (status.kind, Name(status.namespace, status.name)): with_programmed(
-                status,
-                self._refusals.get((status.kind, Name(status.namespace, status.name)), ()),
-                self._replica.name,
-            )
-            for status in self._mesh.statuses
-        }
+        wanted: dict[Key, ObjectStatus] = {}
+        for status in self._mesh.statuses:
+            key = (status.kind, Name(status.namespace, status.name))
+            refusals = self._refusals.get(key, ())
+            wanted[key] = with_programmed(status, refusals, self._replica.name)
         done: dict[Key, tuple[ApiObject, ObjectStatus | None]] = {}
         for kind in KINDS:
             for item in self._source.table(kind).values() if kind.told else ():

@@ -6,8 +6,8 @@ Objects that a change leaves alone stay the same Python objects, as a watching s
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
+from xds_server.groups import POLICY_VERSION
 from xds_server.ingest.core import SERVICE_NAME
-from xds_server.ingest.policies import POLICY_VERSION
 from xds_server.sources.objects import KubeObject
 
 NAMESPACE = "bench"

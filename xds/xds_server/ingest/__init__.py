@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from xds_server.errors import Problem
+from xds_server.groups import GATEWAY_GROUP, POLICY_VERSION
 from xds_server.ingest.addresses import Contested, contested
 from xds_server.ingest.attachment import attach, with_traffic
 from xds_server.ingest.building import build_service, build_workload
@@ -24,12 +25,12 @@ from xds_server.ingest.core import (
 from xds_server.ingest.kinds import Sorted, sort_by_kind
 from xds_server.ingest.lastgood import Forms, Key, readable
 from xds_server.ingest.members import Members, members
-from xds_server.ingest.policies import POLICY_VERSION, Origins, PolicyReader, services_aimed_at
+from xds_server.ingest.policies import Origins, PolicyReader, services_aimed_at
 from xds_server.ingest.policy_status import policy_statuses
 from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
 from xds_server.ingest.route_status import judge, protocols_of, settle
-from xds_server.ingest.routes import GATEWAY_GROUP, ROUTE_KINDS, RouteReader, read_grant
+from xds_server.ingest.routes import ROUTE_KINDS, RouteReader, read_grant
 from xds_server.ingest.scopes import NOTHING, Wishes, read_namespace
 from xds_server.ingest.traffic import read_traffic
 from xds_server.ir import Mesh, Name, Parent, Protocol, Service, Workload

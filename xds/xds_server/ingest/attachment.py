@@ -9,12 +9,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from xds_server.conditions import PARTIALLY_INVALID, Condition, ObjectStatus
+from xds_server.conditions import CONFLICTED, PARTIALLY_INVALID, Condition, ObjectStatus
 from xds_server.errors import Problem
 from xds_server.ingest.core import RawPort, RawService
 from xds_server.ingest.members import Members
 from xds_server.ingest.policy_status import (
-    CONFLICTED,
     TARGET_NOT_FOUND,
     accepted,
     policy_status,

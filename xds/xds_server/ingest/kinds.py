@@ -5,8 +5,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from xds_server.errors import Problem, printable
+from xds_server.groups import POLICY_VERSION, is_policy
 from xds_server.ingest.lastgood import Forms, Key
-from xds_server.ingest.policies import POLICY_GROUP, POLICY_VERSION
 from xds_server.ingest.reader import Item
 from xds_server.sources.objects import KubeObject
 
@@ -44,7 +44,7 @@ def sort_by_kind(
         version, item = identity
         if (version, item.kind) in known:
             claims[item.kind, item.name].append(item)
-        elif version.split("/")[0] == POLICY_GROUP:
+        elif is_policy(version):
             # A policy that is misspelt must not be taken for somebody else's object.
             item.root["kind"].problem(
                 f"{version} has no such kind; use AuthorizationPolicy or TrafficPolicy of "
@@ -78,7 +78,7 @@ def _meant(kind: str) -> str:
 def _suspected(source: KubeObject) -> set[str]:
     """The namespaces that a policy without a readable name, or a list of policies, may be for."""
     version, kind = source.data.get("apiVersion"), source.data.get("kind")
-    if isinstance(version, str) and version.split("/")[0] == POLICY_GROUP:
+    if is_policy(version):
         if isinstance(kind, str) and _meant(kind) != _CLOSING:
             return set()
     elif isinstance(version, str) or kind != _CLOSING:
@@ -102,6 +102,6 @@ def _foreign_without_name(source: KubeObject, known: Collection[tuple[str, str]]
     metadata = source.data.get("metadata", {})
     if not isinstance(version, str) or not isinstance(kind, str) or (version, kind) in known:
         return None
-    if version.split("/")[0] == POLICY_GROUP or not isinstance(metadata, dict):
+    if is_policy(version) or not isinstance(metadata, dict):
         return None
     return None if "name" in metadata else printable(f"{kind} ({version})")

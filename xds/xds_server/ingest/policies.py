@@ -23,10 +23,6 @@ from xds_server.ir import (
     StringMatch,
 )
 
-POLICY_GROUP = "policy.redirector.io"
-POLICY_VERSION = f"{POLICY_GROUP}/v1alpha1"
-
-
 _NOT_NORMAL = re.compile(r"//|/\.\.?(/|$)|[%\\\x00-\x1f\x7f]")
 
 

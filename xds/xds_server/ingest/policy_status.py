@@ -6,11 +6,11 @@ Reasons are those of the Gateway API (PolicyConditionReason).
 from collections.abc import Collection, Iterable, Mapping
 
 from xds_server.conditions import ACCEPTED, Condition, ObjectStatus, ParentStatus, Reference
+from xds_server.ingest.object_status import object_status
 from xds_server.ingest.reader import Field, Item
 from xds_server.ir import Name
 
 TARGET_NOT_FOUND = "TargetNotFound"
-CONFLICTED = "Conflicted"
 _INVALID = "Invalid"
 
 
@@ -28,15 +28,8 @@ def policy_status(
     conditions: tuple[Condition, ...] = (),
 ) -> ObjectStatus:
     """Conditions by target, each with its entry of targetRefs, or those of a policy without any."""
-    generation = item.root["metadata"]["generation"].value
-    return ObjectStatus(
-        _text(item.root["apiVersion"]),
-        item.kind,
-        item.name.namespace,
-        item.name.name,
-        generation if isinstance(generation, int) else None,
-        conditions,
-        tuple(ParentStatus(_reference(field), found) for field, found in targets),
+    return object_status(
+        item, conditions, tuple(ParentStatus(_reference(field), found) for field, found in targets)
     )
 
 

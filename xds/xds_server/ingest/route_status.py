@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from xds_server.conditions import (
     ACCEPTED,
+    CONFLICTED,
     PARTIALLY_INVALID,
     RESOLVED_REFS,
     Condition,
@@ -12,6 +13,7 @@ from xds_server.conditions import (
     ParentStatus,
 )
 from xds_server.ingest.lastgood import Forms
+from xds_server.ingest.object_status import object_status
 from xds_server.ingest.reader import Item
 from xds_server.ingest.routes import Attachment, RouteReader, RouteReading
 from xds_server.ir import Parent, Protocol, Route, RouteKind
@@ -129,15 +131,7 @@ def _status(
         parents.append(ParentStatus(attachment.reference, tuple(conditions)))
     # Of a route that fell back, what is accepted is what it was.
     told = force.item if force is not None and fallen_back else item
-    generation = told.root["metadata"]["generation"].value
-    return ObjectStatus(
-        str(item.root["apiVersion"].value),
-        item.kind,
-        item.name.namespace,
-        item.name.name,
-        generation if isinstance(generation, int) else None,
-        parents=tuple(parents),
-    )
+    return object_status(item, parents=tuple(parents), told=told)
 
 
 def _accepted(
@@ -154,7 +148,7 @@ def _accepted(
         return Condition(ACCEPTED, False, "NoMatchingParent", attachment.refused)
     conflict = _conflict(now.route, attachment, taken)
     if conflict and all(_conflicts(now.route, parent, taken) for parent in attachment.parents):
-        return Condition(ACCEPTED, False, "Conflicted", conflict)
+        return Condition(ACCEPTED, False, CONFLICTED, conflict)
     return Condition(ACCEPTED, True, "Accepted", conflict)
 
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from xds_server.conditions import Reference
+from xds_server.groups import GATEWAY_GROUP
 from xds_server.ingest.core import RawService
 from xds_server.ingest.reader import DNS_NAME, Field, Item
 from xds_server.ingest.route_rules import RuleReader, Unresolved, ports
 from xds_server.ir import Name, Parent, Protocol, Route, RouteKind
 
-GATEWAY_GROUP = "gateway.networking.k8s.io"
 ROUTE_KINDS = tuple(RouteKind)
 
 _HOSTNAME = re.compile(rf"(\*\.)?{DNS_NAME.pattern}")

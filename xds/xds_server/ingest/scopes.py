@@ -5,11 +5,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from redirector import model
 from xds_server.ingest.reader import Field, Item
 from xds_server.ir import Name, Scope
 
-IMPORTS = "redirector.io/imports"
-OUTBOUND_POLICY = "redirector.io/outboundPolicy"
+IMPORTS = f"{model.ANNOTATION}{model.IMPORTS}"
+OUTBOUND_POLICY = f"{model.ANNOTATION}{model.OUTBOUND_POLICY}"
 ALLOW_ANY, REGISTRY_ONLY = "allow-any", "registry-only"
 
 _LABEL = "[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"

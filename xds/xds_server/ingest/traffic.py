@@ -7,6 +7,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import TypeVar
 
+from xds_server.groups import GATEWAY_GROUP
 from xds_server.ingest.access_logs import read_access_logs
 from xds_server.ingest.reader import DNS_NAME, TOKEN, Field, Item
 from xds_server.ir import (
@@ -38,8 +39,7 @@ _PARTS = (
     "connectionLimit",
     "accessLog",
 )
-_GATEWAY_GROUP = "gateway.networking.k8s.io"
-_GROUPS = {"Service": "", "HTTPRoute": _GATEWAY_GROUP, "GRPCRoute": _GATEWAY_GROUP}
+_GROUPS = {"Service": "", "HTTPRoute": GATEWAY_GROUP, "GRPCRoute": GATEWAY_GROUP}
 _MAX_TARGETS = 16
 _MAX_KEYS = 8
 _MOST = 2**31 - 1

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redirector.apiserver.reflector import Resource
+from redirector.apiserver.values import mapping
+from redirector.model import ANNOTATION
+from xds_server.groups import GATEWAY_GROUP, POLICY_GROUP, POLICY_VERSION
 from xds_server.ir import Name
 from xds_server.sources.objects import KubeObject
 
 #: What stands for the file in messages.
 ORIGIN = "API server"
-GATEWAY_GROUP = "gateway.networking.k8s.io"
 #: A server that lists none of the objects that it had is believed after so long, in seconds.
 HOLD = 60.0
 _PAGE = 500
 _FOREIGN_METADATA = frozenset(
     ("managedFields", "resourceVersion", "ownerReferences", "finalizers", "annotations")
 )
-#: Of annotations, which may hold whole objects and change all the time, ours alone.
-_OUR_ANNOTATIONS = "redirector.io/"
 _CONTAINER = ("name", "ports", "restartPolicy")
 _POD_SPEC = ("serviceAccountName", "hostNetwork", "nodeName", "hostname", "subdomain")
 _POD_STATUS = ("phase", "podIP", "podIPs")
@@ -95,17 +95,18 @@ class Kind:
         return f"{self.root}/namespaces/{namespace}/{self.plural}/{name}/status"
 
     def _read(self, value: Mapping[str, Any]) -> ApiObject:
-        given = _mapping(value, "metadata")
+        given = mapping(value, "metadata")
         metadata = {
             key: part
             for key, part in given.items()
             # What every write changes is no change of the object.
             if key not in _FOREIGN_METADATA
         }
+        # Annotations may hold whole objects and change all the time: ours alone.
         annotations = {
             key: text
-            for key, text in _mapping(given, "annotations").items()
-            if key.startswith(_OUR_ANNOTATIONS)
+            for key, text in mapping(given, "annotations").items()
+            if key.startswith(ANNOTATION)
         }
         if annotations:
             metadata["annotations"] = annotations
@@ -134,21 +135,12 @@ class Kind:
         )
 
 
-def _mapping(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = value.get(name)
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: {found!r:.60} is not an object")
-    return found
-
-
 def _only(value: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value[name] for name in names if name in value}
 
 
 def _pod(value: dict[str, Any]) -> dict[str, Any]:
-    spec = _mapping(value, "spec")
+    spec = mapping(value, "spec")
     kept = _only(spec, _POD_SPEC)
     for name in ("containers", "initContainers"):
         if isinstance(spec.get(name), list):
@@ -156,18 +148,18 @@ def _pod(value: dict[str, Any]) -> dict[str, Any]:
                 _only(entry, _CONTAINER) if isinstance(entry, dict) else entry
                 for entry in spec[name]
             ]
-    return {"spec": kept, "status": _only(_mapping(value, "status"), _POD_STATUS)}
+    return {"spec": kept, "status": _only(mapping(value, "status"), _POD_STATUS)}
 
 
 def _service(value: dict[str, Any]) -> dict[str, Any]:
-    return {"spec": _mapping(value, "spec")}
+    return {"spec": mapping(value, "spec")}
 
 
 def _nothing(_value: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-_POLICY_GROUP = "policy.redirector.io"
+_POLICY_VERSION = POLICY_VERSION.removeprefix(f"{POLICY_GROUP}/")
 KINDS = (
     Kind("Namespace", "", "v1", "namespaces", _nothing, metadata_only=True),
     Kind("Node", "", "v1", "nodes", _nothing, metadata_only=True),
@@ -179,11 +171,11 @@ KINDS = (
     Kind("ReferenceGrant", GATEWAY_GROUP, "v1beta1", "referencegrants", custom=True),
     Kind(
         "AuthorizationPolicy",
-        _POLICY_GROUP,
-        "v1alpha1",
+        POLICY_GROUP,
+        _POLICY_VERSION,
         "authorizationpolicies",
         custom=True,
         told=True,
     ),
-    Kind("TrafficPolicy", _POLICY_GROUP, "v1alpha1", "trafficpolicies", custom=True, told=True),
+    Kind("TrafficPolicy", POLICY_GROUP, _POLICY_VERSION, "trafficpolicies", custom=True, told=True),
 )
