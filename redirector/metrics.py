@@ -16,9 +16,9 @@ from prometheus_client.core import (
     HistogramMetricFamily,
 )
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector, CollectorRegistry
 
 from redirector.datapath.layout import Counter
+from redirector.exposition import text
 from redirector.model import Mode
 from redirector.status import NodeStatus, Outcome, PodStatus, defect_names
 
@@ -38,11 +38,9 @@ def render(status: NodeStatus, others: Iterable[Metric] = ()) -> Iterator[bytes]
     """
     name = ""
     for part in chain(families(status), others):
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Once(part))
-        text = exposition.generate_latest(registry)
-        # The lines that begin a family, HELP and TYPE, are told once.
-        yield text if part.name != name else text.split(b"\n", 2)[2]
+        lines = text([part])
+        # Those that begin a family, HELP and TYPE, are told once.
+        yield lines if part.name != name else lines.split(b"\n", 2)[2]
         name = part.name
 
 
@@ -56,20 +54,10 @@ def families(status: NodeStatus) -> Iterator[Metric]:
     yield from _in_parts(_passed, status.pods)
     yield from _in_parts(_withheld, status.pods)
     yield from _in_parts(_latency, status.pods)
-    for counter, name, text in _SHORT_CIRCUIT:
-        yield from _in_parts(partial(_counted, counter, name, text), status.pods)
+    for counted in _SHORT_CIRCUIT:
+        yield from _in_parts(partial(_counted, *counted), status.pods)
     yield from _events(status)
     yield from _maps(status)
-
-
-class _Once(Collector):
-    """What has been collected already."""
-
-    def __init__(self, family: Metric) -> None:
-        self._family = family
-
-    def collect(self) -> list[Metric]:
-        return [self._family]
 
 
 def _in_parts(
@@ -200,8 +188,8 @@ _SHORT_CIRCUIT = (
 )
 
 
-def _counted(counter: Counter, name: str, text: str, pods: Sequence[PodStatus]) -> Metric:
-    family = CounterMetricFamily(name, text, labels=_POD)
+def _counted(counter: Counter, name: str, what: str, pods: Sequence[PodStatus]) -> Metric:
+    family = CounterMetricFamily(name, what, labels=_POD)
     for pod in pods:
         if counter in pod.counters:
             family.add_metric(_names(pod), pod.counters[counter])

@@ -3,8 +3,15 @@
 import http.client
 import json
 import socket
+import sys
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+from waiting import eventually
+
+from redirector.lab import LabPod
 
 PATIENCE_S = 30
 
@@ -76,3 +83,11 @@ def listens(address: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def start_app(pod: LabPod, place: Path, name: str, port: int, *more: int) -> None:
+    """APP in a pod, as `name`, with its log in `place`; it listens on `port` when this returns."""
+    argv = [sys.executable, "-c", APP, name, *map(str, (port, *more))]
+    with (place / f"{name}-app.log").open("wb") as log:
+        pod.popen(argv, stdout=log, stderr=log)
+    eventually(f"the application of {name}", partial(pod.call, listens, pod.ip, port))

@@ -1,7 +1,6 @@
 """The demo's manifests, served by the xDS server, steered in each mode: what applications see."""
 
 import http.client
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from apps import APP, PATIENCE_S, Answer, Request, ask, listens
+from apps import PATIENCE_S, Answer, Request, ask, start_app
 from running import Sidecar, XdsServer
 from sockets import pod_socket
 from waiting import eventually
@@ -77,9 +76,7 @@ def demo(
     pods = {one.name: one._pod for one in sidecars}
     pods["plain"] = node.pod("plain", PLAIN_IP)
     for name, pod in pods.items():
-        with (place / f"{name}-app.log").open("wb") as log:
-            pod.popen([sys.executable, "-c", APP, name, str(APP_PORT)], stdout=log, stderr=log)
-        eventually(f"the application of {name}", partial(pod.call, listens, pod.ip, APP_PORT))
+        start_app(pod, place, name, APP_PORT)
     for one in sidecars:
         eventually("listeners", partial(_configured, one))
         pod = one._pod

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from apps import APP, listens
+from apps import start_app
 from running import Sidecar, XdsServer
 from waiting import eventually
 
@@ -75,10 +75,7 @@ def test_renaming_and_weighing_backends_under_load_loses_no_request(
     server = serve()
     pod = node.pod("client", "10.77.0.10")
     for name, ip in PODS.items():
-        app = node.pod(name, ip)
-        with (place / f"{name}-app.log").open("wb") as log:
-            app.popen([sys.executable, "-c", APP, name, "8080"], stdout=log, stderr=log)
-        eventually(f"the application of {name}", partial(app.call, listens, ip, 8080))
+        start_app(node.pod(name, ip), place, name, 8080)
     xds = f"unix:{server.socket}"
     changed: dict[str, Any] = {"api_type": variant}
     sidecar = Sidecar(pod, place, "client", "demo", xds, changed)

@@ -4,11 +4,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
-from apps import APP, Answer, ask, listens
+from apps import Answer, ask, start_app
 from running import Sidecar, XdsServer
 from waiting import eventually
 
@@ -111,12 +110,11 @@ def world(
     pod = node.pod("client", "10.77.0.10")
     for name, ip in PODS.items():
         app = node.pod(name, ip)
-        with (place / f"{name}-app.log").open("wb") as log:
-            app.popen([sys.executable, "-c", APP, name, str(APP_PORT)], stdout=log, stderr=log)
-            if name == "one":
+        start_app(app, place, name, APP_PORT)
+        if name == "one":
+            with (place / "dns.log").open("wb") as log:
                 where = [ip, str(DNS_PORT), ip]
                 app.popen([sys.executable, "-c", DNS, *where], stdout=log, stderr=log)
-        eventually(f"the application of {name}", partial(app.call, listens, ip, APP_PORT))
     sidecar = Sidecar(pod, place, "client", "demo", f"unix:{server.socket}", more=_RESOLVER)
     eventually("listeners", lambda: sidecar.listeners() == ["inbound", "outbound"])
     enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF)

@@ -4,7 +4,6 @@ import json
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import Any
 import grpc
 import pytest
 import yaml
-from apps import APP, PATIENCE_S, Answer, Request, ask, listens
+from apps import PATIENCE_S, Answer, Request, ask, start_app
 from running import Sidecar, XdsServer
 from sockets import pod_socket
 from waiting import eventually
@@ -122,11 +121,7 @@ def world(pins: Path) -> Iterator[World]:
         xds = f"unix:{server.socket}"
         sidecars = {name: Sidecar(pods[name], place, name, "demo", xds) for name in PODS}
         for name in ("web-v1", "web-v2"):
-            argv = [sys.executable, "-c", APP, name, str(HTTP), str(RAW)]
-            with (place / f"{name}-app.log").open("wb") as log:
-                pods[name].popen(argv, stdout=log, stderr=log)
-        for name in ("web-v1", "web-v2"):
-            eventually("applications", partial(pods[name].call, listens, PODS[name], HTTP))
+            start_app(pods[name], place, name, HTTP, RAW)
         enrollment = Enrollment(Records(place / "pods"), Datapath(pins))
         for name, sidecar in sidecars.items():
             eventually("listeners", lambda s=sidecar: s.listeners() == ["inbound", "outbound"])

@@ -3,11 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
+from redirector.exposition import text
 from xds_server.admission import Admission, Reason
 from xds_server.hub import Hub
 from xds_server.tally import Distribution
@@ -17,17 +16,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 def render(hub: Hub, admission: Admission) -> bytes:
     """The text format. Nothing is labelled by sidecar or by what clients say."""
-    registry = CollectorRegistry()
-    registry.register(_Families(list(_families(hub, admission))))
-    return generate_latest(registry)
-
-
-class _Families(Collector):
-    def __init__(self, families: list[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> list[Metric]:
-        return self._families
+    return text(_families(hub, admission))
 
 
 def _families(hub: Hub, admission: Admission) -> Iterator[Metric]:
@@ -62,21 +51,21 @@ def _families(hub: Hub, admission: Admission) -> Iterator[Metric]:
     yield _counter("nacks", "Responses that a sidecar refused", "type", tally.nacks)
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"redirector_xds_{name}", text, value=value)
+def _gauge(name: str, what: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"redirector_xds_{name}", what, value=value)
 
 
-def _counter(name: str, text: str, label: str, values: Mapping[str, int] | Counter[str]) -> Metric:
-    family = CounterMetricFamily(f"redirector_xds_{name}", text, labels=(label,))
+def _counter(name: str, what: str, label: str, values: Mapping[str, int] | Counter[str]) -> Metric:
+    family = CounterMetricFamily(f"redirector_xds_{name}", what, labels=(label,))
     for value, number in sorted(values.items()):
         family.add_metric([value], number)
     return family
 
 
 def _histogram(
-    name: str, text: str, values: Mapping[str, Distribution], label: str | None = None
+    name: str, what: str, values: Mapping[str, Distribution], label: str | None = None
 ) -> Metric:
-    family = HistogramMetricFamily(f"redirector_xds_{name}", text, labels=(label,) if label else ())
+    family = HistogramMetricFamily(f"redirector_xds_{name}", what, labels=(label,) if label else ())
     for value, found in sorted(values.items()):
         family.add_metric([value] if label else [], found.buckets(), found.sum)
     return family

@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
+from typing import Self
 
 from waiting import PATIENCE_S, eventually
+
+from redirector.lab.closing import Closing
 
 DEMO = Path(__file__).parents[3] / "manifests" / "demo"
 
 
-class ManifestServer:
+class ManifestServer(Closing):
     """Runs as long as the context; `node` is a pod of the demo, `route` one of its routes."""
 
     node = "sidecar~10.77.0.10~client.demo~demo.svc.cluster.local"
@@ -27,16 +29,11 @@ class ManifestServer:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stderr=log)
 
-    def __enter__(self) -> "ManifestServer":
+    def __enter__(self) -> Self:
         eventually(f"a server:\n{self.log}", lambda: "serving" in self.log or self._ended())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait(PATIENCE_S)
