@@ -244,9 +244,12 @@ def tune() -> None:
     """Room for thousands of connections a second, in the pod's own namespace.
 
     Without it a client runs out of local ports, and conntrack out of entries, for those that are
-    closed already; that would be measured instead.
+    closed already; that would be measured instead. Servers' ports lie in that room: a client that
+    was given one would keep its server from listening, and may even connect to itself.
     """
     ipv4 = Path("/proc/sys/net/ipv4")
+    reserved = ",".join(map(str, (*EXPLICIT.values(), OUTBOUND, INBOUND)))
+    (ipv4 / "ip_local_reserved_ports").write_text(reserved)
     (ipv4 / "ip_local_port_range").write_text("10240 60999")
     (ipv4 / "tcp_tw_reuse").write_text("1")
     conntrack = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_time_wait")

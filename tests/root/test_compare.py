@@ -4,15 +4,18 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from redirector.compare.cases import BASELINES, CASES, Metric, Rung, why_not
+from redirector.compare.topology import EXPLICIT, tune
+from redirector.lab import Node
 from redirector.machine import bpffs_mount, cgroup2_mount
 
 pytestmark = pytest.mark.root
@@ -119,3 +122,23 @@ def test_a_missing_program_is_named_with_its_package() -> None:
     assert process.returncode == 1
     assert "luajit is not installed; install it: apt-get install luajit" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def fill(low: int, high: int) -> list[int]:
+    """Every port of a range that the kernel gives away by itself; runs in a pod."""
+    Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{low} {high}")
+    given = []
+    with ExitStack() as stack, suppress(OSError):
+        while len(given) <= high - low:
+            taken = stack.enter_context(socket.socket())
+            taken.bind(("127.0.0.1", 0))
+            given.append(taken.getsockname()[1])
+    return sorted(given)
+
+
+def test_no_client_is_given_the_port_of_a_server(node: Node) -> None:
+    pod = node.pod("tuned")
+    pod.call(tune)
+    low, high = min(EXPLICIT.values()), max(EXPLICIT.values()) + 4
+    expected = sorted(set(range(low, high + 1)) - set(EXPLICIT.values()))
+    assert pod.call(fill, low, high) == expected
