@@ -64,6 +64,7 @@ class Hub:
         self.room = Room(quiet=give_back)
         self._encoded_before = 0
         self._pushes: dict[Push, asyncio.TimerHandle] = {}
+        self._waiters: dict[Push, asyncio.Future[None]] = {}
         # One thread: snapshots share an encoder, and the event loop stays free meanwhile.
         self._translator = ThreadPoolExecutor(1, "translate")
 
@@ -72,7 +73,7 @@ class Hub:
         """How many resources were serialized so far, for all sidecars and states together."""
         return self._encoded_before + self.generation.encodings
 
-    async def publish(self, generation: Generation, reason: str, changed_at: float) -> None:
+    async def publish(self, generation: Generation, reason: str, changed_at: float) -> Push:
         """Bring every client to this generation.
 
         All their snapshots are made first: an error is raised before any client sees a change.
@@ -97,6 +98,14 @@ class Hub:
         for connection in concerned:
             connection.wake.set()
         self.settle(None)
+        return push
+
+    async def ended(self, push: Push, within: float) -> None:
+        """Until every client that the push concerns has answered, or `within` s."""
+        if push in self._pushes:
+            waiter = self._waiters[push] = asyncio.get_running_loop().create_future()
+            await asyncio.wait([waiter], timeout=within)
+            self._waiters.pop(push, None)
 
     async def snapshot(self, generation: Generation, node: NodeId) -> Snapshot:
         """The node's snapshot; made in the translator's thread if it is not there yet."""
@@ -142,6 +151,8 @@ class Hub:
 
     def _finish(self, push: Push) -> None:
         self._pushes.pop(push).cancel()
+        if waiter := self._waiters.pop(push, None):
+            waiter.set_result(None)
         if push.last_answer is not None:
             self.tally.push_seconds.add(push.last_answer - push.changed_at)
         if push.waiting:
