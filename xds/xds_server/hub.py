@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -33,10 +33,9 @@ class Client(Protocol):
     @property
     def node(self) -> NodeId: ...
 
-    @property
-    def wake(self) -> asyncio.Event: ...
-
     def stays(self, old: Generation, new: Generation) -> bool: ...
+
+    def offer(self, generation: Generation, snapshot: Snapshot | None) -> None: ...
 
 
 class Hub:
@@ -82,21 +81,21 @@ class Hub:
         await self._in_translator(generation.prepare, nodes)
         old, self.generation = self.generation, generation
         self._encoded_before += old.encodings
-        standing = [(c, old.ready(c.node), generation.ready(c.node)) for c in self.connections]
-        different = {(id(before), id(now)): (before, now) for _, before, now in standing}
+        different: dict[tuple[int, int], tuple[Snapshot | None, Snapshot | None]] = {}
+        concerned: set[Hashable] = set()
+        for client in self.connections:
+            before, now = old.ready(client.node), generation.ready(client.node)
+            # Whoever the change does not concern has nothing to do and nothing to answer.
+            if before is now and client.stays(old, generation):
+                continue
+            concerned.add(client)
+            different[id(before), id(now)] = (before, now)
+            client.offer(generation, now)
         changed = set().union(*(_changed(before, now) for before, now in different.values()))
-        # Whoever the change does not concern has nothing to do and nothing to answer.
-        concerned = {
-            connection
-            for connection, before, now in standing
-            if before is not now or not connection.stays(old, generation)
-        }
-        push = Push(reason, changed_at, tuple(sorted(changed)), set(concerned))
+        push = Push(reason, changed_at, tuple(sorted(changed)), concerned)
         self._pushes[push] = asyncio.get_running_loop().call_later(
             self._report_after, self._finish, push
         )
-        for connection in concerned:
-            connection.wake.set()
         self.settle(None)
         return push
 

@@ -3,7 +3,7 @@
 Source: "The xDS transport protocol" in Envoy's API documentation.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
@@ -39,11 +39,19 @@ class SotwStream(Stream):
         its names do not count, since the client will answer the response with all of them.
         """
         state = self._state(request.type_url)
-        self._drained = False
         error = request.error_detail.message if request.HasField("error_detail") else None
         if request.response_nonce != state.last_nonce:
+            self._heard()
             return self._book(state, request.response_nonce, error)
         names = set(request.resource_names)
+        if (
+            self._stride is not None
+            and error is None
+            and names == state.names
+            and (ack := self._stepped(request.type_url, request.response_nonce))
+        ):
+            return ack
+        self._heard()
         if state.interest is Interest.UNASKED:
             if request.version_info:
                 self._claimed[state.type_url] = request.version_info
@@ -89,7 +97,7 @@ class SotwStream(Stream):
             self._unknown.discard(state.type_url)
         return answer
 
-    def _suspects(self, state: TypeState, contents: dict[str, str]) -> dict[str, str]:
+    def _suspects(self, state: TypeState, contents: Mapping[str, str]) -> Mapping[str, str]:
         """In a complete response, only what the client has not taken before.
 
         To leave something out of one deletes it; so nothing is tried apart as long as it is not
