@@ -18,7 +18,7 @@ from xds_server.delta import DeltaStream
 from xds_server.generation import Generation
 from xds_server.hub import REPORT_AFTER_S, Hub
 from xds_server.identity import DEFAULT_TRUST_DOMAIN, NotPermitted, Peer, permit
-from xds_server.ir import Name, NodeId, Workload
+from xds_server.ir import Client, Name, NodeId, Workload
 from xds_server.methods import METHODS, Method
 from xds_server.metrics import render
 from xds_server.push import Push, count
@@ -130,16 +130,9 @@ class Server:
         await ended
         self._hub.close()
 
-    async def publish(
-        self, generation: Generation, reason: str, changed_at: float, *, wait: float = 0.0
-    ) -> None:
-        """Bring every client to this generation; an error is raised before any sees a change.
-
-        `wait` s at most until those that it concerns have answered.
-        """
-        push = await self._hub.publish(generation, reason, changed_at)
-        if wait:
-            await self._hub.ended(push, wait)
+    async def publish(self, generation: Generation, reason: str, changed_at: float) -> None:
+        """Bring every client to this generation; an error is raised before any sees a change."""
+        await self._hub.publish(generation, reason, changed_at)
 
     @property
     def tally(self) -> Tally:
@@ -239,6 +232,9 @@ class Server:
         peer = Peer.of(context.auth_context())
         self._judge(node, peer)
         connection = Connection(self._hub, node, stream, peer, self._limits)
+        if isinstance(stream, SotwStream):
+            # Envoy names what its clusters and listeners use, and those are sent by us, too.
+            stream.forgetful = node.client is not Client.ENVOY
         stream.recall(self._hub.recall(node))
         connection.receive(first)
         return connection

@@ -4,7 +4,7 @@ A resource's version is the hash of its deterministic encoding, so two servers, 
 and after a restart, give unchanged content the same version and send none of it again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -23,7 +23,6 @@ from xds_server.memo import Memo
 from xds_server.references import Reference, references
 
 K = TypeVar("K")
-V = TypeVar("V")
 
 _DIGEST_BYTES = 8
 _MARKS = 1 << 8 * _DIGEST_BYTES
@@ -80,7 +79,12 @@ class Encoded:
 
 def set_version(entries: Iterable[Encoded]) -> str:
     """The version of a set of resources of one type, whatever their order."""
-    return f"{sum(entry.mark for entry in entries) % _MARKS:0{_DIGEST_BYTES * 2}x}"
+    return version_of_marks(sum(entry.mark for entry in entries))
+
+
+def version_of_marks(marks: int) -> str:
+    """The version of what has these marks in sum."""
+    return f"{marks % _MARKS:0{_DIGEST_BYTES * 2}x}"
 
 
 class ResourceSet(Mapping[str, Encoded]):
@@ -88,7 +92,8 @@ class ResourceSet(Mapping[str, Encoded]):
 
     def __init__(self, entries: Mapping[str, Encoded]) -> None:
         self._entries = MappingProxyType(dict(entries))
-        self.version = set_version(self._entries.values())
+        self.mark = sum(entry.mark for entry in self._entries.values())
+        self.version = version_of_marks(self.mark)
         self._changes: dict[str, frozenset[str]] = {}
         self._dangling: dict[tuple[str, str], frozenset[str]] = {}
 
@@ -120,6 +125,19 @@ class ResourceSet(Mapping[str, Encoded]):
         for target in self.refers:
             names.setdefault(target.type_url, set()).add(target.name)
         return {type_url: frozenset(found) for type_url, found in names.items()}
+
+    def marks_of(self, type_url: str) -> Mapping[str, int]:
+        """Name of that type -> the sum of the marks of those here that refer to it."""
+        return self._marks_of.get(type_url, {})
+
+    @cached_property
+    def _marks_of(self) -> dict[str, dict[str, int]]:
+        marks: dict[str, dict[str, int]] = {}
+        for entry in self._entries.values():
+            for target in entry.refers:
+                of = marks.setdefault(target.type_url, {})
+                of[target.name] = of.get(target.name, 0) + entry.mark
+        return marks
 
     @cached_property
     def refers(self) -> frozenset[Reference]:
@@ -166,7 +184,7 @@ def _differs(entry: Encoded, others: Mapping[str, Encoded]) -> bool:
     return other is not entry and (other is None or other.version != entry.version)
 
 
-def _remember(answers: dict[K, V], key: K, answer: V) -> None:
+def _remember(answers: dict[K, frozenset[str]], key: K, answer: frozenset[str]) -> None:
     """A set that never changes is asked about each state of those that do: the oldest go."""
     if len(answers) >= _REMEMBERED:
         del answers[next(iter(answers))]
@@ -181,18 +199,6 @@ class Snapshot:
     """The resources that one sidecar should have, by type."""
 
     types: Mapping[str, ResourceSet]
-    _answers: dict[tuple[str, ...], object] = field(default_factory=dict, compare=False, repr=False)
-
-    @cached_property
-    def versions(self) -> tuple[str, ...]:
-        """Tells its content: types and the versions of their sets."""
-        return tuple(part for url in sorted(self.types) for part in (url, self.types[url].version))
-
-    def once(self, key: tuple[str, ...], answer: Callable[[], V]) -> V:
-        """What was first answered for this key, if that is remembered."""
-        if key not in self._answers:
-            _remember(self._answers, key, answer())
-        return self._answers[key]  # type: ignore[return-value]
 
     def of(self, type_url: str) -> ResourceSet:
         """The resources of a type; empty for a type that we do not serve."""

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
 from xds_server.exchange import Ack, Nack, Recollection, Response
-from xds_server.references import CLUSTER
-from xds_server.snapshot import Encoded, ResourceSet, set_version
+from xds_server.references import CLUSTER, ENDPOINT
+from xds_server.snapshot import EMPTY, Encoded, ResourceSet, set_version, version_of_marks
 from xds_server.stream import MAX_RESPONSE_BYTES, WHOLE_TYPES, WILDCARD, Stream
 from xds_server.typestate import Interest, TypeState
 
@@ -19,12 +19,22 @@ class SotwStream(Stream):
 
     Responses for listeners and clusters are complete: what is missing is deleted. Other types
     are sent resource by resource, and there is no way to say that one does not exist.
+
+    A response's version tells all that the client has once it took the response, so that a client
+    that comes back with it, for the same names, need not be sent them again, whatever server it
+    comes to. For that, who drops a name is answered, with nothing but the version of what is left.
     """
+
+    #: The client may have dropped a name, taken it up again while it was away, and still say the
+    #: version that it had before: what it names is sent to it again.
+    forgetful = False
 
     def __init__(self, limit: int = MAX_RESPONSE_BYTES, only: str = "") -> None:
         super().__init__(limit, only)
         #: type -> version that the client says it still has from an earlier stream.
         self._claimed: dict[str, str] = {}
+        #: The names that came with that and are due for no other reason, of types sent one by one.
+        self._returned: dict[str, set[str]] = {}
         #: Types of which the client came with a state that is not known here.
         self._unknown: set[str] = set()
         #: Complete responses without an answer, by nonce, and what the client took, by type. What
@@ -39,22 +49,15 @@ class SotwStream(Stream):
         its names do not count, since the client will answer the response with all of them.
         """
         state = self._state(request.type_url)
+        self._drained = False
         error = request.error_detail.message if request.HasField("error_detail") else None
         if request.response_nonce != state.last_nonce:
-            self._heard()
             return self._book(state, request.response_nonce, error)
         names = set(request.resource_names)
-        if (
-            self._stride is not None
-            and error is None
-            and names == state.names
-            and (ack := self._stepped(request.type_url, request.response_nonce))
-        ):
-            return ack
-        self._heard()
         if state.interest is Interest.UNASKED:
             if request.version_info:
                 self._claimed[state.type_url] = request.version_info
+                self._returned[state.type_url] = names - state.due
             else:
                 # It has nothing, and may be another program than the one that refused.
                 self._forget(state)
@@ -97,7 +100,7 @@ class SotwStream(Stream):
             self._unknown.discard(state.type_url)
         return answer
 
-    def _suspects(self, state: TypeState, contents: Mapping[str, str]) -> Mapping[str, str]:
+    def _suspects(self, state: TypeState, contents: dict[str, str]) -> dict[str, str]:
         """In a complete response, only what the client has not taken before.
 
         To leave something out of one deletes it; so nothing is tried apart as long as it is not
@@ -118,6 +121,7 @@ class SotwStream(Stream):
         state.names = plain
         state.due |= added
         state.owed |= whole and bool(added)
+        state.owed |= not whole and any(map(state.sent.get, dropped))
         if WILDCARD in names and not state.wildcard:
             state.start_wildcard(owed=whole)
         elif WILDCARD not in names and state.wildcard:
@@ -129,6 +133,7 @@ class SotwStream(Stream):
     def _update(self, state: TypeState, desired: ResourceSet) -> Response | None:
         if state.type_url in WHOLE_TYPES:
             return self._update_whole(state, desired)
+        self._resume(state, desired)
         names = state.candidates(desired)
         fresh = [desired[n] for n in sorted(names) if n in desired and state.outdated(desired[n])]
         fresh = self._ready(state, fresh)
@@ -140,9 +145,55 @@ class SotwStream(Stream):
         fresh, _ = self._fit(state, fresh)
         state.book(fresh)
         state.reflect(desired)
-        if not fresh:
+        if not (fresh or state.owed):
             return self._try_apart(state, desired)
-        return self._emit(state, _version(state, desired), fresh)
+        return self._emit(state, self._version(state, desired), fresh)
+
+    def _resume(self, state: TypeState, desired: ResourceSet) -> None:
+        """Take note of what the client has from an earlier stream.
+
+        What is due with its cluster stays so: the client's cluster warms.
+        """
+        claimed = self._claimed.pop(state.type_url, None)
+        returned = self._returned.pop(state.type_url, set())
+        if claimed is None or self.forgetful or state.wildcard:
+            return
+        wanted = [desired[name] for name in state.names if name in desired]
+        if claimed == version_of_marks(self._marks(state, wanted)):
+            state.sent.update((entry.name, entry.version) for entry in wanted)
+            state.due -= returned
+            self._greeting = state
+
+    def _version(self, state: TypeState, desired: ResourceSet) -> str:
+        """Of all that the client has once it took what it was sent."""
+        if state.names == desired.names and not (state.held or state.due or state.rejected):
+            marks = desired.mark + sum(self._users(state).values())
+        else:
+            sent = (desired[name] for name in state.sent if name in desired)
+            doubts = state.doubts
+            marks = self._marks(
+                state,
+                [e for e in sent if not state.outdated(e) and not doubts.holds(e.name, e.version)],
+            )
+        clusters = self._types[CLUSTER]
+        if self._users(state) and not clusters.up_to_date(self._clusters()):
+            # Nobody is to take the endpoints of before a change for those that come after it.
+            marks += 1
+        return version_of_marks(marks)
+
+    def _marks(self, state: TypeState, entries: Iterable[Encoded]) -> int:
+        users = self._users(state)
+        return sum(entry.mark + users.get(entry.name, 0) for entry in entries)
+
+    def _users(self, state: TypeState) -> Mapping[str, int]:
+        """What versions of endpoints have of their clusters: these wait for them at each change,
+        so that a client which was not sent them since has not what it needs."""
+        if state.type_url != ENDPOINT or self.only:
+            return {}
+        return self._clusters().marks_of(ENDPOINT)
+
+    def _clusters(self) -> ResourceSet:
+        return self._desired.of(CLUSTER) if self._desired is not None else EMPTY
 
     def _update_whole(self, state: TypeState, desired: ResourceSet) -> Response | None:
         if state.doubts.trying:
@@ -151,7 +202,11 @@ class SotwStream(Stream):
         taken = self._taken[state.type_url]
         chosen = [entry for name, entry in desired.items() if state.wants(name)]
         claimed = self._claimed.pop(state.type_url, None)
-        resumed = claimed is not None and claimed == set_version(self._entries(state, desired))
+        resumed = (
+            claimed is not None
+            and not (self.forgetful and not state.wildcard)
+            and claimed == set_version(self._entries(state, desired))
+        )
         if claimed is not None and not resumed:
             self._unknown.add(state.type_url)
         fresh = [entry for entry in chosen if state.outdated(entry)]
@@ -245,9 +300,3 @@ class SotwStream(Stream):
             type_url=type_url, nonce=nonce, version_info=version
         ).SerializeToString()
         return (head, *map(self._frame, resources))
-
-
-def _version(state: TypeState, desired: ResourceSet) -> str:
-    if state.wildcard:
-        return desired.version
-    return set_version(entry for name, entry in desired.items() if name in state.names)

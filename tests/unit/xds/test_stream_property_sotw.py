@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from test_stream_property import MESSAGES, REST, SMALL, Config, is_bad, tweaked, worlds
+from test_stream_property import MESSAGES, REST, SMALL, Config, is_bad, worlds
 from worlds import Resources, world
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds_server.snapshot import Encoder, Snapshot
@@ -34,7 +34,7 @@ class SotwClient(RuleBasedStateMachine):
     def connect(self) -> None:
         #: A new stream knows nothing of clusters that the client had and that are to go.
         self.steady = False
-        self.config.give_up_warming()
+        self.resources_sent = 0
         self.stream = SotwStream(self.limit)
         self.stream.offer(self.snapshot())
         self.to_server: deque[DiscoveryRequest] = deque()
@@ -73,17 +73,20 @@ class SotwClient(RuleBasedStateMachine):
         self.resources = data.draw(worlds(bad=self.bad))
         self.stream.offer(self.snapshot())
 
-    @rule(data=st.data(), rested=st.booleans())
-    def tweak(self, data: st.DataObject, rested: bool) -> None:
-        if rested:
-            self.rest()
-        self.resources = tweaked(data.draw, self.resources, bad=self.bad)
-        self.stream.offer(self.snapshot())
-
     @rule()
     def reconnect(self) -> None:
         self.reconnected = True
         self.connect()
+
+    @rule()
+    def come_back_to_the_same(self) -> None:
+        """Whatever happened before: who has everything is sent nothing again."""
+        self.rest()
+        if any(is_bad(m) for named in self.resources.values() for m in named.values()):
+            return
+        self.reconnect()
+        self.rest()
+        assert self.resources_sent == 0
 
     @rule(moves=st.lists(st.sampled_from(["deliver", "send", "handle"]), min_size=1, max_size=12))
     def move(self, moves: list[str]) -> None:
@@ -115,6 +118,7 @@ class SotwClient(RuleBasedStateMachine):
         if response is not None:
             whole = response.type_url in WHOLE_TYPES
             assert whole or len(response.body) <= self.limit or len(response.resources) == 1
+            self.resources_sent += len(response.resources)
             self.to_client.append(DiscoveryResponse.FromString(response.body))
         return response is not None
 

@@ -172,6 +172,88 @@ def test_reconnect_with_the_same_version_is_sent_no_listeners_and_clusters() -> 
     assert talk.said() == [("listener", ())]
 
 
+def back(before: Talk, resources: Resources) -> Talk:
+    """The same client on another stream, of another server perhaps."""
+    talk = Talk(resources)
+    for type_url in (CLUSTER, ENDPOINT, LISTENER, ROUTE):
+        talk.ask(type_url, before.names[type_url], version=before.last[type_url].version)
+    return talk
+
+
+def test_reconnect_with_everything_is_sent_nothing() -> None:
+    resources = world(clusters={"a": 0, "b": 0, "web": 0})
+    before = connected(resources)
+    # An answer, and no byte of resources.
+    assert back(before, resources).said() == [("route", ())]
+    before.ask(ENDPOINT, ["a", "web"])
+    assert before.said() == [("endpoints", ())]
+    before.ack()
+    assert before.said() == []
+    assert back(before, resources).said() == [("route", ())]
+
+
+def test_reconnect_to_a_change_is_sent_the_whole_type() -> None:
+    before = connected(world(clusters={"a": 0, "b": 0, "web": 0}))
+    changed = world(clusters={"a": 0, "b": 0, "web": 0}, ports={"a": 9000})
+    talk = back(before, changed)
+    assert talk.said() == [("endpoints", ("a", "b", "web"))]
+    talk.ack(ENDPOINT)
+    talk.last = before.last | talk.last
+    assert back(talk, changed).said() == [("route", ())]
+
+
+def test_reconnect_before_a_clusters_endpoints_came_brings_them() -> None:
+    """A cluster that changed warms until they come after it, be they the same."""
+    before = connected()
+    changed = world(clusters={"web": 1})
+    before.offer(changed)
+    response = before.stream.next_response()
+    assert response is not None
+    assert response.type_url == CLUSTER
+    before.last[CLUSTER] = response
+    assert back(before, changed).said() == [("endpoints", ("web",))]
+
+
+def test_reconnect_with_a_name_more_is_sent_all_names() -> None:
+    two = world(clusters={"a": 0, "web": 0})
+    talk = Talk(two)
+    talk.ask(CLUSTER)
+    talk.ask(ENDPOINT, ["a"])
+    talk.said()
+    again = Talk(two)
+    again.ask(CLUSTER, version=talk.last[CLUSTER].version)
+    again.ask(ENDPOINT, ["a", "web"], version=talk.last[ENDPOINT].version)
+    assert again.said() == [("endpoints", ("a", "web"))]
+
+
+def test_part_of_what_there_is_is_another_version() -> None:
+    """What a message of its own is still to bring is not taken for what the client has."""
+    two = world(clusters={"a": 0, "web": 0})
+    talk = Talk(two)
+    talk.stream = SotwStream(limit=10)
+    talk.offer(two)
+    talk.ask(CLUSTER)
+    talk.ask(ENDPOINT, ["a", "web"])
+    for type_url in (CLUSTER, ENDPOINT):
+        response = talk.stream.next_response()
+        assert response is not None
+        assert response.type_url == type_url
+        talk.last[type_url] = response
+    again = Talk(two)
+    again.ask(CLUSTER, version=talk.last[CLUSTER].version)
+    again.ask(ENDPOINT, ["a", "web"], version=talk.last[ENDPOINT].version)
+    assert again.said() == [("endpoints", ("a", "web"))]
+
+
+def test_forgetful_client_is_sent_what_it_names() -> None:
+    before = connected()
+    talk = Talk(world())
+    talk.stream.forgetful = True
+    talk.ask(CLUSTER, version=before.last[CLUSTER].version)
+    talk.ask(ENDPOINT, ["web"], version=before.last[ENDPOINT].version)
+    assert talk.said() == [("endpoints", ("web",))]
+
+
 def test_reconnect_with_an_old_version_is_sent_everything() -> None:
     before = connected()
     talk = Talk(world(clusters={"web": 1}))
