@@ -27,7 +27,8 @@ class Generation:
         self._translate = translate
         self._encoder: Encoder = Encoder(after._encoder if after else None)
         self._snapshots: dict[NodeId, Snapshot] = {}
-        self._consistent: set[int] = set()
+        #: What `translate` gave, by its identity, and the snapshot of it.
+        self._kinds: dict[int, tuple[Mapping[str, Mapping[str, Message]], Snapshot]] = {}
 
     @property
     def encodings(self) -> int:
@@ -42,15 +43,16 @@ class Generation:
         """The node's snapshot. InconsistentSnapshot rather than one that cannot work."""
         snapshot = self._snapshots.get(node)
         if snapshot is None:
-            snapshot = self._encoder.snapshot(self._translate(node))
-            # Snapshots are shared, and held by those that were looked at.
-            if id(snapshot) not in self._consistent:
-                if lacking := snapshot.consistent():
+            resources = self._translate(node)
+            known = self._kinds.get(id(resources))
+            if known is None:
+                known = (resources, self._encoder.snapshot(resources))
+                if lacking := known[1].consistent():
                     raise InconsistentSnapshot(
                         f"configuration of pod {node.namespace}/{node.pod}: {'; '.join(lacking)}"
                     )
-                self._consistent.add(id(snapshot))
-            self._snapshots[node] = snapshot
+                self._kinds[id(resources)] = known
+            snapshot = self._snapshots[node] = known[1]
         return snapshot
 
     def prepare(self, nodes: Iterable[NodeId]) -> None:

@@ -188,7 +188,7 @@ class Server:
             return grpc.stream_stream_rpc_method_handler(
                 serve,
                 request_deserializer=method.request.FromString,
-                response_serializer=bytes,
+                response_serializer=None,
             )
 
         for service, methods in groupby(METHODS, lambda method: method.service):

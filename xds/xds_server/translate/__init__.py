@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -47,6 +48,15 @@ Outward: TypeAlias = tuple[
 ]
 #: A pod's own listener, and its routes by their names.
 Inbound: TypeAlias = tuple[Message, Mapping[str, Message]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What is a node's own."""
+
+    name: Name
+    workload: Workload | None
+    inbound: Inbound
 
 
 def translate(mesh: Mesh, node: NodeId) -> Resources:
@@ -99,12 +109,23 @@ class Translator:
         row = self.memo.row
         self._all_policies, self._all_traffic = row(mesh.policies), row(mesh.traffic)
         self._all_routes = row(mesh.routes)
+        #: What nodes had in the mesh before, as far as the same policies hold, and what they have.
+        same = after is not None and after._judged == self._judged
+        self._before: Mapping[NodeId, _Place] = after._places if after and same else {}
+        self._places: dict[NodeId, _Place] = {}
+        self._inbounds: set[int] = set()
+        self._wholes: dict[tuple[object, ...], Resources] = {}
         self._views = Views(mesh.services, self.memo)
         self._zones = frozenset(z for service in mesh.services.values() for z in service.zones)
 
+    @property
+    def _judged(self) -> tuple[int, int]:
+        return id(self._all_policies), id(self._all_traffic)
+
     def resources(self, node: NodeId) -> Resources:
         """All resources of one sidecar; the same value for sidecars of one kind."""
-        name = Name(node.namespace, node.pod)
+        known = self._before.get(node)
+        name = known.name if known else Name(node.namespace, node.pod)
         workload = self._mesh.workloads.get(name)
         memo = self.memo
         consumer = node.namespace if node.namespace in self._consumers else None
@@ -115,14 +136,22 @@ class Translator:
             return memo(
                 self._proxyless.resources, view.bare, clusters, endpoints, routes, node.namespace
             )
-        inbound = memo(
-            self._inbound_of,
-            self._all_policies,
-            self._all_traffic,
-            workload.ports if workload else None,
-            node.namespace,
-            node.pod,
-        )
+        if (
+            known is None
+            or known.workload is not workload
+            or id(known.inbound) not in self._inbounds
+        ):
+            inbound = memo(
+                self._inbound_of,
+                self._all_policies,
+                self._all_traffic,
+                workload.ports if workload else None,
+                node.namespace,
+                node.pod,
+            )
+            self._inbounds.add(id(inbound))
+            known = _Place(name, workload, inbound)
+        self._places[node], inbound = known, known.inbound
         if workload is None:
             mesh = self._mesh
             closed = mesh.registry_only_in.get(node.namespace, mesh.registry_only)
@@ -131,7 +160,10 @@ class Translator:
         key = (id(view), consumer, workload.zone, workload.closed)
         if key not in self._outward:
             self._outward[key] = (view, self._outward_of(view, consumer, workload))
-        return memo(self._whole, *self._outward[key][1], inbound)
+        kind = (*key, id(inbound))
+        if kind not in self._wholes:
+            self._wholes[kind] = memo(self._whole, *self._outward[key][1], inbound)
+        return self._wholes[kind]
 
     def _outward_of(self, view: View, consumer: str | None, workload: Workload) -> Outward:
         memo = self.memo
