@@ -1,13 +1,19 @@
 # Every target does its own set-up, again and again without harm.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernel compare bench-node bench-xds check fmt clean
+.PHONY: help setup demo test test-kernel images compare bench-node bench-xds check fmt clean
 
 VENV     := .venv
 BIN      := $(VENV)/bin
 STATE    := /var/lib/redirector
 SETUP    := .ci/setup
 SETUP_OK := $(VENV)/.setup-ok
+
+# Of the images: who builds (docker, podman or buildah), what on, and what the results are called.
+BUILDER   = $(notdir $(firstword $(foreach b,docker podman buildah,$(shell command -v $(b)))))
+BASE     := debian:12-slim
+REGISTRY :=
+TAG      := latest
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +31,11 @@ test: setup ## every test, on the real kernel, with real Envoys and real program
 test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulator
 	@bash tests/kernel/setup $(STATE)/kernel
 	@bash tests/kernel/boot $(STATE)/kernel $(ARGS)
+
+images: ## both images; REGISTRY=registry.example/ TAG=1.2, BUILDER=podman, BASE=another Debian 12
+	@[ -n "$(BUILDER)" ] || { echo "images: error: none of docker, podman and buildah is installed" >&2; exit 1; }
+	$(BUILDER) build $(ARGS) --build-arg BASE=$(BASE) -f manifests/Dockerfile --target agent -t $(REGISTRY)redirector:$(TAG) .
+	$(BUILDER) build $(ARGS) --build-arg BASE=$(BASE) -f manifests/Dockerfile --target xds-server -t $(REGISTRY)redirector-xds-server:$(TAG) .
 
 compare: setup ## the latency comparison of both modes
 	@$(BIN)/redirector compare $(ARGS)

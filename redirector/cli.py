@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
+from typing import NoReturn, TextIO, TypeVar
 
 from redirector import explain, options, report
 from redirector.enrollment import Enrollment, default_enrollment, require_cgroup
@@ -15,9 +15,6 @@ from redirector.errors import InputError, RedirectorError
 from redirector.model import Accelerate, Mode
 from redirector.processes import outside
 from redirector.resolvers import with_resolvers
-
-if TYPE_CHECKING:
-    from redirector.bootstrap import Json, XdsTls
 
 STATE_VARIABLE = "REDIRECTOR_STATE"
 PINS_VARIABLE = "REDIRECTOR_PINS"
@@ -104,27 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     proxies.add_argument("-o", "--output", choices=("text", "json"), default="text")
 
     boot = add("bootstrap", _bootstrap, "print a sidecar's Envoy bootstrap (JSON)")
-    boot.add_argument("pod", metavar="POD", help="its name, or NAMESPACE/NAME")
-    boot.add_argument("--namespace", help="of the pod (default: default)")
-    boot.add_argument("--ip", help="the pod's own address (default: that of the enrolled POD)")
-    boot.add_argument(
-        "--xds",
-        default="unix:/run/redirector/xds.sock",
-        metavar="ADDRESS",
-        help="the xDS server: unix:PATH or HOST:PORT (default: %(default)s)",
-    )
-    boot.add_argument("--admin-port", type=int, default=15000, metavar="PORT")
-    for flag, text in (
-        ("--xds-ca", "who signs the xDS server's certificate (PEM): TLS"),
-        ("--xds-cert", "the sidecar's own certificate (PEM)"),
-        ("--xds-key", "its key (PEM)"),
-        ("--xds-sds-dir", "write two files here, by which Envoy follows changes of the PEM files"),
-    ):
-        boot.add_argument(flag, type=Path, metavar="PATH", help=text)
-    boot.add_argument(
-        "--xds-server-name", help="in the xDS server's certificate (default: the host of --xds)"
-    )
-
+    boot.declare = _declare_bootstrap
     modes = [mode.value for mode in Mode]
     enroll = add("enroll", _enroll, "steer a pod's traffic to its sidecar")
     enroll.add_argument("name", metavar="NAME", nargs="?")
@@ -233,24 +210,18 @@ def _declare_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
-    from redirector.bootstrap import bootstrap, sds_files
+    from redirector.bootstrap import command
 
-    namespace, _, name = arguments.pod.rpartition("/")
-    ip = arguments.ip or str(context.enrollment().get(arguments.pod).addresses[0])
-    tls = _xds_tls(arguments)
-    made = bootstrap(
-        name,
-        arguments.namespace or namespace or "default",
-        ip,
-        xds=arguments.xds,
-        admin_port=arguments.admin_port,
-        tls=tls,
-    )
-    if tls is not None and tls.sds_directory is not None:
-        _write_files(sds_files(tls))
-    json.dump(made, context.out, indent=2)
-    context.out.write("\n")
-    return 0
+    def enrolled(name: str) -> str:
+        return str(context.enrollment().get(name).addresses[0])
+
+    return command.run(arguments, enrolled, context.out)
+
+
+def _declare_bootstrap(parser: argparse.ArgumentParser) -> None:
+    from redirector.bootstrap import command
+
+    command.add_arguments(parser)
 
 
 def _proxy_status(arguments: argparse.Namespace, context: Context) -> int:
@@ -260,36 +231,6 @@ def _proxy_status(arguments: argparse.Namespace, context: Context) -> int:
     found = status.fetch(arguments.address or status.DEFAULT_ADDRESS)
     status.show(found, arguments.output, context.out)
     return 0
-
-
-def _xds_tls(arguments: argparse.Namespace) -> "XdsTls | None":
-    from redirector.bootstrap import XdsTls, xds_host
-
-    given = {
-        "--xds-ca": arguments.xds_ca,
-        "--xds-cert": arguments.xds_cert,
-        "--xds-key": arguments.xds_key,
-    }
-    lacking = [option for option, path in given.items() if path is None]
-    if len(lacking) == len(given):
-        return None
-    if lacking:
-        raise InputError(f"bootstrap: TLS needs {' and '.join(lacking)}, too")
-    name = arguments.xds_server_name or xds_host(arguments.xds)
-    return XdsTls(
-        arguments.xds_ca, arguments.xds_cert, arguments.xds_key, name, arguments.xds_sds_dir
-    )
-
-
-def _write_files(files: "Mapping[Path, Json]") -> None:
-    for path, content in files.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(
-                f"--xds-sds-dir {path.parent}: {error.strerror}; give a directory to write to"
-            ) from None
 
 
 def _enroll(arguments: argparse.Namespace, context: Context) -> int:

@@ -23,7 +23,7 @@ from redirector.errors import (
 from redirector.model import Accelerate, Links, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
 from redirector.modes.closed import SETTLED_NS, forget_closed
-from redirector.modes.ebpf import EbpfMode
+from redirector.modes.ebpf import EbpfMode, pin_name
 from redirector.modes.iptables.driver import IptablesMode
 from redirector.processes import require_fit
 from redirector.records import Records, name_of
@@ -32,6 +32,8 @@ from redirector.steering import PASSTHROUGH_V6
 
 #: Where the records live; below the directory that the xDS server's socket is in.
 STATE = Path("/run/redirector/pods")
+#: Records and pins are files of this name, with an ending; NAME_MAX is 255.
+_LONGEST_NAME = 240
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -59,11 +61,7 @@ class Enrollment:
         uid: str = "",
     ) -> Pod:
         """Steer a pod's new connections to its sidecar. All or nothing."""
-        if not _NAME.fullmatch(name) or len(name) > 200:
-            raise InputError(
-                f"pod {name!r}: not a name; use letters, digits, '-', '.', and one '/' "
-                "between namespace and pod"
-            )
+        _require_name(name)
         pod = Pod(
             name=name,
             netns=netns.absolute(),
@@ -87,7 +85,9 @@ class Enrollment:
                     network.put_on_loopback(netns, PASSTHROUGH_V6)
                 self._modes[mode].install(pod)
             except BaseException:
-                self._remove(pod)
+                # What cannot be undone, either, stays recorded; why it began is what matters.
+                with contextlib.suppress(RedirectorError):
+                    self._remove(pod)
                 raise
             self._sweep()
         return pod
@@ -360,6 +360,20 @@ class Enrollment:
                 "stay: in its namespace, remove the chains REDIRECTOR_* and the sets "
                 "redirector-* by hand"
             ) from error
+
+
+def _require_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"pod {name!r}: not a name; use letters, digits, '-', '.', and one '/' "
+            "between namespace and pod"
+        )
+    length = len(pin_name(name))
+    if length > _LONGEST_NAME:
+        raise InputError(
+            f"pod {name!r}: {length} characters, where '.' and '/' count as three; at most "
+            f"{_LONGEST_NAME} name a pod"
+        )
 
 
 def _restore_loopback(pod: Pod) -> None:

@@ -12,7 +12,7 @@ from ipaddress import IPv4Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from redirector.errors import DatapathError
+from redirector.errors import DatapathError, MachineError
 from redirector.model import Accelerate, IPAddress, Links, Mode, Pod, Steering
 
 #: Members of a record beside the pod's own.
@@ -20,7 +20,10 @@ _CHANGING, _DEFAULTS, _STEERING_DEFAULTS = "changing", "defaults", "steering_def
 
 
 class Records:
-    """The directory of records; made when first written to, mode 700."""
+    """The directory of records; made when first written to, mode 700.
+
+    What writes may raise MachineError: no room, or no right to.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -33,11 +36,12 @@ class Records:
         """Keep other commands that change pods out until leaving."""
         path = self.directory / ".lock"
         while True:
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            try:
-                lock = path.open("w")
-            except FileNotFoundError:  # `clear` took the directory away again
-                continue
+            with self._writing():
+                self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                try:
+                    lock = path.open("w")
+                except FileNotFoundError:  # `clear` took the directory away again
+                    continue
             with lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 # A program that we run holds it too: should we be killed, the next command waits
@@ -48,6 +52,17 @@ class Records:
                     continue
                 yield
                 return
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Translate what the file system refuses."""
+        try:
+            yield
+        except OSError as error:
+            raise MachineError(
+                f"records in {self.directory}: {error.strerror}; give them a directory that can "
+                "be written, with room"
+            ) from error
 
     def all(self) -> list[Pod]:
         """Every record, by name. DatapathError names a file that is not a record."""
@@ -136,12 +151,13 @@ class Records:
         known = None
         with contextlib.suppress(DatapathError):
             known = self.get(pod.name)
-        # First, because an index entry without a record is harmless, and the opposite is not.
-        self._complete_index()
-        for key in _keys(pod):
-            self._index(key, path)
         forms = {_CHANGING: [_record(form) for form in changing]}
-        _write(path, _record(pod) | forms)
+        with self._writing():
+            # First, because an index entry without a record is harmless, and the opposite is not.
+            self._complete_index()
+            for key in _keys(pod):
+                self._index(key, path)
+            _write(path, _record(pod) | forms)
         stale = set(_keys(known)) - set(_keys(pod)) if known else ()
         self._unindex([self._entries / key for key in stale], path)
 
@@ -220,8 +236,9 @@ class Records:
 
     def keep_problems(self, problems: Mapping[str, str]) -> None:
         """Keep what the agent could not do, by pod, for `status` to tell."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(self._problems, dict(problems))
+        with self._writing():
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _write(self._problems, dict(problems))
 
     def problems(self) -> dict[str, str]:
         """What `keep_problems` kept last; nothing when that cannot be read."""
@@ -249,8 +266,12 @@ class Records:
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     """Make a file JSON; a reader sees the old one or the new one."""
     staging = path.with_suffix(".new")
-    staging.write_text(json.dumps(data, indent=2) + "\n")
-    staging.rename(path)
+    try:
+        staging.write_text(json.dumps(data, indent=2) + "\n")
+        staging.rename(path)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def name_of(path: Path) -> str:

@@ -132,9 +132,11 @@ def test_without_ipv6_there_is_nothing_to_want_of_ip6tables(good: Environment) -
     assert not_ok(replace(good, execute=only_ipv4)) == {}
 
 
-def test_the_comparisons_tool_is_only_a_warning(
+def test_what_only_demo_and_comparison_need_is_a_warning(
     good: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An agent's image has neither."""
+
     def without_luajit(name: str, package: str) -> Path:
         if name == "luajit":
             raise MachineError(f"apt-get install {package}")
@@ -142,8 +144,11 @@ def test_the_comparisons_tool_is_only_a_warning(
 
     monkeypatch.setattr("redirector.machine.find_tool", without_luajit)
     out = io.StringIO()
-    assert run(out, good) == 0
+    assert run(out, replace(good, variables={**good.variables, "REDIRECTOR_ENVOY": "/no"})) == 0
     assert "warn     luajit                   apt-get install luajit" in out.getvalue()
+    assert "warn     Envoy                    REDIRECTOR_ENVOY=/no: is not a program" in (
+        out.getvalue()
+    )
 
 
 def test_a_kernel_that_is_wrong_about_redirected_bytes(good: Environment) -> None:

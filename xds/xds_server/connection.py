@@ -16,6 +16,7 @@ from xds_server.identity import Peer
 from xds_server.ir import NodeId
 from xds_server.push import listed
 from xds_server.references import kind
+from xds_server.snapshot import Snapshot
 from xds_server.sotw import SotwStream
 from xds_server.standing import Standing, Sync, TypeStanding
 from xds_server.stream import MAX_RESPONSE_BYTES, ORDER
@@ -162,6 +163,13 @@ class Connection:
         self._generation = new
         return self.stream.settled
 
+    def offer(self, generation: Generation, snapshot: Snapshot | None) -> None:
+        """Have the client brought to this generation; its snapshot is made if there is none yet."""
+        if snapshot is not None:
+            self._generation = generation
+            self.stream.offer(snapshot)
+        self.wake.set()
+
     async def write(self, context: Any) -> None:
         """Send what the client lacks, whenever anything changed.
 
@@ -173,7 +181,12 @@ class Connection:
             await self.wake.wait()
             self._idle = False
             self.wake.clear()
-            while not self._leaving and (response := await self._next()) is not None:
+            while not self._leaving:
+                if self._generation is not self._hub.generation:
+                    await self._refresh()
+                response = self._next()
+                if response is None:
+                    break
                 self._note_sent(response)
                 if self._hub.room.passes(response.size):
                     await context.write(response.body)
@@ -182,14 +195,11 @@ class Connection:
                         await context.write(response.body)
             self._settle()
 
-    async def _next(self) -> Response | None:
+    def _next(self) -> Response | None:
         planned, self._planned = self._planned, None
         if planned is not None:
             return planned
-        if not self._may_send():
-            return None
-        await self._refresh()
-        return self.stream.next_response()
+        return self.stream.next_response() if self._may_send() else None
 
     def _may_send(self) -> bool:
         """What a client does not answer is remembered: no more of it until answers come."""

@@ -22,15 +22,22 @@ class DeltaStream(Stream):
 
         Subscriptions count whatever the nonce; a nonce that is not ours answers nothing.
         """
-        state = self._state(request.type_url)
-        self._drained = False
         subscribe, unsubscribe = (
             request.resource_names_subscribe,
             request.resource_names_unsubscribe,
         )
+        known, failed = request.initial_resource_versions, request.HasField("error_detail")
+        if (
+            self._stride is not None
+            and not (subscribe or unsubscribe or known or failed)
+            and (ack := self._stepped(request.type_url, request.response_nonce))
+        ):
+            return ack
+        self._heard()
+        state = self._state(request.type_url)
         for name in unsubscribe:
             self._unsubscribe(state, name)
-        known = dict(request.initial_resource_versions)
+        known = dict(known)
         was_wildcard = state.wildcard and state.interest is Interest.NAMED
         self._ask(state, names_something=bool(subscribe or unsubscribe), owed=not known)
         for name in subscribe:
@@ -48,7 +55,7 @@ class DeltaStream(Stream):
             state.sent.update((n, v) for n, v in known.items() if state.wants(n))
             state.base = None
             self._greeting = state
-        error = request.error_detail.message if request.HasField("error_detail") else None
+        error = request.error_detail.message if failed else None
         return self._answer(state, request.response_nonce, error)
 
     def memory(self) -> tuple[Recollection, ...]:

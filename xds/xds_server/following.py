@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from redirector.errors import RedirectorError
+from xds_server.ahead import policies_ahead
 from xds_server.errors import Problem
 from xds_server.ingest import Ingester
 from xds_server.ingest.scopes import NOTHING, Wishes
@@ -16,6 +17,9 @@ from xds_server.sources.source import Change, Source
 from xds_server.telling import Telling
 
 log = logging.getLogger("xds_server")
+
+#: So long a new Service waits for the sidecars behind it to take their policies.
+_AHEAD_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,18 @@ class Reader:
         self.source = source
         self._ingester = Ingester(defaults)
         self._said: Collection[str] = ()
-        self._mesh: Mesh | None = None
+        #: As it was read last.
+        self.mesh: Mesh | None = None
 
     async def read(self) -> Read:
         """What there is now; with the mesh from before if that is nothing at all."""
         objects, problems = await self.source.read()
-        if not objects and not problems and self._mesh is not None:
+        if not objects and not problems and self.mesh is not None:
             # The last good forms are kept for when it is back.
-            return Read(self._mesh, 0, [])
+            return Read(self.mesh, 0, [])
         suspects = frozenset().union(*(problem.suspects for problem in problems))
         mesh, more = await asyncio.to_thread(self._ingester.ingest, objects, suspects)
-        self._mesh = mesh
+        self.mesh = mesh
         return Read(mesh, len(objects), [*problems, *more])
 
     def note(self, found: Read) -> None:
@@ -88,6 +93,7 @@ async def follow(reader: Reader, lineage: Lineage, server: Server, telling: Tell
 async def _reload(
     reader: Reader, change: Change, lineage: Lineage, server: Server, telling: Telling
 ) -> None:
+    before = reader.mesh
     found = await reader.read()
     if not found.objects and not found.problems:
         # More likely a writer between two steps than a wish to drop every policy.
@@ -100,5 +106,9 @@ async def _reload(
     count_in(found, server)
     # A client that is somebody else's by now gets nothing of what is new.
     server.know(found.mesh.workloads)
+    first = policies_ahead(before, found.mesh) if before else None
+    if first is not None:
+        reason = f"{change.reason}, policies of its new Services first"
+        await server.publish(lineage.next(first), reason, change.at, wait=_AHEAD_S)
     await server.publish(lineage.next(found.mesh), change.reason, change.at)
     telling.tell(found.mesh)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -33,10 +33,9 @@ class Client(Protocol):
     @property
     def node(self) -> NodeId: ...
 
-    @property
-    def wake(self) -> asyncio.Event: ...
-
     def stays(self, old: Generation, new: Generation) -> bool: ...
+
+    def offer(self, generation: Generation, snapshot: Snapshot | None) -> None: ...
 
 
 class Hub:
@@ -64,6 +63,7 @@ class Hub:
         self.room = Room(quiet=give_back)
         self._encoded_before = 0
         self._pushes: dict[Push, asyncio.TimerHandle] = {}
+        self._waiters: dict[Push, asyncio.Future[None]] = {}
         # One thread: snapshots share an encoder, and the event loop stays free meanwhile.
         self._translator = ThreadPoolExecutor(1, "translate")
 
@@ -72,7 +72,7 @@ class Hub:
         """How many resources were serialized so far, for all sidecars and states together."""
         return self._encoded_before + self.generation.encodings
 
-    async def publish(self, generation: Generation, reason: str, changed_at: float) -> None:
+    async def publish(self, generation: Generation, reason: str, changed_at: float) -> Push:
         """Bring every client to this generation.
 
         All their snapshots are made first: an error is raised before any client sees a change.
@@ -81,22 +81,30 @@ class Hub:
         await self._in_translator(generation.prepare, nodes)
         old, self.generation = self.generation, generation
         self._encoded_before += old.encodings
-        standing = [(c, old.ready(c.node), generation.ready(c.node)) for c in self.connections]
-        different = {(id(before), id(now)): (before, now) for _, before, now in standing}
+        different: dict[tuple[int, int], tuple[Snapshot | None, Snapshot | None]] = {}
+        concerned: set[Hashable] = set()
+        for client in self.connections:
+            before, now = old.ready(client.node), generation.ready(client.node)
+            # Whoever the change does not concern has nothing to do and nothing to answer.
+            if before is now and client.stays(old, generation):
+                continue
+            concerned.add(client)
+            different[id(before), id(now)] = (before, now)
+            client.offer(generation, now)
         changed = set().union(*(_changed(before, now) for before, now in different.values()))
-        # Whoever the change does not concern has nothing to do and nothing to answer.
-        concerned = {
-            connection
-            for connection, before, now in standing
-            if before is not now or not connection.stays(old, generation)
-        }
-        push = Push(reason, changed_at, tuple(sorted(changed)), set(concerned))
+        push = Push(reason, changed_at, tuple(sorted(changed)), concerned)
         self._pushes[push] = asyncio.get_running_loop().call_later(
             self._report_after, self._finish, push
         )
-        for connection in concerned:
-            connection.wake.set()
         self.settle(None)
+        return push
+
+    async def ended(self, push: Push, within: float) -> None:
+        """Until every client that the push concerns has answered, or `within` s."""
+        if push in self._pushes:
+            waiter = self._waiters[push] = asyncio.get_running_loop().create_future()
+            await asyncio.wait([waiter], timeout=within)
+            self._waiters.pop(push, None)
 
     async def snapshot(self, generation: Generation, node: NodeId) -> Snapshot:
         """The node's snapshot; made in the translator's thread if it is not there yet."""
@@ -142,6 +150,8 @@ class Hub:
 
     def _finish(self, push: Push) -> None:
         self._pushes.pop(push).cancel()
+        if waiter := self._waiters.pop(push, None):
+            waiter.set_result(None)
         if push.last_answer is not None:
             self.tally.push_seconds.add(push.last_answer - push.changed_at)
         if push.waiting:

@@ -1,10 +1,11 @@
 """What one client was sent, in memory that clients have in common. Pure."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Set
 from types import MappingProxyType
 
-#: How many differences from what is shared are kept before it is looked for something nearer.
-_FEW = 64
+#: How many differences from what is shared are kept before it is looked for something nearer; twice
+#: as many as the last time, then.
+_FEW = 1
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -24,6 +25,26 @@ class Sent(MutableMapping[str, str]):
         self._own: dict[str, str | None] = {}
         self._size = 0
         self._look_at = _FEW
+
+    def reflects(self, versions: Mapping[str, str]) -> bool:
+        """These are shared, and nothing differs from them."""
+        return self._shared is versions and not self._own
+
+    def move(self, versions: Mapping[str, str]) -> None:
+        """From what is shared to these, which have the same names; nothing may differ."""
+        self._shared = versions
+
+    def follow(
+        self, before: Mapping[str, str], after: Mapping[str, str], changed: Set[str]
+    ) -> bool:
+        """Share what came `after`, if that is what is kept and what came `before` is shared;
+        `changed` are the names that differ between them."""
+        if self._shared is not before or len(after) != self._size:
+            return False
+        if not all(self.get(name) == after.get(name) for name in {*changed, *self._own}):
+            return False
+        self._shared, self._own = after, {}
+        return True
 
     def share(self, versions: Mapping[str, str]) -> None:
         """Keep these, which never change, instead of the same of our own, if it is worth while."""

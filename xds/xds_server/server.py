@@ -130,9 +130,16 @@ class Server:
         await ended
         self._hub.close()
 
-    async def publish(self, generation: Generation, reason: str, changed_at: float) -> None:
-        """Bring every client to this generation; an error is raised before any sees a change."""
-        await self._hub.publish(generation, reason, changed_at)
+    async def publish(
+        self, generation: Generation, reason: str, changed_at: float, *, wait: float = 0.0
+    ) -> None:
+        """Bring every client to this generation; an error is raised before any sees a change.
+
+        `wait` s at most until those that it concerns have answered.
+        """
+        push = await self._hub.publish(generation, reason, changed_at)
+        if wait:
+            await self._hub.ended(push, wait)
 
     @property
     def tally(self) -> Tally:

@@ -4,7 +4,7 @@ A resource's version is the hash of its deterministic encoding, so two servers, 
 and after a restart, give unchanged content the same version and send none of it again.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -23,6 +23,7 @@ from xds_server.memo import Memo
 from xds_server.references import Reference, references
 
 K = TypeVar("K")
+V = TypeVar("V")
 
 _DIGEST_BYTES = 8
 _MARKS = 1 << 8 * _DIGEST_BYTES
@@ -184,7 +185,7 @@ def _differs(entry: Encoded, others: Mapping[str, Encoded]) -> bool:
     return other is not entry and (other is None or other.version != entry.version)
 
 
-def _remember(answers: dict[K, frozenset[str]], key: K, answer: frozenset[str]) -> None:
+def _remember(answers: dict[K, V], key: K, answer: V) -> None:
     """A set that never changes is asked about each state of those that do: the oldest go."""
     if len(answers) >= _REMEMBERED:
         del answers[next(iter(answers))]
@@ -199,6 +200,18 @@ class Snapshot:
     """The resources that one sidecar should have, by type."""
 
     types: Mapping[str, ResourceSet]
+    _answers: dict[tuple[str, ...], object] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def versions(self) -> tuple[str, ...]:
+        """Tells its content: types and the versions of their sets."""
+        return tuple(part for url in sorted(self.types) for part in (url, self.types[url].version))
+
+    def once(self, key: tuple[str, ...], answer: Callable[[], V]) -> V:
+        """What was first answered for this key, if that is remembered."""
+        if key not in self._answers:
+            _remember(self._answers, key, answer())
+        return self._answers[key]  # type: ignore[return-value]
 
     def of(self, type_url: str) -> ResourceSet:
         """The resources of a type; empty for a type that we do not serve."""

@@ -49,11 +49,19 @@ class SotwStream(Stream):
         its names do not count, since the client will answer the response with all of them.
         """
         state = self._state(request.type_url)
-        self._drained = False
         error = request.error_detail.message if request.HasField("error_detail") else None
         if request.response_nonce != state.last_nonce:
+            self._heard()
             return self._book(state, request.response_nonce, error)
         names = set(request.resource_names)
+        if (
+            self._stride is not None
+            and error is None
+            and names == state.names
+            and (ack := self._stepped(request.type_url, request.response_nonce))
+        ):
+            return ack
+        self._heard()
         if state.interest is Interest.UNASKED:
             if request.version_info:
                 self._claimed[state.type_url] = request.version_info
@@ -100,7 +108,7 @@ class SotwStream(Stream):
             self._unknown.discard(state.type_url)
         return answer
 
-    def _suspects(self, state: TypeState, contents: dict[str, str]) -> dict[str, str]:
+    def _suspects(self, state: TypeState, contents: Mapping[str, str]) -> Mapping[str, str]:
         """In a complete response, only what the client has not taken before.
 
         To leave something out of one deletes it; so nothing is tried apart as long as it is not
@@ -166,31 +174,31 @@ class SotwStream(Stream):
 
     def _version(self, state: TypeState, desired: ResourceSet) -> str:
         """Of all that the client has once it took what it was sent."""
-        if state.names == desired.names and not (state.held or state.due or state.rejected):
-            marks = desired.mark + sum(self._users(state).values())
-        else:
-            sent = (desired[name] for name in state.sent if name in desired)
-            doubts = state.doubts
-            marks = self._marks(
-                state,
-                [e for e in sent if not state.outdated(e) and not doubts.holds(e.name, e.version)],
-            )
         clusters = self._types[CLUSTER]
-        if self._users(state) and not clusters.up_to_date(self._clusters()):
-            # Nobody is to take the endpoints of before a change for those that come after it.
-            marks += 1
-        return version_of_marks(marks)
+        reached = state.type_url != ENDPOINT or self.only or clusters.up_to_date(self._clusters())
+        if (
+            reached
+            and state.names == desired.names
+            and not (state.held or state.due or state.rejected)
+        ):
+            return self._version_of_all(state.type_url, desired)
+        sent = (desired[name] for name in state.sent if name in desired)
+        holds = state.doubts.holds
+        had = [e for e in sent if not state.outdated(e) and not holds(e.name, e.version)]
+        # Nobody is to take the endpoints of before a cluster's change for those that come after it.
+        return version_of_marks(self._marks(state, had) + (not reached))
+
+    def _version_of_all(self, type_url: str, desired: ResourceSet) -> str:
+        return version_of_marks(desired.mark + sum(self._users(type_url).values()))
 
     def _marks(self, state: TypeState, entries: Iterable[Encoded]) -> int:
-        users = self._users(state)
+        users = self._users(state.type_url)
         return sum(entry.mark + users.get(entry.name, 0) for entry in entries)
 
-    def _users(self, state: TypeState) -> Mapping[str, int]:
+    def _users(self, type_url: str) -> Mapping[str, int]:
         """What versions of endpoints have of their clusters: these wait for them at each change,
         so that a client which was not sent them since has not what it needs."""
-        if state.type_url != ENDPOINT or self.only:
-            return {}
-        return self._clusters().marks_of(ENDPOINT)
+        return self._clusters().marks_of(ENDPOINT) if type_url == ENDPOINT else {}
 
     def _clusters(self) -> ResourceSet:
         return self._desired.of(CLUSTER) if self._desired is not None else EMPTY

@@ -22,7 +22,7 @@ version refers to.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from xds_server.exchange import Ack, Nack, Recollection, Response
 from xds_server.inuse import note_takeovers, removable, targets
@@ -30,6 +30,7 @@ from xds_server.quarantine import MAX_ERROR, Quarantined
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds_server.snapshot import Encoded, ResourceSet, Snapshot
 from xds_server.standing import Sync
+from xds_server.step import Step, Stride, step
 from xds_server.typestate import TRANSITIONS, UNSURE, Interest, TypeState
 
 WILDCARD = "*"
@@ -59,7 +60,13 @@ class Stream(ABC):
         self._greeting: TypeState | None = None
         #: The listeners and routes, and the routes' losses, at which every route was found sent.
         self._delivered: tuple[ResourceSet, ResourceSet, int] | None = None
+        #: Nothing is left to say since the last request and the last offer.
         self._drained = True
+        #: How many responses are not answered.
+        self.unanswered = 0
+        #: The state that the client took and that nothing is left of, or the step that leads there.
+        self._level: Snapshot | None = None
+        self._stride: Stride | None = None
 
     def offer(self, snapshot: Snapshot) -> None:
         """Set the state that the client should come to; replaces what was offered before."""
@@ -84,6 +91,8 @@ class Stream(ABC):
     @property
     def settled(self) -> bool:
         """Nothing is left to send, and the client answered all that was sent."""
+        if self._level is not None and self._level is self._desired:
+            return True
         return (
             self._drained
             and not self.unanswered
@@ -102,14 +111,6 @@ class Stream(ABC):
         """How many names are kept for the client, by type."""
         return {url: max(len(t.names), len(t.sent)) for url, t in self._types.items()}
 
-    @property
-    def unanswered(self) -> int:
-        """How many responses the client owes an answer."""
-        number = 0  # a plain loop: this is asked several times for each message
-        for state in self._types.values():
-            number += len(state.unanswered)
-        return number
-
     def sync(self, type_url: str) -> Sync:
         """How what the client has of a type compares with what it should have."""
         state = self._types.get(type_url)
@@ -126,8 +127,11 @@ class Stream(ABC):
 
     def next_response(self) -> Response | None:
         """The next message to send, or None while there is nothing to say."""
-        if self._desired is None:
+        if self._desired is None or self._drained:
             return None
+        if self._level is not None and (response := self._step(self._level, self._desired)):
+            return response
+        self._level = self._stride = None
         for state in self._types.values():
             desired = self._desired.of(state.type_url)
             if state.interest is Interest.UNASKED or state.up_to_date(desired):
@@ -143,7 +147,11 @@ class Stream(ABC):
                 if names and (response := self._remove(state, desired, names)):
                     return response
         self._drained = True
-        return self._greet(self._desired)
+        if greeting := self._greet(self._desired):
+            return greeting
+        if not self.unanswered and self._is_level(self._desired):
+            self._level = self._desired
+        return None
 
     def _greet(self, desired: Snapshot) -> Response | None:
         """A stream that ends without any response is a failure to Envoy, which stays away longer
@@ -152,6 +160,53 @@ class Stream(ABC):
         if state is None or self._nonces:
             return None
         return self._emit(state, self._version(state, desired.of(state.type_url)), ())
+
+    def _is_level(self, desired: Snapshot) -> bool:
+        levels = all(state.level(desired.of(url)) for url, state in self._types.items())
+        return levels and self._routes_delivered()
+
+    def _step(self, level: Snapshot, desired: Snapshot) -> Response | None:
+        """All that the client is to be sent, if it is what all others are sent, too."""
+        found = step(level, desired)
+        if found is None:
+            return None
+        state = self._types[found.type_url]
+        if not state.has_all():
+            return None
+        nonce = str(self._nonces + 1)
+        response = found.response(type(self), nonce, lambda: self._stepping(found, nonce))
+        if response.size > self._limit:
+            return None
+        self._nonces += 1
+        state.last_nonce = nonce
+        state.step(found)
+        state.unanswered[nonce] = (response.version, found.contents)
+        self.unanswered += 1
+        self._level, self._stride = None, Stride(found.type_url, nonce, desired)
+        self._drained = True
+        return response
+
+    def _stepping(self, step: Step, nonce: str) -> Response:
+        url, version = step.type_url, self._version_of_all(step.type_url, step.after)
+        frames = self._encode(url, nonce, version, step.changed, ())
+        return Response(url, nonce, version, step.changed, (), frames)
+
+    def _stepped(self, type_url: str, nonce: str) -> Ack | None:
+        """Book an ACK, and nothing else, if it is that of a step."""
+        stride = self._stride
+        if stride is None or stride.nonce != nonce or stride.type_url != type_url:
+            return None
+        state = self._types[type_url]
+        del state.unanswered[nonce]
+        self.unanswered -= 1
+        state.lingering.clear()
+        self._level, self._stride = stride.to, None
+        return Ack(type_url, nonce)
+
+    def _heard(self) -> None:
+        """A request came that may change anything."""
+        self._drained = False
+        self._level = self._stride = None
 
     def _others(self) -> Iterable[str]:
         return [url for url in self._types if url not in ORDER]
@@ -214,6 +269,7 @@ class Stream(ABC):
         found = state.unanswered.pop(nonce, None)
         if found is None:
             return None
+        self.unanswered -= 1
         version, contents = found
         state.doubts.answered(nonce)
         if error is None:
@@ -232,7 +288,7 @@ class Stream(ABC):
                 state.sent.update(dict.fromkeys(state.current(contents), UNSURE))
         return nack
 
-    def _suspects(self, state: TypeState, contents: dict[str, str]) -> dict[str, str]:  # noqa: ARG002
+    def _suspects(self, state: TypeState, contents: Mapping[str, str]) -> Mapping[str, str]:  # noqa: ARG002
         """Those parts of a refused response that may be what was wrong with it."""
         return contents
 
@@ -309,6 +365,7 @@ class Stream(ABC):
         frames = self._encode(state.type_url, nonce, version, chosen, gone)
         response = Response(state.type_url, nonce, version, chosen, gone, frames)
         state.unanswered[nonce] = (version, response.versions())
+        self.unanswered += 1
         return response
 
     def _send_endpoints_of(self, clusters: Iterable[Encoded]) -> None:
@@ -339,8 +396,12 @@ class Stream(ABC):
     ) -> Response | None:
         """Takes away these stale resources of one type; None where there is no way to say so."""
 
-    def _version(self, state: TypeState, desired: ResourceSet) -> str:  # noqa: ARG002
-        """What a response of this type says to be."""
+    def _version(self, state: TypeState, desired: ResourceSet) -> str:
+        """What a response says to be."""
+        return self._version_of_all(state.type_url, desired)
+
+    def _version_of_all(self, type_url: str, desired: ResourceSet) -> str:  # noqa: ARG002
+        """What it says to a client that has all of the type."""
         return desired.version
 
     @staticmethod

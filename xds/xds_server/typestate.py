@@ -18,6 +18,7 @@ from xds_server.quarantine import Doubts
 from xds_server.references import Reference
 from xds_server.sent import Sent
 from xds_server.snapshot import ABSENT, EMPTY, Encoded, ResourceSet
+from xds_server.step import Step
 
 #: The version of what was sent and may not have been taken; no real one is so.
 UNSURE = "?"
@@ -74,7 +75,7 @@ class TypeState:
     last_nonce: str = ""
     #: By nonce, the responses without an answer: the type's version, and what was in them. Not
     #: the response itself, since nothing makes a client answer.
-    unanswered: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
+    unanswered: dict[str, tuple[str, Mapping[str, str]]] = field(default_factory=dict)
     #: What was refused, and the last refusal while any of it stands.
     doubts: Doubts = field(default_factory=Doubts)
     rejected: Nack | None = None
@@ -87,10 +88,22 @@ class TypeState:
 
     def reflect(self, desired: ResourceSet) -> None:
         """`sent`, `stale` and `held` reflect this state in full now."""
-        self.base = desired
-        self.sent.share(desired.versions)
+        old, self.base = self.base, desired
+        versions = desired.versions
+        if old is None or not self.sent.follow(old.versions, versions, desired.changed_since(old)):
+            self.sent.share(versions)
         if isinstance(self.names, set) and self.names == desired.names:
             self.names = desired.names
+
+    def has_all(self) -> bool:
+        """The client was sent all that there is in `base`."""
+        return self.base is not None and self.sent.reflects(self.base.versions)
+
+    def step(self, step: Step) -> None:
+        """Take this step from a level state; the client must have all."""
+        self.lingering.update(step.lingering)
+        self.base = step.after
+        self.sent.move(step.after.versions)
 
     def wants(self, name: str) -> bool:
         """Whether the client asked for this name, or for all."""
@@ -107,6 +120,17 @@ class TypeState:
         if base is not desired and (base is None or base.version != desired.version):
             return False
         return not (self.due or self.owed or self.held or self.doubts.waiting)
+
+    def level(self, desired: ResourceSet) -> bool:
+        """The client took this state as far as it asked for it, and nothing waits."""
+        if self.interest is Interest.UNASKED:
+            return not self.due
+        return (
+            self.base is not None
+            and self.base.version == desired.version
+            and not (self.due or self.owed or self.held or self.stale or self.lingering)
+            and not (self.new or self.unanswered or self.rejected or self.doubts)
+        )
 
     def candidates(self, desired: ResourceSet) -> set[str]:
         """Names whose state may differ from what the client was sent."""

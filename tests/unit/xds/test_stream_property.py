@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     initialize,
     rule,
 )
-from worlds import Resources, world
+from worlds import Resources, endpoints, route, world
 from xds_server.delta import DeltaStream
 from xds_server.exchange import Response
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, references
@@ -63,6 +63,20 @@ def worlds(draw: st.DrawFn, *, bad: bool) -> Resources:
     )
     ports = {name: draw(st.sampled_from([8000, 9000])) for name in clusters}
     return world(clusters, ports, routes, listeners)
+
+
+def tweaked(draw: st.DrawFn, before: Resources, *, bad: bool) -> Resources:
+    """Other content for some endpoints or some routes, and nothing else: the change that most
+    changes are."""
+    type_url = draw(st.sampled_from([ENDPOINT, ROUTE]))
+    named = dict(before[type_url])
+    for name in draw(st.sets(st.sampled_from(sorted(named)), min_size=1)):
+        if type_url == ENDPOINT:
+            named[name] = endpoints(name, draw(st.integers(7000, 7003)))
+        else:
+            target = draw(st.sampled_from(sorted(before[CLUSTER])))
+            named[name] = route(name, target, draw(st.sampled_from([3, 4, BAD] if bad else [3, 4])))
+    return {**before, type_url: named}
 
 
 def is_bad(message: Message) -> bool:
@@ -216,6 +230,13 @@ class DeltaClient(RuleBasedStateMachine):
     @rule(data=st.data())
     def change(self, data: st.DataObject) -> None:
         self.resources = data.draw(worlds(bad=self.bad))
+        self.stream.offer(self.snapshot())
+
+    @rule(data=st.data(), rested=st.booleans())
+    def tweak(self, data: st.DataObject, rested: bool) -> None:
+        if rested:
+            self.rest()
+        self.resources = tweaked(data.draw, self.resources, bad=self.bad)
         self.stream.offer(self.snapshot())
 
     @rule()

@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from test_stream_property import MESSAGES, REST, SMALL, Config, is_bad, worlds
+from test_stream_property import MESSAGES, REST, SMALL, Config, is_bad, tweaked, worlds
 from worlds import Resources, world
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
 from xds_server.snapshot import Encoder, Snapshot
@@ -71,6 +71,13 @@ class SotwClient(RuleBasedStateMachine):
     @rule(data=st.data())
     def change(self, data: st.DataObject) -> None:
         self.resources = data.draw(worlds(bad=self.bad))
+        self.stream.offer(self.snapshot())
+
+    @rule(data=st.data(), rested=st.booleans())
+    def tweak(self, data: st.DataObject, rested: bool) -> None:
+        if rested:
+            self.rest()
+        self.resources = tweaked(data.draw, self.resources, bad=self.bad)
         self.stream.offer(self.snapshot())
 
     @rule()

@@ -56,6 +56,9 @@ class NodeId:
     namespace: str
     client: Client = Client.ENVOY
 
+    def __hash__(self) -> int:
+        return hash((self.ip, self.pod, self.namespace))
+
     @classmethod
     def parse(cls, text: str, user_agent: str = "") -> "NodeId":
         """Reads `sidecar~10.0.0.1~web-v1.demo~demo.svc.cluster.local` (Istio's form); InputError

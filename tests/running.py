@@ -17,7 +17,7 @@ from redirector.lab import LabPod
 from redirector.machine import envoy_binary
 
 #: The demo's objects.
-DEMO = Path(__file__).parents[2] / "manifests" / "demo"
+DEMO = Path(__file__).parents[1] / "manifests" / "demo"
 #: The sidecar's user, from the product's defaults.
 SIDECAR_ID = 1337
 
