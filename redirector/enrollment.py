@@ -81,7 +81,7 @@ class Enrollment:
             self._records.put(pod)
             try:
                 # 127.0.0.6 is loopback by itself, ::6 must be made so.
-                if any(ip.version == 6 for ip in pod.addresses):
+                if any(ip.version == 6 for ip in pod.node_wide):
                     network.put_on_loopback(netns, PASSTHROUGH_V6)
                 self._modes[mode].install(pod)
             except BaseException:
@@ -121,7 +121,7 @@ class Enrollment:
             if _lost(other):
                 continue
             # An address that the other has given up meanwhile is free.
-            shared = set(pod.addresses).intersection(network.addresses(other.netns))
+            shared = set(pod.node_wide).intersection(network.addresses(other.netns))
             if shared:
                 raise AlreadyEnrolled(
                     f"pod {pod.name}: address {', '.join(sorted(map(str, shared)))} is that of "

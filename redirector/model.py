@@ -87,7 +87,8 @@ class Pod:
     """One enrolled pod, as `redirector enroll` was told of it.
 
     `cgroup` is an absolute path in the cgroup2 mount; application and sidecar run in it or below.
-    `addresses` are those of the pod's own interfaces, loopback and link-local left out.
+    `addresses` are those of the pod's own interfaces, loopback left out; the one that it is known
+    by is the first, link-local ones are the last.
     """
 
     name: str
@@ -103,3 +104,13 @@ class Pod:
     netns_cookie: int = 0
     #: The UID by which the kubelet knows it, when the agent enrolled it; empty: by hand.
     uid: str = ""
+
+    @property
+    def node_wide(self) -> tuple[IPAddress, ...]:
+        """Those of the addresses that no other pod of the node has: not link-local."""
+        return tuple(ip for ip in self.addresses if not ip.is_link_local)
+
+    @property
+    def of_links(self) -> tuple[IPAddress, ...]:
+        """The link-local addresses."""
+        return tuple(ip for ip in self.addresses if ip.is_link_local)

@@ -34,10 +34,11 @@ def require_netns(path: Path) -> None:
 
 
 def addresses(netns: Path) -> tuple[IPAddress, ...]:
-    """Return the addresses of the namespace's interfaces, loopback and link-local left out.
+    """Return the addresses of the namespace's interfaces, each once, loopback left out.
 
-    Left out too is ::6, which enrolment puts on lo for the sidecar to connect from. In the
-    kernel's order, IPv4 first, each once.
+    Left out too is ::6, which enrolment puts on lo for the sidecar to connect from. Link-local ones
+    are the last; IPv4 comes first, what lo has been given comes after what others have, and else
+    it is the kernel's order.
     """
     return within(netns, _addresses)
 
@@ -189,11 +190,14 @@ def own_netns_cookie() -> int:
 
 
 def _addresses() -> tuple[IPAddress, ...]:
-    found = (address for _, address in interfaces.addresses())
+    found = sorted(
+        interfaces.addresses(),
+        key=lambda pair: (pair[1].is_link_local, pair[1].version, pair[0] == "lo"),
+    )
     return tuple(
         dict.fromkeys(
             address
-            for address in found
-            if not (address.is_loopback or address.is_link_local or address in PASSTHROUGH_SOURCES)
+            for _, address in found
+            if not (address.is_loopback or address in PASSTHROUGH_SOURCES)
         )
     )

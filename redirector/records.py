@@ -203,7 +203,7 @@ class Records:
     def at_addresses(self, pod: Pod) -> list[Pod]:
         """The other pods in eBPF mode recorded with an address of this one, if they can be read."""
         self._complete_index()
-        entries = (self._entries / _address_key(address) for address in pod.addresses)
+        entries = (self._entries / _address_key(address) for address in pod.node_wide)
         found: dict[str, Pod] = {}
         for path in {entry.resolve() for entry in entries if entry.exists()}:
             with contextlib.suppress(DatapathError):
@@ -281,7 +281,7 @@ def name_of(path: Path) -> str:
 
 def _keys(pod: Pod) -> tuple[str, ...]:
     # In iptables mode several pods may have one; an entry has room for one.
-    addresses = map(_address_key, pod.addresses if pod.mode is Mode.EBPF else ())
+    addresses = map(_address_key, pod.node_wide if pod.mode is Mode.EBPF else ())
     return (_netns_key(pod.netns_cookie), _cgroup_key(pod.cgroup), *addresses)
 
 

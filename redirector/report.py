@@ -55,7 +55,7 @@ def _pod_json(status: PodStatus, problem: str | None) -> dict[str, object]:
 
 def _pod_text(status: PodStatus, problem: str | None) -> str:
     pod = status.pod
-    addresses = " ".join(map(str, pod.addresses))
+    addresses = " ".join(map(str, pod.node_wide or pod.addresses))
     lines = [f"{pod.name}  {pod.mode}  {addresses}"]
     if pod.mode is Mode.EBPF:
         lines[0] += f"  accelerate {pod.accelerate}"

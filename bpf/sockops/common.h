@@ -102,11 +102,20 @@ ALWAYS bool is_loopback(const struct address *a)
 	return is_v4_loopback(a) || is_local(a, 1) || is_local(a, 6);
 }
 
+// 169.254/16 and fe80::/10: unique on their link, not on the node.
+ALWAYS bool is_link_local(const struct address *a)
+{
+	if (is_v4(a))
+		return bpf_ntohl(a->word[3]) >> 16 == 0xa9fe;
+	return bpf_ntohl(a->word[0]) >> 22 == 0xfe80 >> 6;
+}
+
 // Tuples within one namespace may repeat in another; tuples between pods cannot.
 ALWAYS void scope(struct flow_key *key, __u64 netns)
 {
 	bool inside = same(&key->client, &key->server) || is_loopback(&key->client) ||
-		      is_loopback(&key->server);
+		      is_loopback(&key->server) || is_link_local(&key->client) ||
+		      is_link_local(&key->server);
 
 	key->netns = inside ? netns : 0;
 }
@@ -119,11 +128,31 @@ ALWAYS bool is_host(const struct pod *pod, const struct address *a)
 	return is_local(a, 1);
 }
 
+// 0 when no range of the set holds the address, else enum cidr_value of the longest that does.
+ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
+{
+	struct cidr_key key = {
+	    .prefixlen = 96 + 128,
+	    .netns_low = netns,
+	    .netns_high = netns >> 32,
+	    .set = set | (is_v4(ip) ? 0 : CIDR_V6),
+	    .ip = *ip,
+	};
+	__u8 *value = cidrs.lookup(&key);
+
+	return value ? *value : 0;
+}
+
+ALWAYS bool is_own_of_link(struct address *ip, __u64 netns)
+{
+	return is_link_local(ip) && cidr_listed(netns, ip, CIDR_OWN);
+}
+
 ALWAYS bool is_own(struct address *ip, __u64 netns)
 {
 	__u64 *owner = pods_by_address.lookup(ip);
 
-	return owner && *owner == netns;
+	return owner ? *owner == netns : is_own_of_link(ip, netns);
 }
 
 ALWAYS bool is_member(__u64 netns, __u32 value, __u32 set)

@@ -170,6 +170,7 @@ enum cidr_set {
 	CIDR_EXCLUDE = 1,
 	CIDR_RESOLVER = 2,
 	CIDR_ROUTE = 3, // the main routing table
+	CIDR_OWN = 4,	// the pod's own link-local addresses
 	CIDR_V6 = 16,
 };
 

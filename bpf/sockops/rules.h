@@ -2,21 +2,6 @@
 // Which rule decides a connection that a process of the pod opens. The order is that of
 // OUTBOUND_RULES, redirector/steering.py; those of inbound connections are in inbound.c.
 
-// 0 when no range of the set holds the address, else enum cidr_value of the longest that does.
-ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
-{
-	struct cidr_key key = {
-	    .prefixlen = 96 + 128,
-	    .netns_low = netns,
-	    .netns_high = netns >> 32,
-	    .set = set | (is_v4(ip) ? 0 : CIDR_V6),
-	    .ip = *ip,
-	};
-	__u8 *value = cidrs.lookup(&key);
-
-	return value ? *value : 0;
-}
-
 // What a connection is, as far as the rules ask.
 struct attempt {
 	struct endpoint dst;
@@ -37,7 +22,7 @@ ALWAYS void look_around(struct bpf_sock_addr *ctx, struct attempt *a)
 
 	a->ids = owner_ids(ctx);
 	a->neighbour = owner;
-	a->own = owner && *owner == a->netns;
+	a->own = owner ? *owner == a->netns : is_own_of_link(&a->dst.ip, a->netns);
 	if (sk)
 		a->device = sk->bound_dev_if;
 }

@@ -36,7 +36,7 @@ class Standing:
     def holds(self, pod: Pod) -> bool:
         """Whether an end of one of them is in the pod."""
         return _key(pod) in self.netns or any(
-            bytes(Address.of(ip)) in self.servers for ip in pod.addresses
+            bytes(Address.of(ip)) in self.servers for ip in pod.node_wide
         )
 
     def waits(self, pod: Pod) -> bool:

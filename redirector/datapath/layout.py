@@ -250,6 +250,7 @@ class CidrSet(IntEnum):
     EXCLUDE = 1
     RESOLVER = 2
     ROUTE = 3
+    OWN = 4
 
 
 class CidrValue(IntEnum):

@@ -32,7 +32,7 @@ from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.maps import Lists
 from redirector.datapath.pins import Datapath
 from redirector.errors import DatapathError, InputError
-from redirector.model import EVERYWHERE, IPNetwork, Mode, Pod
+from redirector.model import EVERYWHERE, IPAddress, IPNetwork, Mode, Pod
 from redirector.modes.base import DNS_GRACE_SECONDS
 from redirector.status import Tally, tallies
 
@@ -201,11 +201,17 @@ def _hooks(pod: Pod) -> tuple[tuple[str, AttachType], ...]:
 
 def _unknown_addresses(pod: Pod) -> list[str]:
     """What the namespace has by now and the programs do not know; nothing while it has none."""
-    found, known = network.addresses(pod.netns), set(pod.addresses)
+    # The kernel makes those of IPv6 links, which hardly anybody uses, a moment after the link.
+    found = [ip for ip in network.addresses(pod.netns) if not _of_ip6_link(ip)]
+    known = {ip for ip in pod.addresses if not _of_ip6_link(ip)}
     if not found or set(found) == known:
         return []
     new = [f"its address {ip}" for ip in found if ip not in known]
     return new or ["addresses as they are by now"]
+
+
+def _of_ip6_link(ip: IPAddress) -> bool:
+    return ip.version == 6 and ip.is_link_local
 
 
 def _target(pod: Pod, hook: str) -> Path:
@@ -267,7 +273,8 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
             )
         flags |= PodFlag.INTERFACES
     ip4 = [ip for ip in pod.addresses if isinstance(ip, IPv4Address)]
-    ip6 = [ip for ip in pod.addresses if isinstance(ip, IPv6Address)]
+    # One of a link would need the link beside it, which no hook can tell.
+    ip6 = [ip for ip in pod.node_wide if isinstance(ip, IPv6Address)]
     if not ip4 and not ip6:
         raise DatapathError(
             f"pod {pod.name}: {pod.netns} has no address but loopback; enroll it once its "
@@ -293,12 +300,13 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
 def _lists(pod: Pod) -> Lists:
     steering = pod.steering
     return Lists(
-        addresses=pod.addresses,
+        addresses=pod.node_wide,
         links=pod.links,
         cidrs={
             CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
             CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
             CidrSet.RESOLVER: tuple(map(ip_network, steering.dns_servers or ())),
+            CidrSet.OWN: tuple(map(ip_network, pod.of_links)),
         },
         members={
             MemberSet.OUTBOUND_PORT_INCLUDE: steering.include_outbound_ports,

@@ -125,7 +125,7 @@ def test_what_does_not_fit_leaves_no_trace(node: Node) -> None:
     )
     pod = described(one)
     many = tuple(IPv4Network(f"10.0.{n}.0/24") for n in range(3))
-    addresses = (*pod.addresses, *(IPv4Address(f"10.1.0.{n}") for n in range(4)))
+    addresses = (*pod.node_wide, *(IPv4Address(f"10.1.0.{n}") for n in range(4)))
     try:
         for name, unfit in (
             ("cidrs", replace(pod, steering=Steering(exclude_outbound_cidrs=many))),

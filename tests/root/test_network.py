@@ -26,13 +26,19 @@ def own() -> str:
     return os.readlink("/proc/thread-self/ns/net")
 
 
-def test_addresses_leave_out_loopback_and_link_local(node: Node) -> None:
+def test_addresses_leave_out_loopback_and_begin_with_the_pods_own(node: Node) -> None:
     pod = node.pod("a")
-    for address in ("192.0.2.7/32", "169.254.7.7/16"):
-        pod.run(["ip", "address", "add", address, "dev", "eth0"], check=True)
-    found = addresses(pod.netns)
-    assert set(found) == {ip_address(text) for text in (pod.ip, pod.ip6, "192.0.2.7")}
-    assert [address.version for address in found] == [4, 4, 6]
+    for address, device in (
+        ("169.254.7.7/16", "eth0"),
+        ("198.51.100.7/32", "lo"),
+        ("192.0.2.7/32", "eth0"),
+        ("fe80::7/64", "eth0"),
+    ):
+        pod.run(["ip", "address", "add", address, "dev", device], check=True)
+    found = [str(address) for address in addresses(pod.netns)]
+    assert found[:5] == [pod.ip, "192.0.2.7", "198.51.100.7", pod.ip6, "169.254.7.7"]
+    # And that which the kernel makes of eth0's hardware address, once the link is up.
+    assert "fe80::7" in found[5:]
 
 
 def test_cookies_tell_namespaces_apart(node: Node) -> None:

@@ -77,7 +77,7 @@ def test_every_pod_and_map_is_in_the_metrics(
     entries = {s.labels["map"]: s.value for s in families["redirector_map_entries"].samples}
     room = {s.labels["map"]: s.value for s in families["redirector_map_max_entries"].samples}
     assert entries["pods"] == 1
-    assert entries["pods_by_address"] == len(enrollment.get("shop/a").addresses)
+    assert entries["pods_by_address"] == len(enrollment.get("shop/a").node_wide)
     assert all(0 <= entries[name] < room[name] for name in room)
 
 
