@@ -10,7 +10,7 @@ from envoy.extensions.filters.network.http_connection_manager.v3 import (
     http_connection_manager_pb2 as hcm_pb2,
 )
 from google.protobuf import json_format
-from xds_server.translate import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resources
+from xds_server.translate import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE, Resources
 
 from redirector.machine import envoy_binary
 
@@ -30,8 +30,11 @@ def bootstrap(resources: Resources) -> Any:
     for listener in resources[LISTENER].values():
         copy = result.static_resources.listeners.add()
         copy.CopyFrom(listener)
-        for chain in copy.filter_chains:
+        for chain in [*copy.filter_chains, copy.default_filter_chain]:
             for part in chain.filters:
+                if part.HasField("config_discovery"):
+                    found: Any = resources[FILTER][part.name]
+                    part.typed_config.CopyFrom(found.typed_config)
                 if part.typed_config.Is(HCM.DESCRIPTOR):
                     manager = HCM()
                     part.typed_config.Unpack(manager)

@@ -298,7 +298,7 @@ def test_who_denies_a_namespace_denies_who_hides_behind_the_link(world: World) -
 def test_a_log_that_cannot_be_written_harms_only_itself(world: World) -> None:
     file = world.manifests / "policy-log.yaml"
     log = {"type": "File", "path": "/nobody/may/write.log"}
-    spec = {"targetRefs": [service("one")], "accessLog": [log]}
+    spec = {"targetRefs": [service("both")], "accessLog": [log]}
     policy = {
         "apiVersion": "policy.redirector.io/v1alpha1",
         "kind": "TrafficPolicy",
@@ -307,7 +307,8 @@ def test_a_log_that_cannot_be_written_harms_only_itself(world: World) -> None:
     }
     event = world.server.event_after(lambda: file.write_text(yaml.safe_dump(policy)))
     assert any("unable to open file '/nobody/may/write.log'" in nack for nack in event["nacks"])
-    assert world.statuses(ONE, get()) == [200]
+    raw = partial(world.statuses, PODS["web-v1"], get(), port=RAW)
+    assert (world.statuses(ONE, get()), raw()) == ([200], [200])
     # The same pod's requests are judged by today's rules.
     deny = {"rules": [{"to": [{"paths": ["/secret"]}]}], "action": "DENY"}
     text = yaml.safe_dump({**policy, "kind": "AuthorizationPolicy", "spec": deny})
@@ -315,9 +316,37 @@ def test_a_log_that_cannot_be_written_harms_only_itself(world: World) -> None:
     world.server.event_after(lambda: more.write_text(text))
     eventually("the policy", lambda: world.statuses(ONE, get("/secret")) == [403])
     assert world.statuses(ONE, get("/./secret"), get("/fine")) == [403, 200]
+    # So are connections to its port that is not HTTP, with the log in one chain of the listener.
+    eventually("the policy", lambda: raw() == [0])
     for path in (more, file):
         world.server.event_after(path.unlink)
-    eventually("no policy", lambda: world.statuses(ONE, get("/secret")) == [200])
+    eventually("no policy", lambda: raw() == [200])
+
+
+def test_a_connection_stays_open_while_pods_come_and_go_for_the_policies_of_its_port(
+    world: World,
+) -> None:
+    allow = {"rules": [{"from": [{"namespaces": ["demo"]}]}]}
+    with world.applied("AuthorizationPolicy", **allow):
+        assert world.statuses(PODS["web-v2"], get(), port=RAW, pod="outside") == [0]
+        inbound = world.sidecars["web-v2"].dump("ListenersConfigDump", "dynamic_listeners")
+        more = world.manifests / "pod-outside.yaml"
+        spec = {"containers": [{"name": "it"}]}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "outside", "namespace": "demo"},
+        }
+        text = yaml.safe_dump({**pod, "spec": spec, "status": {"podIP": OUTSIDE}})
+        world.server.event_after(lambda: more.write_text(text))
+        # Its address is allowed now, by the very same listener.
+        eventually(
+            "leave",
+            lambda: world.statuses(PODS["web-v2"], get(), port=RAW, pod="outside") == [200],
+        )
+        after = world.sidecars["web-v2"].dump("ListenersConfigDump", "dynamic_listeners")
+        assert after == inbound
+        world.server.event_after(more.unlink)
 
 
 def test_access_logs(world: World) -> None:

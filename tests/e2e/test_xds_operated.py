@@ -13,7 +13,7 @@ from xds_server.status import fetch
 
 StartSidecar = Callable[[str, str, str], Sidecar]
 
-TYPES = ("cluster", "endpoints", "listener", "route")
+TYPES = ("cluster", "endpoints", "listener", "route", "filter")
 
 
 def admin(server: XdsServer) -> str:

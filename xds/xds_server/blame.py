@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from xds_server.ir import Mesh, Name, NodeId, Parent
-from xds_server.references import CLUSTER, LISTENER, ROUTE
+from xds_server.references import CLUSTER, FILTER, LISTENER, ROUTE
 from xds_server.translate.clusters import INBOUND, cluster_name
 
 #: Kind and name of an object, and the Service by which it is concerned, if it is by one.
@@ -13,9 +13,13 @@ Culprit = tuple[str, Name, Name | None]
 def culprits(mesh: Mesh, node: NodeId, type_url: str, name: str) -> Iterator[Culprit]:
     """The objects with a status that a resource of a sidecar depends on; none for what depends on
     Services and pods alone."""
+    pod = Name(node.namespace, node.pod)
+    if type_url == FILTER or (type_url == ROUTE and name == INBOUND):
+        yield from _judges(mesh, pod)
+        return
     if name == INBOUND:
-        if type_url in (LISTENER, ROUTE):
-            yield from _inbound(mesh, Name(node.namespace, node.pod))
+        if type_url == LISTENER:
+            yield from _arrivals(mesh, pod)
         return
     if type_url == ROUTE:
         for route in mesh.routes:
@@ -35,11 +39,14 @@ def _named(parent: Parent, name: str) -> bool:
     return cluster_name(parent.service, parent.port) == name
 
 
-def _inbound(mesh: Mesh, pod: Name) -> Iterator[Culprit]:
+def _judges(mesh: Mesh, pod: Name) -> Iterator[Culprit]:
     for policy in mesh.policies:
         concerned = policy.name.namespace == pod.namespace
         if pod in policy.targets if policy.targets is not None else concerned:
             yield "AuthorizationPolicy", policy.name, None
+
+
+def _arrivals(mesh: Mesh, pod: Name) -> Iterator[Culprit]:
     for traffic in mesh.traffic:
         if any(place.pod == pod for place in traffic.pods):
             yield "TrafficPolicy", traffic.name, None

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, Reference
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE, Reference
 from xds_server.snapshot import ResourceSet, Snapshot
 from xds_server.typestate import TypeState
 
 #: Which types refer to one.
-_USERS = {ROUTE: (LISTENER,), CLUSTER: (LISTENER, ROUTE), ENDPOINT: (CLUSTER,)}
+_USERS = {FILTER: (LISTENER,), ROUTE: (LISTENER,), CLUSTER: (LISTENER, ROUTE), ENDPOINT: (CLUSTER,)}
 
 
 def removable(types: Mapping[str, TypeState], type_url: str) -> list[str]:

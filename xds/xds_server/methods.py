@@ -1,7 +1,7 @@
 """The gRPC methods by which resources are served: all types on one stream, or one type on each.
 
 Source: envoy/service/{discovery/v3/ads,cluster/v3/cds,endpoint/v3/eds,listener/v3/lds,
-route/v3/rds}.proto.
+route/v3/rds,extension/v3/config_discovery}.proto.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import Any
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DiscoveryRequest
 
 from xds_server.delta import DeltaStream
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 from xds_server.sotw import SotwStream
 
 AGGREGATED = "envoy.service.discovery.v3.AggregatedDiscoveryService"
@@ -44,6 +44,7 @@ _PER_TYPE = {
     ENDPOINT: ("endpoint", "Endpoint", "Endpoints"),
     LISTENER: ("listener", "Listener", "Listeners"),
     ROUTE: ("route", "Route", "Routes"),
+    FILTER: ("extension", "ExtensionConfig", "ExtensionConfigs"),
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from envoy.config.cluster.v3.cluster_pb2 import Cluster
+from envoy.config.core.v3.extension_pb2 import TypedExtensionConfig
 from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
@@ -18,12 +19,20 @@ CLUSTER = _PREFIX + Cluster.DESCRIPTOR.full_name
 ENDPOINT = _PREFIX + ClusterLoadAssignment.DESCRIPTOR.full_name
 LISTENER = _PREFIX + Listener.DESCRIPTOR.full_name
 ROUTE = _PREFIX + RouteConfiguration.DESCRIPTOR.full_name
+#: A filter of a listener, when it comes on its own.
+FILTER = _PREFIX + TypedExtensionConfig.DESCRIPTOR.full_name
 
-_KIND = {CLUSTER: "cluster", ENDPOINT: "endpoints", LISTENER: "listener", ROUTE: "route"}
+_KIND = {
+    CLUSTER: "cluster",
+    ENDPOINT: "endpoints",
+    LISTENER: "listener",
+    ROUTE: "route",
+    FILTER: "filter",
+}
 
 
 def kind(type_url: str) -> str:
-    """A type's short name for people: `cluster`, `endpoints`, `listener`, `route`."""
+    """A type's short name for people: `cluster`, `endpoints`, `listener`, `route`, `filter`."""
     return _KIND.get(type_url, type_url.rpartition(".")[2])
 
 
@@ -66,6 +75,8 @@ def _of_listener(listener: Listener) -> Iterator[Reference]:
     for chain in chains:
         for entry in chain.filters:
             config = entry.typed_config
+            if entry.config_discovery.config_source.HasField("ads"):
+                yield Reference(FILTER, entry.name)
             if config.Is(manager_pb2.HttpConnectionManager.DESCRIPTOR):
                 yield from _of_manager(manager_pb2.HttpConnectionManager.FromString(config.value))
             elif config.Is(TcpProxy.DESCRIPTOR):

@@ -10,12 +10,12 @@ A response moves so:
 
     sent --ACK--> accepted        sent --NACK--> sent again in parts --> accepted, quarantined
 
-Order: clusters, their endpoints right behind them, listeners, routes, then whatever else was
-asked for; each is sent without waiting for an answer, but for routes: one that the client has in
-an earlier version goes once the client has taken the clusters that are new in it. What is to go
-(routes, clusters, endpoints) goes last: when all is answered and every route that a listener
-waits for was delivered, since until then the client may still be using it. Listeners go together
-with their successors, which may want the same address.
+Order: clusters, their endpoints right behind them, listeners, routes, listeners' filters, then
+whatever else was asked for; each is sent without waiting for an answer, but for routes: one that
+the client has in an earlier version goes once the client has taken the clusters that are new in it.
+What is to go (routes, clusters, endpoints) goes last: when all is answered and every route that a
+listener waits for was delivered, since until then the client may still be using it. Listeners go
+together with their successors, which may want the same address.
 
 What the client refuses stays with the client in the version before, and so does whatever that
 version refers to.
@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from xds_server.exchange import Ack, Nack, Recollection, Response
 from xds_server.inuse import note_takeovers, removable, targets
 from xds_server.quarantine import MAX_ERROR, Quarantined
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 from xds_server.snapshot import Encoded, ResourceSet, Snapshot
 from xds_server.standing import Sync
 from xds_server.step import Step, Stride, step
@@ -38,8 +38,8 @@ WILDCARD = "*"
 MAX_RESPONSE_BYTES = 3 << 20
 #: Room for a message's own fields, and for what comes with each name in it.
 _HEAD, _NAME = 512, 6
-ORDER = (CLUSTER, ENDPOINT, LISTENER, ROUTE)
-REMOVAL_ORDER = (ROUTE, CLUSTER, ENDPOINT)
+ORDER = (CLUSTER, ENDPOINT, LISTENER, ROUTE, FILTER)
+REMOVAL_ORDER = (FILTER, ROUTE, CLUSTER, ENDPOINT)
 #: Types that know a wildcard, and whose state-of-the-world responses are always complete.
 WHOLE_TYPES = frozenset({CLUSTER, LISTENER})
 

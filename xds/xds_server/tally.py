@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, kind
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE, kind
 
-_KNOWN = frozenset({CLUSTER, ENDPOINT, LISTENER, ROUTE})
+_KNOWN = frozenset({CLUSTER, ENDPOINT, LISTENER, ROUTE, FILTER})
 #: Clients may name any type: metrics know ours, and all others as one.
 _OTHER = "other"
 

@@ -21,7 +21,7 @@ from xds_server.ir import (
 )
 from xds_server.lineage import Lineage
 from xds_server.memo import Memo
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 from xds_server.snapshot import Snapshot
 from xds_server.translate import translate
 
@@ -79,7 +79,7 @@ def test_a_changed_endpoint_is_one_translation_and_one_encoding_for_all() -> Non
     second = prepared(lineage, mesh)
     assert second.encodings == 1
     for node in NODES:
-        assert shared(first.ready(node), second.ready(node)) == {CLUSTER, LISTENER, ROUTE}
+        assert shared(first.ready(node), second.ready(node)) == {CLUSTER, LISTENER, ROUTE, FILTER}
     # The service without its endpoints, its endpoints, all of them, and a whole for each of the
     # two kinds of pod: however many pods and services there are.
     assert lineage.translated < 10
@@ -91,9 +91,9 @@ def test_an_edited_policy_translates_what_comes_in_to_its_pods() -> None:
     second = prepared(lineage, replace(MESH, policies=(policy(1, 2, rules=2),)))
     changed = [n for n in NODES if second.ready(n) is not first.ready(n)]
     assert changed == [NODES[1], NODES[2]]
-    # Listener and routes of these two, the set that they are in, and the whole.
+    # Listener, routes and filters of these two, the set that they are in, and the whole.
     assert lineage.translated <= 4
-    assert second.encodings <= 2
+    assert second.encodings <= 4
 
 
 def test_what_is_carried_over_is_what_would_be_made_anew() -> None:
@@ -113,7 +113,7 @@ def test_what_is_carried_over_is_what_would_be_made_anew() -> None:
         for node in (NODES[1], NODES[5], NodeId("10.2.0.1", "unknown", "elsewhere")):
             found = lineage.next(mesh).snapshot(node)
             wanted = Generation(lambda node, mesh=mesh: translate(mesh, node)).snapshot(node)
-            for url in (CLUSTER, ENDPOINT, LISTENER, ROUTE):
+            for url in (CLUSTER, ENDPOINT, LISTENER, ROUTE, FILTER):
                 assert found.of(url).version == wanted.of(url).version
                 assert list(found.of(url)) == list(wanted.of(url))
 

@@ -26,7 +26,7 @@ from xds_server import csds, status
 from xds_server.ir import NodeId
 from xds_server.listen import UnixAddress, parse
 from xds_server.operating import Operating, admin_address
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 from xds_server.standing import Standing, Sync, TypeStanding
 
 from redirector.cli import main as redirector
@@ -67,6 +67,7 @@ async def test_each_type_stands_where_its_answers_say(tmp_path: Path) -> None:
             ENDPOINT: Sync.NOT_SENT,
             LISTENER: Sync.NOT_SENT,
             ROUTE: Sync.NOT_SENT,
+            FILTER: Sync.NOT_SENT,
         }
         await call.write(ack(response))
         # A round trip: what was written before it has been read.
@@ -81,6 +82,7 @@ async def test_each_type_stands_where_its_answers_say(tmp_path: Path) -> None:
             ENDPOINT: Sync.NOT_SENT,
             LISTENER: Sync.NACKED,
             ROUTE: Sync.STALE,
+            FILTER: Sync.NOT_SENT,
         }
         (found,) = await fetch(address)
         by_type = {each.type_url: each for each in found.types}
@@ -188,7 +190,7 @@ async def test_both_commands_show_the_same(
         assert await asyncio.to_thread(status.main, options, out) == 0
         (sidecar,) = json.loads(out.getvalue())
         assert (sidecar["sidecar"], sidecar["variant"]) == ("demo/web", "delta")
-        assert set(sidecar["types"]) == {"cluster", "endpoints", "listener", "route"}
+        assert set(sidecar["types"]) == {"cluster", "endpoints", "listener", "route", "filter"}
         assert sidecar["types"]["listener"]["state"] == "NOT SENT"
         assert await asyncio.to_thread(redirector, ["proxy-status", "--address", address]) == 0
         assert "demo/web  cluster" in capsys.readouterr().out

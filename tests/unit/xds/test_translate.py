@@ -2,15 +2,26 @@
 
 import json
 import random
+from dataclasses import replace
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 from envoy_static import HCM, as_json
 from xds_server.ingest import ingest
-from xds_server.ir import Action, HeaderChange, Mesh, Name, NodeId, Policy
+from xds_server.ir import (
+    Action,
+    HeaderChange,
+    Mesh,
+    Name,
+    NodeId,
+    Policy,
+    PolicyRule,
+    Source,
+)
 from xds_server.sources.files import parse
 from xds_server.sources.objects import KubeObject
-from xds_server.translate import CLUSTER, ENDPOINT, LISTENER, ROUTE, Resources, translate
+from xds_server.translate import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE, Resources, translate
 
 from redirector.errors import InputError
 
@@ -75,16 +86,20 @@ def test_sidecars_share_messages() -> None:
 def test_all_that_is_named_is_there() -> None:
     for node in (CLIENT, WEB_V1, NodeId("10.77.0.99", "stranger", "demo")):
         resources = translate(mesh_of(demo()), node)
-        assert set(resources) == {CLUSTER, ENDPOINT, LISTENER, ROUTE}
-        named = set()
+        assert set(resources) == {CLUSTER, ENDPOINT, LISTENER, ROUTE, FILTER}
+        named, filters = set(), set()
         for listener in resources[LISTENER].values():
-            for chain in listener.filter_chains:  # type: ignore[attr-defined]
+            chains = [*listener.filter_chains, listener.default_filter_chain]  # type: ignore[attr-defined]
+            for chain in chains:
                 for part in chain.filters:
+                    if part.HasField("config_discovery"):
+                        filters.add(part.name)
                     if part.typed_config.Is(HCM.DESCRIPTOR):
                         manager = HCM()
                         part.typed_config.Unpack(manager)
                         named.add(manager.rds.route_config_name)
         assert named == set(resources[ROUTE])
+        assert filters == set(resources[FILTER])
         eds = {
             name
             for name, cluster in resources[CLUSTER].items()
@@ -157,7 +172,21 @@ def test_a_pod_that_nobody_knows_is_closed_where_policies_choose_pods(
 ) -> None:
     """Its policies would come a moment after its sidecar."""
     mesh = Mesh(policies=(Policy(Name("demo", "some"), Action.ALLOW, targets, ()),))
-    inbound = as_json(translate(mesh, CLIENT)[LISTENER]["inbound"])
-    assert ("demo/(unknown pod)" in inbound) == refused
+    rules = as_json(translate(mesh, CLIENT)[FILTER]["connections.deny"])
+    assert ("demo/(unknown pod)" in rules) == refused
     elsewhere = NodeId("10.77.0.10", "client", "other")
-    assert "(unknown pod)" not in as_json(translate(mesh, elsewhere)[LISTENER]["inbound"])
+    assert "(unknown pod)" not in as_json(translate(mesh, elsewhere)[FILTER]["connections.deny"])
+
+
+def test_only_an_edited_policy_replaces_the_chain_of_open_connections() -> None:
+    """Pods that come and go change the addresses in its rules, which come by themselves."""
+    peers = [Source((tuple(map(ip_network, found)),)) for found in (["10.1.0.1"], ["10.1.0.2"])]
+    first, moved = (
+        Policy(Name("demo", "some"), Action.ALLOW, None, (PolicyRule((peer,)),), "form")
+        for peer in peers
+    )
+    edited = replace(first, form="other")
+    before, after, other = (translate(Mesh(policies=(p,)), CLIENT) for p in (first, moved, edited))
+    assert before[FILTER] != after[FILTER]
+    assert before[LISTENER] == after[LISTENER]
+    assert before[LISTENER]["inbound"] != other[LISTENER]["inbound"]

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from hashlib import blake2b
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 
 from redirector.model import IPAddress, IPNetwork
@@ -90,7 +91,7 @@ class PolicyReader:
         spec.only("targetRefs", "selector", "action", "rules")
         action = spec["action"].choice(Action, Action.ALLOW)
         rules = tuple(self._rule(item.name.namespace, action, r) for r in spec["rules"].items())
-        return Policy(item.name, action, self._targets(item), rules)
+        return Policy(item.name, action, self._targets(item), rules, _form(item))
 
     def targets(self, item: Item) -> frozenset[Name] | None:
         """Whom a policy is for that cannot be read otherwise; None, its whole namespace, when that
@@ -182,6 +183,10 @@ class PolicyReader:
             networks = [field.network() for field in cidrs.filled(way_out)]
             groups.append(_collapsed(network for network in networks if network is not None))
         return Source(tuple(groups))
+
+
+def _form(item: Item) -> str:
+    return blake2b(repr(item.spec.value).encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def services_aimed_at(item: Item) -> frozenset[Name]:

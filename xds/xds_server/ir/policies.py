@@ -48,12 +48,14 @@ class PolicyRule:
 
 @dataclass(frozen=True)
 class Policy:
-    """`targets` are the pods it holds for; None is every pod of its namespace."""
+    """`targets` are the pods it holds for; None is every pod of its namespace. `form` stands for
+    what is written in it, whatever addresses and pods that comes to."""
 
     name: Name
     action: Action
     targets: frozenset[Name] | None
     rules: tuple[PolicyRule, ...]
+    form: str = ""
 
     @classmethod
     def refusal(cls, name: Name, targets: frozenset[Name] | None) -> "Policy":

@@ -23,7 +23,7 @@ from xds_server.ir import (
     Workload,
 )
 from xds_server.memo import Memo
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 from xds_server.translate.clusters import (
     INBOUND,
     cluster_name,
@@ -33,12 +33,22 @@ from xds_server.translate.clusters import (
 )
 from xds_server.translate.inbound import inbound_listener, inbound_routes
 from xds_server.translate.outbound import OUTBOUND, outbound_listener
+from xds_server.translate.policies import connection_rules
 from xds_server.translate.proxyless import Proxyless
 from xds_server.translate.routes import route_configuration
 from xds_server.translate.traffic import configure, for_requests
 from xds_server.translate.views import View, Views
 
-__all__ = ["CLUSTER", "ENDPOINT", "LISTENER", "ROUTE", "Resources", "Translator", "translate"]
+__all__ = [
+    "CLUSTER",
+    "ENDPOINT",
+    "FILTER",
+    "LISTENER",
+    "ROUTE",
+    "Resources",
+    "Translator",
+    "translate",
+]
 
 #: type URL -> resource name -> message. Messages are shared between nodes: do not change them.
 Resources = Mapping[str, Mapping[str, Message]]
@@ -46,8 +56,8 @@ Resources = Mapping[str, Mapping[str, Message]]
 Outward: TypeAlias = tuple[
     Mapping[str, Message], Mapping[str, Message], Message, Mapping[str, Message]
 ]
-#: A pod's own listener, and its routes by their names.
-Inbound: TypeAlias = tuple[Message, Mapping[str, Message]]
+#: A pod's own listener, and its routes and filters by their names.
+Inbound: TypeAlias = tuple[Message, Mapping[str, Message], Mapping[str, Message]]
 
 
 @dataclass(frozen=True)
@@ -214,12 +224,13 @@ class Translator:
         routes: Mapping[str, Message],
         inbound: Inbound,
     ) -> Resources:
-        own, own_routes = inbound
+        own, own_routes, own_filters = inbound
         return {
             CLUSTER: clusters,
             ENDPOINT: endpoints,
             LISTENER: self.memo(_two_listeners, own, outbound),
             ROUTE: self.memo(_merged, routes, own_routes),
+            FILTER: own_filters,
         }
 
     def _unknown(self, inbound: Inbound, closed: int) -> Resources:
@@ -233,6 +244,7 @@ class Translator:
             ENDPOINT: self.memo(_nothing),
             LISTENER: self.memo(_two_listeners, inbound[0], outbound),
             ROUTE: self.memo(_nothing),
+            FILTER: inbound[2],
         }
 
     def _inbound_of(
@@ -347,11 +359,11 @@ def _inbound(
     numbers: tuple[int, ...],
     traffic: tuple[TrafficPolicy, ...],
 ) -> Inbound:
-    """Listener, and the routes of its HTTP ports; pods of one kind share them."""
+    """Listener, the routes of its HTTP ports, and filters; pods of one kind share them."""
     arrivals = dict(zip(numbers, traffic, strict=True))
     is_http = any(port.protocol.is_http for port in ports)
     routes: dict[str, Message] = {INBOUND: inbound_routes(policies)} if is_http else {}
-    return inbound_listener(ports, policies, arrivals), routes
+    return inbound_listener(ports, policies, arrivals), routes, connection_rules(policies)
 
 
 def _service_clusters(

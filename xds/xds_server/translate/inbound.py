@@ -18,7 +18,7 @@ from xds_server.translate.listeners import (
     network_filter,
     tcp_proxy,
 )
-from xds_server.translate.policies import http_filters, network_filters, per_route
+from xds_server.translate.policies import form, http_filters, network_filters, per_route
 from xds_server.translate.traffic import (
     configure,
     connection_filters,
@@ -58,11 +58,15 @@ def _tcp_chain(
     port: int | None, policies: Sequence[Policy], traffic: TrafficPolicy | None
 ) -> Chain:
     filters = [
-        *network_filters(policies),
+        *network_filters(),
         *connection_filters(traffic, port, http=False),
         tcp_proxy(INBOUND, access_logs(traffic)),
     ]
-    return chain(_chain_name(port), port, filters)
+    result = chain(_chain_name(port), port, filters)
+    # Open connections are under the rules of when they came. A policy that is edited replaces the
+    # chain, which closes them after Envoy's drain time; what it comes to for pods does not.
+    result.metadata.filter_metadata["redirector"].update({"policies": form(policies)})
+    return result
 
 
 def _http_chain(port: AppPort, policies: Sequence[Policy], traffic: TrafficPolicy | None) -> Chain:

@@ -7,7 +7,10 @@ fails closed there: a DENY forgets its HTTP parts (and refuses more), an ALLOW n
 
 import re
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
+from envoy.config.core.v3 import config_source_pb2, extension_pb2
+from envoy.config.listener.v3 import listener_components_pb2
 from envoy.config.rbac.v3 import rbac_pb2
 from envoy.config.route.v3 import route_components_pb2
 from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as http_rbac_pb2
@@ -16,6 +19,7 @@ from envoy.extensions.filters.network.http_connection_manager.v3 import (
 )
 from envoy.extensions.filters.network.rbac.v3 import rbac_pb2 as network_rbac_pb2
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import Message
 
 from xds_server.ir import (
     Action,
@@ -27,12 +31,13 @@ from xds_server.ir import (
     Source,
     StringMatch,
 )
-from xds_server.translate.listeners import Filter, network_filter
-from xds_server.translate.messages import cidr, packed, string_matcher
+from xds_server.translate.listeners import Filter
+from xds_server.translate.messages import ads, cidr, packed, string_matcher
 
 _ANYTHING = rbac_pb2.Permission(any=True)
 _ANYONE = rbac_pb2.Principal(any=True)
 _NOBODY = rbac_pb2.Principal(not_id=_ANYONE)
+_NETWORK_RBAC = f"type.googleapis.com/{network_rbac_pb2.RBAC.DESCRIPTOR.full_name}"
 
 _UNRESERVED = re.compile(r"[A-Za-z0-9\-._~/]*")
 #: What normalizing leaves in no path: an empty or a dot segment (of parameters alone is empty, too,
@@ -83,15 +88,37 @@ def _unnormalized() -> rbac_pb2.Policy:
     return rbac_pb2.Policy(permissions=[permission], principals=[_ANYONE])
 
 
-def network_filters(policies: Sequence[Policy]) -> list[Filter]:
-    """The filters that stand before a TCP proxy."""
-    found = []
+def network_filters() -> list[Filter]:
+    """The places before a TCP proxy; the rules come by themselves (`connection_rules`), so that a
+    change of them closes no connection, and nothing else in the listener can hold them up. Until
+    they have come, Envoy takes no connections."""
+    source = config_source_pb2.ExtensionConfigSource(config_source=ads(), type_urls=[_NETWORK_RBAC])
+    return [
+        listener_components_pb2.Filter(name=_connections(action), config_discovery=source)
+        for action in _ORDER
+    ]
+
+
+def connection_rules(policies: Sequence[Policy]) -> dict[str, Message]:
+    """The rules for `network_filters`, by the filter's name."""
+    found: dict[str, Message] = {}
     for action in _ORDER:
-        rules = _rules(policies, action, http=False)
-        if rules is not None:
-            config = network_rbac_pb2.RBAC(rules=rules, stat_prefix=f"{_word(action)}_")
-            found.append(network_filter(_filter_name(action), config))
-    return found
+        config = network_rbac_pb2.RBAC(
+            rules=_rules(policies, action, http=False), stat_prefix=f"{_word(action)}_"
+        )
+        name = _connections(action)
+        found[name] = extension_pb2.TypedExtensionConfig(name=name, typed_config=packed(config))
+    return dict(sorted(found.items()))
+
+
+def form(policies: Iterable[Policy]) -> str:
+    """Changes when somebody edits a policy, not when pods come and go."""
+    said = "".join(f"{policy.name} {policy.action} {policy.form}\n" for policy in policies)
+    return blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def _connections(action: Action) -> str:
+    return f"connections.{_word(action)}"
 
 
 def _filter_name(action: Action) -> str:
