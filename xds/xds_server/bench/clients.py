@@ -24,7 +24,7 @@ from xds_server.bench.objects import node_id
 from xds_server.bench.wire import ClientStream
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, references
 
-_SERVICE = "/envoy.service.discovery.v3.AggregatedDiscoveryService"
+SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 _READ_BYTES = 1 << 18
 
 
@@ -68,7 +68,7 @@ class Client(ABC):
     method: str
 
     def __init__(self, number: int, names: _Names) -> None:
-        self.stream = ClientStream(f"{_SERVICE}/{self.method}")
+        self.stream = ClientStream(f"/{SERVICE}/{self.method}")
         self._names = names
         self._asked: dict[str, set[str]] = {ENDPOINT: set(), ROUTE: set()}
         self._missing: dict[str, set[str]] = {ENDPOINT: set(), ROUTE: set()}
@@ -151,7 +151,7 @@ class SotwClient(Client):
 
     def _answer(self, message: bytes) -> tuple[str, Iterable[str], set[str]]:
         response = DiscoveryResponse.FromString(message)
-        ack = self._last[response.type_url]
+        ack = self._last.setdefault(response.type_url, DiscoveryRequest(type_url=response.type_url))
         ack.version_info, ack.response_nonce = response.version_info, response.nonce
         self.stream.send(ack.SerializeToString())
         if response.type_url in (CLUSTER, LISTENER):
@@ -172,7 +172,7 @@ def _name(resource: Any) -> str:
     return value[2 : 2 + value[1]].decode()
 
 
-_CLIENTS: dict[Variant, type[Client]] = {Variant.DELTA: DeltaClient, Variant.SOTW: SotwClient}
+CLIENTS: dict[Variant, type[Client]] = {Variant.DELTA: DeltaClient, Variant.SOTW: SotwClient}
 
 
 class Crowd:
@@ -187,7 +187,7 @@ class Crowd:
     def join(self, variant: Variant, numbers: Iterable[int]) -> None:
         """Connect one client after the other, reading meanwhile."""
         for number in numbers:
-            client = _CLIENTS[variant](number, self._names)
+            client = CLIENTS[variant](number, self._names)
             link = socket.socket(socket.AF_UNIX)
             link.connect(self._address)
             link.sendall(client.stream.take_output())

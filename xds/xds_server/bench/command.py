@@ -4,15 +4,15 @@ import argparse
 import dataclasses
 import json
 import resource
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from redirector.errors import RedirectorError
 from xds_server.bench.clients import Variant
 from xds_server.bench.measure import Case, Result, Round, measure
 from xds_server.bench.objects import Size
+from xds_server.bench.report import told
 
 #: From small to large; what a figure should stay below is told with it where it was promised.
 CASES = (
@@ -25,7 +25,6 @@ CASES = (
     Case(Size(1000, 100, 1000), Variant.DELTA),
     Case(Size(1000, 1000, 10), Variant.DELTA),
 )
-_KIB, _MIB = 1 << 10, 1 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,37 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _progress(text: str) -> None:
     print(f"... {text}", file=sys.stderr, flush=True)
-
-
-def told(result: Result) -> Iterator[str]:
-    """A result for people: median of the rounds, least and most behind it."""
-    cold = result.cold
-    yield str(result.case)
-    yield (
-        f"  from objects to the first full push: {cold.seconds * 1000:.0f} ms; "
-        f"all connected and complete after {result.connected:.1f} s"
-    )
-    yield (
-        f"  memory: {result.memory_before / _MIB:.0f} MiB alone, {result.memory / _MIB:.0f} with "
-        f"the clients ({result.memory_each / _KIB:.0f} KiB each), "
-        f"{result.memory_after / _MIB:.0f} after the changes"
-    )
-    for command, rounds in result.rounds.items():
-        yield (
-            f"  {command}: {rounds[0].clients} clients, "
-            f"{rounds[0].bytes_each:.0f} bytes each, "
-            f"{rounds[0].change.translated} pieces translated, "
-            f"{rounds[0].change.encodings} encoded"
-        )
-        yield f"    from the change to the ACK, ms: p50 {_spread([r.p50 for r in rounds])}, " + (
-            f"p99 {_spread([r.p99 for r in rounds])}, last {_spread([r.last for r in rounds])}"
-        )
-        yield f"    server CPU, ms: {_spread([r.change.cpu for r in rounds])}"
-
-
-def _spread(seconds: Sequence[float]) -> str:
-    low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
-    return f"{middle * 1000:.1f} ({low * 1000:.1f} - {high * 1000:.1f})"
 
 
 def _plain(result: Result) -> dict[str, object]:

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from redirector.errors import RedirectorError
-from xds_server.bench import clients, served
+from xds_server.bench import bare, clients, served
 from xds_server.bench.clients import Arrivals, Variant
 from xds_server.bench.objects import Size
 from xds_server.bench.served import Change, Cold, Command
@@ -68,6 +68,8 @@ class Result:
     memory: int
     memory_after: int
     rounds: dict[Command, tuple[Round, ...]]
+    #: Turn by turn with the moved endpoints: a server without any xDS that sends the same bytes.
+    bare: tuple[Round, ...]
 
     @property
     def memory_each(self) -> float:
@@ -102,24 +104,43 @@ def _measure(
     before = _ask(server, Command.MEMORY)
     say(f"{case}: connecting")
     began = time.monotonic()
-    crowd = stack.enter_context(_process(clients.run, path, case.variant, range(case.size.clients)))
-    while (complete := _ask(crowd, "complete")) < case.size.clients:
-        if time.monotonic() - began > _PATIENCE_S:
-            raise BenchFailed(f"{complete} of {case.size.clients} clients have all they asked for")
-        time.sleep(_LOOK_EVERY_S)
+    crowd = stack.enter_context(_crowd(path, case))
     connected = time.monotonic() - began
     time.sleep(_PASSING_S)
     memory = _ask(server, Command.MEMORY)
     _ask(crowd, "arrivals")
-    found: dict[Command, tuple[Round, ...]] = {}
-    for command in (Command.MOVE_ENDPOINT, Command.EDIT_POLICY):
-        say(f"{case}: {command}, {rounds} times")
-        found[command] = tuple(_round(server, crowd, command) for _ in range(rounds))
+    say(f"{case}: connecting to the yardstick")
+    yardstick = stack.enter_context(_process(bare.run, f"unix:{path}.bare", case.variant, cpu))
+    _reply(yardstick)
+    others = stack.enter_context(_crowd(f"{path}.bare", case))
+    _ask(others, "arrivals")
+    say(f"{case}: {Command.MOVE_ENDPOINT}, {rounds} times")
+    moves, measures = [], []
+    for _ in range(rounds):
+        # Turn by turn: a machine that is slow for a while is so for both.
+        moves.append(_round(server, crowd, Command.MOVE_ENDPOINT))
+        measures.append(_round(yardstick, others, int(moves[-1].bytes_each)))
+    say(f"{case}: {Command.EDIT_POLICY}, {rounds} times")
+    edits = [_round(server, crowd, Command.EDIT_POLICY) for _ in range(rounds)]
+    found = {Command.MOVE_ENDPOINT: tuple(moves), Command.EDIT_POLICY: tuple(edits)}
     after = _ask(server, Command.MEMORY)
-    return Result(case, cold, connected, before, memory, after, found)
+    return Result(case, cold, connected, before, memory, after, found, tuple(measures))
 
 
-def _round(server: Connection, crowd: Connection, command: Command) -> Round:
+@contextlib.contextmanager
+def _crowd(path: str, case: Case) -> Iterator[Connection]:
+    """All clients, once they have all they asked for."""
+    began = time.monotonic()
+    with _process(clients.run, path, case.variant, range(case.size.clients)) as crowd:
+        while (complete := _ask(crowd, "complete")) < case.size.clients:
+            if time.monotonic() - began > _PATIENCE_S:
+                raise BenchFailed(f"{complete} of {case.size.clients} clients have all")
+            time.sleep(_LOOK_EVERY_S)
+        yield crowd
+
+
+def _round(server: Connection, crowd: Connection, command: Command | int) -> Round:
+    """The command is the server's, or how many bytes the yardstick is to send."""
     change = _ask(server, command)
     arrivals: Arrivals = _ask(crowd, "arrivals")
     if change.unanswered or not arrivals.acknowledged:

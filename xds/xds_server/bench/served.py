@@ -3,10 +3,12 @@
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from xds_server.bench.objects import Size, World, node_id
 from xds_server.garbage import settle
@@ -76,25 +78,9 @@ class _Served:
         server = Server(generation, report=self._pushes.put_nowait, report_after=_PATIENCE_S)
         server.listen(address)
         await server.start()
-        commands: asyncio.Queue[Command] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        closed = asyncio.Event()
-
-        def take() -> None:
-            try:
-                commands.put_nowait(self._control.recv())
-            except EOFError:
-                loop.remove_reader(self._control.fileno())
-                closed.set()
-
-        loop.add_reader(self._control.fileno(), take)
         self._control.send(cold)
-        gone = asyncio.create_task(closed.wait())
-        while not closed.is_set():
-            command = asyncio.create_task(commands.get())
-            await asyncio.wait({command, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if command.done():
-                self._control.send(await self._answer(server, command.result()))
+        async for command in commands(self._control):
+            self._control.send(await self._answer(server, command))
         await server.stop(0)
 
     async def _answer(self, server: Server, command: Command) -> Change | int:
@@ -124,6 +110,23 @@ class _Served:
         mesh, problems = self._ingester.ingest(self._objects)
         assert not problems, problems[0]
         return self._lineage.next(mesh)
+
+
+async def commands(control: Connection) -> AsyncIterator[Any]:
+    """What comes through the pipe until it closes."""
+    found: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def take() -> None:
+        try:
+            found.put_nowait(control.recv())
+        except EOFError:
+            loop.remove_reader(control.fileno())
+            found.put_nowait(None)
+
+    loop.add_reader(control.fileno(), take)
+    while (command := await found.get()) is not None:
+        yield command
 
 
 def resident(process: int) -> int:
