@@ -1,7 +1,7 @@
 # Every target does its own set-up, again and again without harm.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-kernel images compare bench-node bench-xds check fmt clean
+.PHONY: help setup demo test test-kernel test-images images compare bench-node bench-xds check fmt clean
 
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -31,6 +31,10 @@ test: setup ## every test, on the real kernel, with real Envoys and real program
 test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulator
 	@bash tests/kernel/setup $(STATE)/kernel
 	@bash tests/kernel/boot $(STATE)/kernel $(ARGS)
+
+test-images: setup ## both images, built and run as the manifests say
+	@bash tests/images/setup $(STATE)/images
+	@$(BIN)/pytest tests/images $(ARGS)
 
 images: ## both images; REGISTRY=registry.example/ TAG=1.2, BUILDER=podman, BASE=another Debian 12
 	@[ -n "$(BUILDER)" ] || { echo "images: error: none of docker, podman and buildah is installed" >&2; exit 1; }

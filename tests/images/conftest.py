@@ -1,0 +1,54 @@
+"""A folder for what stands outside of the containers, and a clean machine after them."""
+
+import contextlib
+import shutil
+import ssl
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from apiserver import ApiServer
+from containers import PODMAN
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _machine() -> Iterator[None]:
+    """podman leaves the cgroups that its containers' were in."""
+    assert PODMAN.exists(), f"{PODMAN} is not there: make test-images"
+    yield
+    for left in Path("/sys/fs/cgroup").glob("**/libpod_parent"):
+        # Others' containers may be in it.
+        with contextlib.suppress(OSError):
+            left.rmdir()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that any user may enter."""
+    path = Path(tempfile.mkdtemp(prefix="rdrtest-", dir="/var/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def account(place: Path) -> Path:
+    """A service account's token and the API server's authority, as they are mounted."""
+    path = place / "account"
+    path.mkdir()
+    (path / "token").write_text("secret")
+    return path
+
+
+@pytest.fixture
+def cluster(account: Path) -> Iterator[ApiServer]:
+    """Not up yet: it is to listen in the network of whom it serves."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(str(account / "ca.crt"))
+    made = ApiServer(tls=context)
+    yield made
+    made.down()
