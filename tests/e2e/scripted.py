@@ -34,11 +34,13 @@ _TYPES: dict[str, type[Message]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a push: refusals, who did not answer, what is quarantined for whom it may."""
+    """What became of a push: refusals, who did not answer, what is quarantined for whom it may, and
+    how many clients there are."""
 
     nacks: tuple[str, ...]
     waiting: int
     quarantined: tuple[Quarantined, ...]
+    clients: int
 
 
 class Scripted:
@@ -62,8 +64,9 @@ class Scripted:
         return self._receive()
 
     def stop(self) -> None:
-        self._pipe.send(None)
-        self._process.join()
+        if self._process.is_alive():
+            self._pipe.send(None)
+            self._process.join()
 
 
 def _wire(resources: Resources) -> _Wire:
@@ -83,13 +86,13 @@ async def _serve(pipe: Pipe, socket: str, first: _Wire) -> None:
     server.listen(f"unix:{socket}")
     await server.start()
     Path(socket).chmod(0o666)
-    pipe.send(Outcome((), 0, ()))
+    pipe.send(Outcome((), 0, (), 0))
     while wire := await asyncio.to_thread(pipe.recv):
         await server.publish(_generation(wire), "changed by the test", time.time())
         push = await reports.get()
         streams = [c.stream for c in server._hub.connections if isinstance(c, Connection)]
         quarantined = tuple(found for stream in streams for found in stream.quarantined)
-        pipe.send(Outcome(tuple(push.nacks), len(push.waiting), quarantined))
+        pipe.send(Outcome(tuple(push.nacks), len(push.waiting), quarantined, len(streams)))
     await server.stop(grace=0)
 
 

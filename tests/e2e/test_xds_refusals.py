@@ -121,3 +121,24 @@ def test_one_bad_resource_among_good_ones_stays_as_it_was_alone(
         push = server.publish(good(variant))
         assert (push.nacks, push.waiting, push.quarantined) == ((), 0, ())
         assert set(state(envoy).values()) == {f"{variant + 1}s", "in0"}
+
+
+def test_server_that_restarts_holds_nothing_up_for_what_was_refused(
+    server: Scripted, envoy: Sidecar, place: Path
+) -> None:
+    eventually("all", lambda: len(state(envoy)) == 23)
+    bad = invalid_cluster()
+    refused = changed(good(1), CLUSTER, "c7", bad)
+    assert [found.name for found in server.publish(refused).quarantined] == ["c7"]
+    server.stop()
+    other = Scripted(place / "xds.sock", refused)
+    try:
+        eventually("the sidecar", lambda: other.publish(refused).clients == 1)
+        push = other.publish(changed(good(2), CLUSTER, "c7", bad))
+        assert [(found.name, bool(found.error)) for found in push.quarantined] == [("c7", True)]
+        has = state(envoy)
+        assert has.pop(("cluster", "c7")) == "1s"
+        assert set(has.values()) == {"3s", "in0"}
+        assert len(push.nacks) <= 1
+    finally:
+        other.stop()

@@ -7,7 +7,7 @@ from envoy.service.discovery.v3.discovery_pb2 import (
     DeltaDiscoveryResponse,
 )
 
-from xds_server.exchange import Ack, Nack, Recollection, Response
+from xds_server.exchange import Ack, Nack, Response
 from xds_server.references import CLUSTER, LISTENER
 from xds_server.snapshot import Encoded, ResourceSet
 from xds_server.stream import WILDCARD, Stream
@@ -57,13 +57,6 @@ class DeltaStream(Stream):
             self._greeting = state
         error = request.error_detail.message if failed else None
         return self._answer(state, request.response_nonce, error)
-
-    def memory(self) -> tuple[Recollection, ...]:
-        """Nothing: the client says what it has, name by name."""
-        return ()
-
-    def recall(self, memory: Iterable[Recollection]) -> None:
-        """Nothing to know; what stands refused is refused once more, alone."""
 
     def _unsubscribe(self, state: TypeState, name: str) -> None:
         if name == WILDCARD:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from xds_server.quarantine import Quarantined
 from xds_server.snapshot import ABSENT, Encoded
 
 
@@ -51,11 +50,3 @@ class Response:
         """name -> version of everything in it, ABSENT for what it takes away."""
         sent = {entry.name: entry.version for entry in self.resources}
         return sent | dict.fromkeys(self.removed, ABSENT)
-
-
-@dataclass(frozen=True)
-class Recollection:
-    """What a client refused on one stream, for its next one, and what it has instead, if known."""
-
-    refused: Quarantined
-    has: Encoded | None

@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from xds_server.exchange import Recollection
 from xds_server.garbage import give_back
 from xds_server.generation import Generation
 from xds_server.ir import NodeId
@@ -21,8 +20,6 @@ log = logging.getLogger(__name__)
 
 #: How long a change waits for answers before it is reported without them.
 REPORT_AFTER_S = 5.0
-#: Of how many clients that are away it is known what they refused.
-_MEMORIES = 10_000
 
 
 class Client(Protocol):
@@ -55,8 +52,6 @@ class Hub:
         self.generation = generation
         self.connections: set[Client] = set()
         self.clock = clock
-        #: What clients refused that are away; the longest away is forgotten first.
-        self._memories: dict[NodeId, tuple[Recollection, ...]] = {}
         self._report = report
         self._report_after = report_after
         self.tally = Tally()
@@ -113,17 +108,6 @@ class Hub:
             snapshot = await self._in_translator(generation.snapshot, node)
         assert snapshot is not None
         return snapshot
-
-    def remember(self, node: NodeId, memory: tuple[Recollection, ...]) -> None:
-        """Keep what a client refused until it comes back."""
-        if memory:
-            self._memories[node] = memory
-            if len(self._memories) > _MEMORIES:
-                del self._memories[next(iter(self._memories))]
-
-    def recall(self, node: NodeId) -> tuple[Recollection, ...]:
-        """What was remembered of a client that comes back."""
-        return self._memories.pop(node, ())
 
     def sent(self, client: Client, nonce: str) -> None:
         """Book a response on the pushes that it is a part of."""

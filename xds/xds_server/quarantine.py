@@ -82,6 +82,10 @@ class Doubts:
             or any(part.get(name) == version for part in self._parts)
         )
 
+    def untried(self) -> dict[str, str]:
+        """What is to be tried again and is not on its way."""
+        return {name: version for part in self._parts for name, version in part.items()}
+
     def refuse(
         self, type_url: str, contents: Mapping[str, str], error: str, *, alone: bool
     ) -> None:

@@ -242,7 +242,6 @@ class Server:
         if isinstance(stream, SotwStream):
             # Envoy names what its clusters and listeners use, and those are sent by us, too.
             stream.forgetful = node.client is not Client.ENVOY
-        stream.recall(self._hub.recall(node))
         connection.receive(first)
         return connection
 
@@ -272,6 +271,5 @@ class Server:
             aged.cancel()
             reader.cancel()
             connections.discard(connection)
-            self._hub.remember(connection.node, connection.stream.memory())
             log.info("%s gone, %s left", connection, count(len(connections), "sidecar"))
             self._hub.settle(connection)

@@ -41,6 +41,11 @@ def _digest(parts: Iterable[bytes]) -> str:
     return state.hexdigest()
 
 
+def content_version(body: bytes) -> str:
+    """The version of a resource with this encoding."""
+    return _digest((body,))
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One resource in its wire form. `body` is the message, `version` its content's hash (hex)."""
@@ -262,7 +267,7 @@ class Encoder:
 
     def _encoded(self, type_url: str, name: str, message: Message) -> Encoded:
         body = message.SerializeToString(deterministic=True)
-        version = _digest((body,))
+        version = content_version(body)
         return self._memo.under(
             (type_url, name, version),
             lambda: Encoded(type_url, name, version, body, references(message)),

@@ -3,11 +3,13 @@
 Source: "The xDS transport protocol" in Envoy's API documentation.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
-from xds_server.exchange import Ack, Nack, Recollection, Response
+from xds_server.claims import Refused, parse, suffix
+from xds_server.exchange import Ack, Nack, Response
+from xds_server.quarantine import Quarantined
 from xds_server.references import CLUSTER, ENDPOINT
 from xds_server.snapshot import EMPTY, Encoded, ResourceSet, set_version, version_of_marks
 from xds_server.stream import MAX_RESPONSE_BYTES, WHOLE_TYPES, WILDCARD, Stream
@@ -62,50 +64,54 @@ class SotwStream(Stream):
         ):
             return ack
         self._heard()
-        if state.interest is Interest.UNASKED:
-            if request.version_info:
-                self._claimed[state.type_url] = request.version_info
-                self._returned[state.type_url] = names - state.due
-            else:
-                # It has nothing, and may be another program than the one that refused.
-                self._forget(state)
+        if state.interest is Interest.UNASKED and request.version_info:
+            claimed, refused = parse(state.type_url, request.version_info)
+            self._claimed[state.type_url] = claimed
+            self._returned[state.type_url] = names - state.due
+            self._recall(state, refused)
         self._ask(state, names_something=bool(names), owed=True)
         if state.interest is Interest.NAMED:
             self._replace(state, names)
         return self._book(state, request.response_nonce, error)
 
-    def memory(self) -> tuple[Recollection, ...]:
-        """In complete responses the version before has to stand for what was refused."""
-        return tuple(
-            Recollection(found, self._taken[found.type_url].get(found.name))
-            for found in self.quarantined
-            if found.type_url in WHOLE_TYPES
-        )
-
-    def recall(self, memory: Iterable[Recollection]) -> None:
-        for each in memory:
-            found = each.refused
-            state = self._types[found.type_url]
-            state.doubts.quarantined[found.name] = found
+    def _recall(self, state: TypeState, refused: Iterable[Refused]) -> None:
+        """Know what the client refused on an earlier stream."""
+        untried = {}
+        for each in refused:
+            found = each.what
             state.rejected = Nack(found.type_url, "", found.version, found.error)
             state.sent[found.name] = found.version
             if each.has is None:
                 state.new.add(found.name)
             else:
                 self._taken[found.type_url][found.name] = each.has
+            if each.alone:
+                state.doubts.quarantined[found.name] = found
+            else:
+                untried[found.name] = found.version
+        if state.rejected is not None and untried:
+            state.doubts.refuse(state.type_url, untried, state.rejected.error, alone=False)
 
-    def _forget(self, state: TypeState) -> None:
-        for name in list(state.doubts.quarantined):
-            self._taken[state.type_url].pop(name, None)
-            state.forget(name)
-        state.rejected = None
+    def _refused(self, state: TypeState, desired: ResourceSet) -> Iterator[Refused]:
+        """What complete responses hold in another version than the one desired, or not at all."""
+        taken, doubts = self._taken[state.type_url], state.doubts
+        for found in doubts.standing(desired.version_of):
+            yield Refused(found, alone=True, has=taken.get(found.name))
+        error = state.rejected.error if state.rejected else ""
+        for name, version in doubts.untried().items():
+            what = Quarantined(state.type_url, name, version, error)
+            yield Refused(what, alone=False, has=taken.get(name))
 
     def _book(self, state: TypeState, nonce: str, error: str | None) -> Ack | Nack | None:
         offered = self._offered.pop(nonce, None)
+        before = dict(state.doubts.quarantined)
         answer = self._answer(state, nonce, error)
         if offered is not None and isinstance(answer, Ack):
             self._taken[state.type_url] = {entry.name: entry for entry in offered}
             self._unknown.discard(state.type_url)
+        elif state.doubts.quarantined != before and not state.doubts.open:
+            # What it has once more, for the version that it is to come back with.
+            state.owed = state.type_url in WHOLE_TYPES
         return answer
 
     def _suspects(self, state: TypeState, contents: Mapping[str, str]) -> Mapping[str, str]:
@@ -288,7 +294,8 @@ class SotwStream(Stream):
                 for entry in entries
                 if entry.name not in taken or taken[entry.name].version != entry.version
             )
-        response = self._emit(state, set_version(entries), entries)
+        known = suffix(self._refused(state, desired))
+        response = self._emit(state, set_version(entries), entries, suffix=known)
         self._offered[response.nonce] = entries
         return response
 

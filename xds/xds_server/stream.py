@@ -24,7 +24,7 @@ version refers to.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 
-from xds_server.exchange import Ack, Nack, Recollection, Response
+from xds_server.exchange import Ack, Nack, Response
 from xds_server.inuse import note_takeovers, removable, targets
 from xds_server.quarantine import MAX_ERROR, Quarantined
 from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
@@ -98,14 +98,6 @@ class Stream(ABC):
             and not self.unanswered
             and (bool(self.rejected) or self._routes_delivered())
         )
-
-    @abstractmethod
-    def memory(self) -> tuple[Recollection, ...]:
-        """What the client's next stream has to know, since the client cannot tell it."""
-
-    @abstractmethod
-    def recall(self, memory: Iterable[Recollection]) -> None:
-        """Know from the client's stream before what it refused; before its first request."""
 
     def kept(self) -> dict[str, int]:
         """How many names are kept for the client, by type."""
@@ -356,13 +348,15 @@ class Stream(ABC):
         version: str,
         resources: Iterable[Encoded],
         removed: Iterable[str] = (),
+        suffix: str = "",
     ) -> Response:
+        """A message; `suffix` is for the client to say with the version when it comes back."""
         self._nonces += 1
         nonce = str(self._nonces)
         chosen, gone = tuple(resources), tuple(removed)
         state.last_nonce = nonce
         state.owed = False
-        frames = self._encode(state.type_url, nonce, version, chosen, gone)
+        frames = self._encode(state.type_url, nonce, version + suffix, chosen, gone)
         response = Response(state.type_url, nonce, version, chosen, gone, frames)
         state.unanswered[nonce] = (version, response.versions())
         self.unanswered += 1

@@ -1,5 +1,7 @@
 """The state-of-the-world variant, rule by rule of the xDS protocol."""
 
+import zlib
+from base64 import b64encode
 from collections.abc import Iterable
 
 import pytest
@@ -9,6 +11,7 @@ from xds_server.exchange import Ack, Nack, Response
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, kind
 from xds_server.snapshot import Encoder, set_version
 from xds_server.sotw import SotwStream
+from xds_server.standing import Sync
 
 
 class Talk:
@@ -286,12 +289,17 @@ def test_listener_is_deleted_by_leaving_it_out() -> None:
 
 def test_nack_is_kept_and_does_not_loop() -> None:
     talk = connected()
+    taken = Encoder().snapshot(world()).of(CLUSTER)
     talk.offer(world(clusters={"web": 1}))
     talk.said()
     version, nonce = talk.last[CLUSTER].version, talk.last[CLUSTER].nonce
     nack = Nack(CLUSTER, nonce, version, "bad")
     assert talk.ask(CLUSTER, error="bad") == nack
     talk.ack(ENDPOINT)
+    # What it has, with a version that tells of the refusal when the client comes back.
+    assert talk.said() == [("cluster", ("web",))]
+    assert talk.last[CLUSTER].version == set_version(taken.values())
+    talk.ack(CLUSTER)
     assert talk.said() == []
     assert talk.stream.rejected == (nack,)
     talk.offer(world())
@@ -336,6 +344,8 @@ def test_what_a_refused_listener_left_in_use_is_not_removed() -> None:
     talk.offer(world(listeners={"in": ("to-web", 1)}))
     assert talk.said() == [("listener", ("in",))]
     talk.ask(LISTENER, error="no")
+    assert talk.said() == [("listener", ("in",))]
+    talk.ack(LISTENER)
     assert talk.said() == []
     talk.offer(world(listeners={"in": ("to-web", 2)}))
     assert talk.said() == [("listener", ("in",))]
@@ -357,34 +367,107 @@ def test_nothing_is_left_out_for_a_try_while_it_is_not_known_what_the_client_has
     assert talk.said() == [("cluster", ("a", "web"))]
 
 
-def test_what_was_refused_is_known_when_the_client_comes_back() -> None:
-    before = connected(world(clusters={"a": 0, "web": 0}))
-    new = world(clusters={"a": 1, "web": 1})
-    before.offer(new)
-    bad = Encoder().snapshot(new).of(CLUSTER)["a"]
-    while before.said():
-        if bad in before.last[CLUSTER].resources:
-            before.ask(CLUSTER, error="no")
-        before.ack()
-    version = next(e.version for e in before.stream._taken[CLUSTER].values() if e.name == "a")
+def wire_version(talk: Talk, type_url: str) -> str:
+    """What the client was told, and says when it comes back."""
+    return str(DiscoveryResponse.FromString(talk.last[type_url].body).version_info)
 
+
+def refusing(resources: Resources, new: Resources) -> Talk:
+    """A client that had `resources` and refuses cluster `a` of the new ones, without a name."""
+    talk = connected(resources)
+    talk.offer(new)
+    bad = Encoder().snapshot(new).of(CLUSTER)["a"]
+    while talk.said():
+        if bad in talk.last[CLUSTER].resources:
+            talk.ask(CLUSTER, error="no")
+        talk.ack()
+    return talk
+
+
+def test_what_was_refused_is_known_when_the_client_comes_back() -> None:
+    """Also to a server that has never heard of it."""
+    new = world(clusters={"a": 1, "web": 1})
+    before = refusing(world(clusters={"a": 0, "web": 0}), new)
+    claimed = wire_version(before, CLUSTER)
     talk = Talk(new)
-    talk.stream.recall(before.stream.memory())
-    # It says what it took last, with the version before of what it refused.
-    claimed = set_version(before.stream._taken[CLUSTER].values())
     talk.ask(CLUSTER, version=claimed)
     assert talk.said() == []
-    assert [found.name for found in talk.stream.quarantined] == ["a"]
+    (found,) = talk.stream.quarantined
+    assert (found.name, found.error) == ("a", "no")
+    assert talk.stream.sync(CLUSTER) is Sync.NACKED
+    # Others are not held up, and the version that the client has stands in for the refused one.
     talk.offer(world(clusters={"a": 1, "web": 2}))
     assert talk.said()[0] == ("cluster", ("a", "web"))
-    assert talk.last[CLUSTER].resources[0].version == version
-    # Another program at its place has nothing, and may take it.
+    (stands_in, _) = talk.last[CLUSTER].resources
+    assert stands_in == Encoder().snapshot(world(clusters={"a": 0})).of(CLUSTER)["a"]
+    talk.ack()
+    # Until it is another one.
+    talk.offer(world(clusters={"a": 2, "web": 2}))
+    talk.said()
+    talk.ack()
+    assert not talk.stream.rejected
+    assert wire_version(talk, CLUSTER) == talk.last[CLUSTER].version
+    # Another program at the client's place has nothing, and may take it.
     fresh = Talk(new)
-    fresh.stream.recall(before.stream.memory())
     fresh.ask(CLUSTER)
     assert fresh.said()[0] == ("cluster", ("a", "web"))
-    assert fresh.last[CLUSTER].resources[0].version != version
-    assert fresh.stream.quarantined == ()
+    assert fresh.last[CLUSTER].resources[0].version == found.version
+
+
+def test_who_comes_back_in_the_middle_of_a_search_has_it_gone_on_with() -> None:
+    names = [f"c{n}" for n in range(8)]
+    new = world(clusters=dict.fromkeys(["a", *names], 1), routes={}, listeners={})
+    talk = Talk(world(clusters=dict.fromkeys(["a", *names], 0), routes={}, listeners={}))
+    talk.ask(CLUSTER)
+    talk.said()
+    talk.ack()
+    talk.offer(new)
+    talk.said()
+    talk.ask(CLUSTER, error="no")
+    talk.said()
+    talk.ack()
+    again = Talk(new)
+    again.ask(CLUSTER, version=wire_version(talk, CLUSTER))
+    bad = Encoder().snapshot(new).of(CLUSTER)["c5"]
+    while again.said():
+        if bad in again.last[CLUSTER].resources:
+            again.ask(CLUSTER, error="no")
+        again.ack()
+    assert [found.name for found in again.stream.quarantined] == ["c5"]
+    has = {entry.name: entry.version for entry in again.last[CLUSTER].resources}
+    wanted = Encoder().snapshot(new).of(CLUSTER).versions
+    assert has == {**wanted, "c5": has["c5"]}
+    assert has["c5"] != wanted["c5"]
+
+
+def forged(text: bytes) -> str:
+    return f"0123456789abcdef+{b64encode(zlib.compress(text)).decode()}"
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "0+",
+        "0+%",
+        "0+AAAA",
+        forged(b"[1]"),
+        forged(b"["),
+        forged(b"[[]]"),
+        forged(b'[["a", "1", "e", true, "0123456789abcdef", "AAAA"]]'),
+        forged(b'[["a", 1, [], true, null, null]]'),
+        forged(b'[["a", "1", "e", true, null, null], {}]'),
+        forged(b"[" * 100_000),
+        forged(b" " * (64 << 20)),
+        "+" * (1 << 20),
+    ],
+    ids=range(12),
+)
+def test_version_that_is_none_of_ours_is_one_that_is_not_known(claim: str) -> None:
+    talk = Talk(world())
+    talk.ask(CLUSTER, version=claim)
+    assert talk.said() == [("cluster", ("web",))]
+    talk.ack()
+    assert not talk.stream.rejected
 
 
 def test_endpoints_are_split_at_the_limit_and_clusters_cannot_be() -> None:
