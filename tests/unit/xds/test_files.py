@@ -42,6 +42,35 @@ def test_a_list_stands_for_its_items() -> None:
     ]
 
 
+def test_lists_in_lists_are_read_as_deep_as_people_write_them() -> None:
+    text = "{kind: Pod}"
+    for _ in range(10):
+        text = f"{{kind: List, items: [{text}, {{kind: Service}}]}}"
+    objects, problems = parse("f", text)
+    assert [entry.data["kind"] for entry in objects] == ["Pod", *["Service"] * 10]
+    assert problems == []
+    objects, problems = parse("f", f"{{kind: List, items: [{text}, {{kind: Node}}]}}")
+    assert [entry.data["kind"] for entry in objects] == [*["Service"] * 9, "Node"]
+    (problem,) = map(str, problems)
+    assert problem.endswith("Lists nest deeper than 10; write their items as one List")
+
+
+def test_a_list_that_stands_in_itself_ends() -> None:
+    twice = ", ".join(["*a"] * 1000)
+    objects, problems = parse("f", f"&a {{kind: List, items: [{{kind: Pod}}, {twice}]}}")
+    assert [entry.data["kind"] for entry in objects] == ["Pod"]
+    assert len(problems) == 1000
+
+
+def test_a_policy_in_lists_that_nest_too_deep_is_not_taken_for_none(tmp_path: Path) -> None:
+    text = "{kind: AuthorizationPolicy, metadata: {namespace: demo}}"
+    for _ in range(12):
+        text = f"{{kind: List, items: [{text}]}}"
+    (tmp_path / "a.yaml").write_text(text)
+    _, problems = load(tmp_path)
+    assert problems[0].suspects == {"demo"}
+
+
 def test_times_stay_text() -> None:
     objects, _ = parse("f", "a: 2026-01-02T03:04:05Z\nb: 2026-01-02")
     assert objects[0].data == {"a": "2026-01-02T03:04:05Z", "b": "2026-01-02"}

@@ -19,6 +19,8 @@ _MAX_DEPTH = 100
 #: Far more than an object that a Kubernetes API server would take.
 _MAX_VALUES = 1_000_000
 _MAX_KEYS = 100_000
+#: Of a `List` in a `List` in a `List`.
+_MAX_LISTS = 10
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 #: What stands in decoded text for bytes that are no character.
 _REPLACED = "\N{REPLACEMENT CHARACTER}"
@@ -26,6 +28,7 @@ _MAX_BYTES = 32 << 20
 # No scalar can hold such a line (YAML 1.2, 9.1.2).
 _DOCUMENT = re.compile(r"^---(?=\s|$)", re.MULTILINE)
 _NAMESPACE = re.compile(r"""\bnamespace["']?\s*:\s*["']?([a-z0-9][-a-z0-9]*)""")
+_LIST = "List"
 _TEXT = "tag:yaml.org,2002:str"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
@@ -204,12 +207,15 @@ def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:
             problems.append(Problem(file, "", f"document {index + 1}", "", message))
             return objects, problems
         for field, value in _expanded(f"document {index + 1}", document):
-            if isinstance(value, dict):
-                objects.append(KubeObject(file, value))
-            else:
+            if not isinstance(value, dict):
                 problems.append(
                     Problem(file, "", field, shown(value), "must be a mapping: a Kubernetes object")
                 )
+            elif value.get("kind") == _LIST:
+                message = f"Lists nest deeper than {_MAX_LISTS}; write their items as one List"
+                problems.append(Problem(file, "", field, "", message))
+            else:
+                objects.append(KubeObject(file, value))
         index += 1
 
 
@@ -226,14 +232,25 @@ def _values(value: object, known: dict[int, int]) -> int:
 
 
 def _expanded(field: str, document: object) -> Iterator[tuple[str, object]]:
-    """A `List`, as kubectl writes it, stands for its items; an empty document for nothing."""
-    if document is None:
+    """A `List`, as kubectl writes it, stands for its items, some of which may be Lists; an empty
+    document for nothing. A List that stands too deep comes as it is."""
+    if document is not None:
+        yield from _items(field, document, ())
+
+
+def _items(field: str, value: object, above: tuple[int, ...]) -> Iterator[tuple[str, object]]:
+    """`above` are the Lists that it stands in; with aliases it may be one of them."""
+    if (
+        not isinstance(value, dict)
+        or value.get("kind") != _LIST
+        or len(above) == _MAX_LISTS
+        or id(value) in above
+    ):
+        yield field, value
         return
-    if isinstance(document, dict) and document.get("kind") == "List":
-        items = document.get("items")
-        if isinstance(items, list):
-            yield from ((f"{field}.items[{number}]", item) for number, item in enumerate(items))
-        else:
-            yield f"{field}.items", items
-    else:
-        yield field, document
+    items = value.get("items")
+    if not isinstance(items, list):
+        yield f"{field}.items", items
+        return
+    for number, item in enumerate(items):
+        yield from _items(f"{field}.items[{number}]", item, (*above, id(value)))
