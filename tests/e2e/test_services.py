@@ -18,6 +18,7 @@ from redirector.model import Mode
 pytestmark = pytest.mark.root
 
 ZONED, STICKY, FRONT, FAR = "10.96.78.1", "10.96.78.2", "10.96.78.3", "10.96.78.4"
+LOCAL = "10.96.78.9"
 PODS = {"one": "10.77.0.11", "two": "10.77.0.12"}
 NEW = "10.96.78.9"
 LATE = f"""
@@ -126,6 +127,10 @@ def test_kinds_of_services(world: World) -> None:
     assert world.apps(ZONED) == {"one"}
     world.edit("zone: a, conditions: {ready: true}", "zone: a, conditions: {ready: false}")
     assert world.apps(ZONED) == {"two"}
+    # The client's own node's, and nothing when there is none.
+    assert world.apps(LOCAL) == {"two"}
+    world.edit("[10.77.0.12], nodeName: node-1", "[10.77.0.12], nodeName: node-3")
+    assert world.ask(LOCAL).status == 503
     # All connections of a client go to one endpoint, over HTTP and TCP.
     assert len(world.apps(STICKY)) == len(world.apps(STICKY, 81)) == 1
     # A headless service has its pods' addresses, and serves routes of others.

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -190,3 +191,24 @@ def test_only_an_edited_policy_replaces_the_chain_of_open_connections() -> None:
     assert before[FILTER] != after[FILTER]
     assert before[LISTENER] == after[LISTENER]
     assert before[LISTENER]["inbound"] != other[LISTENER]["inbound"]
+
+
+def test_a_local_service_is_another_one_on_each_node_and_all_else_is_shared() -> None:
+    text = "\n---\n".join(
+        f"{{apiVersion: v1, kind: Pod, metadata: {{name: p{number}, namespace: demo}}, "
+        f"spec: {{nodeName: {node}}}, status: {{podIP: 10.77.3.{number}}}}}"
+        for number, node in enumerate(("node-1", "node-2", "node-2", "node-3", "node-4", '""'))
+    )
+    objects, _ = parse("f", (GOLDEN[0].parent / "services.in.yaml").read_text())
+    mesh, _ = ingest([*objects, *parse("g", text)[0]])
+    found = [
+        translate(mesh, NodeId(f"10.77.3.{number}", f"p{number}", "demo")) for number in range(6)
+    ]
+    local = [
+        re.findall(r"10\.77\.0\.\d+", as_json(r[ENDPOINT]["outbound|80|local.demo"])) for r in found
+    ]
+    assert local == [["10.77.0.72"], ["10.77.0.71"], ["10.77.0.71"], [], [], []]
+    assert found[1][ENDPOINT] is found[2][ENDPOINT]
+    # Nothing is for these two.
+    assert found[4][ENDPOINT] is found[5][ENDPOINT]
+    assert len({id(r[CLUSTER]) for r in found}) == 1

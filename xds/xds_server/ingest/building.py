@@ -1,7 +1,7 @@
 """What services and pods come to, with all that is known of them."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from redirector.model import IPAddress
 from xds_server.ingest.core import (
@@ -44,21 +44,57 @@ def build_service(
                         places[port.number].setdefault((address, number), endpoint)
     ports = []
     for port in raw.ports:
-        # As kube-proxy does: with none ready, those that still serve while they end.
-        usable = ready[port.number] or serving[port.number]
-        # Hints count if every endpoint has some (kube-proxy, CategorizeEndpoints).
-        hinted = all(endpoint.hints for endpoint in usable.values())
-        chosen = []
-        for address, number in sorted(usable, key=lambda at: (*address_key(at[0]), at[1])):
-            endpoint = usable[address, number]
-            own = (endpoint.zone,) if raw.same_zone and endpoint.zone else ()
-            near = tuple(sorted(endpoint.hints)) if hinted else own
-            chosen.append(Endpoint(address, number, endpoint.zone if near else "", near))
-        ports.append(ServicePort(port.number, protocols[port], tuple(chosen)))
-    zones = {zone for port in ports for endpoint in port.endpoints for zone in endpoint.near}
+        # As kube-proxy does.
+        usable = _usable(ready[port.number], serving[port.number], raw.local)
+        where = sorted(usable, key=lambda at: (*address_key(at[0]), at[1]))
+        found = [usable[place] for place in where]
+        near = _meant_for([e.hints for e in found], [e.zone for e in found], raw.same_zone)
+        nodes = _meant_for([e.node_hints for e in found], [e.node for e in found], raw.same_node)
+        if raw.local:
+            near, nodes = [()] * len(found), [_known(e.node) for e in found]
+        chosen = tuple(
+            Endpoint(address, number, one.zone if zones or hosts else "", zones, hosts)
+            for (address, number), one, zones, hosts in zip(where, found, near, nodes, strict=True)
+        )
+        ports.append(ServicePort(port.number, protocols[port], chosen))
+    endpoints = [endpoint for port in ports for endpoint in port.endpoints]
     return Service(
-        raw.name, raw.addresses, tuple(ports), raw.external, raw.affinity, tuple(sorted(zones))
+        raw.name,
+        raw.addresses,
+        tuple(ports),
+        raw.external,
+        raw.affinity,
+        tuple(sorted({zone for endpoint in endpoints for zone in endpoint.near})),
+        tuple(sorted({node for endpoint in endpoints for node in endpoint.nodes})),
+        raw.local,
     )
+
+
+def _usable(
+    ready: Mapping[_Place, SliceEndpoint], serving: Mapping[_Place, SliceEndpoint], local: bool
+) -> Mapping[_Place, SliceEndpoint]:
+    """With none ready those that still serve while they end; where clients have nothing but their
+    own node's endpoints, with none ready there."""
+    if not local:
+        return ready or serving
+    served = {endpoint.node for endpoint in ready.values()}
+    ending = {place: one for place, one in serving.items() if one.node not in served}
+    return {**ending, **ready}
+
+
+def _meant_for(
+    hints: Sequence[tuple[str, ...]], own: Sequence[str], wished: bool
+) -> list[tuple[str, ...]]:
+    """For each endpoint, the places whose clients it is meant for. Hints count if every endpoint
+    has some (kube-proxy, CategorizeEndpoints); else its own place does, where the service wishes
+    so."""
+    if all(hints):
+        return [tuple(sorted(hint)) for hint in hints]
+    return [_known(place) if wished else () for place in own]
+
+
+def _known(place: str) -> tuple[str, ...]:
+    return (place,) if place else ()
 
 
 def build_workload(
@@ -91,4 +127,5 @@ def build_workload(
         zone,
         wishes.scope or EVERYTHING,
         bool(wishes.closed),
+        pod.node,
     )

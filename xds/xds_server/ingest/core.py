@@ -35,13 +35,19 @@ _PROTOCOLS = {
 }
 
 
-_SAME_ZONE = ("PreferClose", "PreferSameZone", "PreferSameNode")
+_SAME_NODE = "PreferSameNode"
+_SAME_ZONE = ("PreferClose", "PreferSameZone", _SAME_NODE)
 _EXTERNAL = re.compile(rf"(?i:{DNS_NAME.pattern}\.?)")
 
 
 class _Affinity(StrEnum):
     NONE = "None"
     CLIENT = "ClientIP"
+
+
+class _Internal(StrEnum):
+    CLUSTER = "Cluster"
+    LOCAL = "Local"
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +84,8 @@ class SliceEndpoint:
     serving: bool
     zone: str
     hints: tuple[str, ...]
+    node: str = ""
+    node_hints: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +119,9 @@ class RawService:
     same_zone: bool
     foreign: tuple[str, ...] = ()
     """Protocols that say nothing to us, each with its port."""
+    same_node: bool = False
+    local: bool = False
+    """Clients reach what is on their own node, and nothing else."""
 
     def port(self, number: int) -> RawPort | None:
         """An ExternalName that lists no ports has every one."""
@@ -198,6 +209,9 @@ def read_service(item: Item) -> RawService:
             foreign.append(f"appProtocol {said} of port {number}")
         names.add(name)
         ports[number] = RawPort(name, number, protocol_of(said, name))
+    # A headless service is reached without us, or by routes: kube-proxy has no part in it.
+    inside = spec["internalTrafficPolicy"].choice(_Internal, _Internal.CLUSTER)
+    distribution = _distribution(spec["trafficDistribution"])
     return RawService(
         item.name,
         item,
@@ -206,8 +220,10 @@ def read_service(item: Item) -> RawService:
         _external_name(spec) if spec["type"].text("ClusterIP") == "ExternalName" else "",
         tuple(ports[number] for number in sorted(ports)),
         spec["sessionAffinity"].choice(_Affinity, _Affinity.NONE) is _Affinity.CLIENT,
-        _stays_in_zone(spec["trafficDistribution"]),
+        bool(distribution),
         tuple(foreign),
+        distribution == _SAME_NODE,
+        inside is _Internal.LOCAL and any(a is not None for a in addresses),
     )
 
 
@@ -224,12 +240,12 @@ def _external_name(spec: Field) -> str:
     return name
 
 
-def _stays_in_zone(field: Field) -> bool:
-    """What is nearer than a zone is not told apart."""
+def _distribution(field: Field) -> str:
     value = field.text("")
     if value and value not in _SAME_ZONE:
         field.misfit(f"is not known (known: {', '.join(_SAME_ZONE)}); all endpoints count alike")
-    return value in _SAME_ZONE
+        return ""
+    return value
 
 
 def read_slice(item: Item) -> Slice | None:
@@ -259,6 +275,8 @@ def read_slice(item: Item) -> Slice | None:
                 conditions["serving"].boolean(ready),
                 endpoint["zone"].text(""),
                 tuple(zone["name"].text() for zone in endpoint["hints"]["forZones"].items()),
+                endpoint["nodeName"].text(""),
+                tuple(node["name"].text() for node in endpoint["hints"]["forNodes"].items()),
             )
         )
     if not service:

@@ -9,12 +9,13 @@ from xds_server.ir.names import Name, Protocol
 @dataclass(frozen=True, order=True)
 class Endpoint:
     """A place that serves a port of a service. `zone` is where it is; `near` are the zones whose
-    clients it is meant for before others, none when it is for everybody alike."""
+    clients it is meant for before others, none when it is for everybody alike; `nodes` likewise."""
 
     address: IPAddress
     port: int
     zone: str = ""
     near: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class ServicePort:
 class Service:
     """`addresses` are its cluster IPs; a headless service has none. An ExternalName has a
     `hostname` instead, and no endpoints. With `affinity` a client's connections all go to one
-    endpoint. In `zones` clients have endpoints that are meant for them."""
+    endpoint. In `zones`, and on `nodes`, clients have endpoints that are meant for them; of one
+    that is `local` they reach no others than their node's."""
 
     name: Name
     addresses: tuple[IPAddress, ...]
@@ -38,6 +40,8 @@ class Service:
     hostname: str = ""
     affinity: bool = False
     zones: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    local: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,4 @@ class Workload:
     zone: str = ""
     scope: Scope = EVERYTHING
     closed: bool = False
+    node: str = ""

@@ -127,6 +127,7 @@ class Translator:
         self._wholes: dict[tuple[object, ...], Resources] = {}
         self._views = Views(mesh.services, self.memo)
         self._zones = frozenset(z for service in mesh.services.values() for z in service.zones)
+        self._nodes = frozenset(n for service in mesh.services.values() for n in service.nodes)
 
     @property
     def _judged(self) -> tuple[int, int]:
@@ -167,7 +168,7 @@ class Translator:
             closed = mesh.registry_only_in.get(node.namespace, mesh.registry_only)
             return memo(self._unknown, inbound, closed)
         view = self._views.of(workload.scope, node.namespace)
-        key = (id(view), consumer, workload.zone, workload.closed)
+        key = (id(view), consumer, *self._place(workload), workload.closed)
         if key not in self._outward:
             self._outward[key] = (view, self._outward_of(view, consumer, workload))
         kind = (*key, id(inbound))
@@ -188,16 +189,22 @@ class Translator:
     def _upstream(
         self, view: View, consumer: str | None, workload: Workload | None
     ) -> tuple[Mapping[str, Message], Mapping[str, Message]]:
-        """Clusters and their endpoints, as seen from a pod's zone: of these services, and of those
+        """Clusters and their endpoints, as seen from a pod's place: of these services, and of those
         that routes of theirs lead to."""
-        zone = workload.zone if workload and workload.zone in self._zones else ""
+        zone, node = self._place(workload)
         if view is not self._views.everything:
             led = self.memo(self._led_to, view.bare, self._all_routes, consumer)
             view = self._views.with_more(view, led)
         return (
             self.memo(self._clusters, view.bare, self._all_traffic),
-            self.memo(self._endpoints, view.services, zone),
+            self.memo(self._endpoints, view.services, zone, node),
         )
+
+    def _place(self, workload: Workload | None) -> tuple[str, str]:
+        """A pod's zone and node, if it makes a difference to any service."""
+        zone = workload.zone if workload else ""
+        node = workload.node if workload else ""
+        return zone if zone in self._zones else "", node if node in self._nodes else ""
 
     def _led_to(
         self, services: tuple[Service, ...], _routes: tuple[Route, ...], consumer: str | None
@@ -290,10 +297,13 @@ class Translator:
             found |= self.memo(_service_clusters, service, policies)
         return dict(sorted(found.items()))
 
-    def _endpoints(self, services: tuple[Service, ...], zone: str) -> Mapping[str, Message]:
+    def _endpoints(
+        self, services: tuple[Service, ...], zone: str, node: str
+    ) -> Mapping[str, Message]:
         found: dict[str, Message] = {}
         for service in services:
-            found |= self.memo(_service_endpoints, service, zone if zone in service.zones else "")
+            here = zone if zone in service.zones else "", node if node in service.nodes else ""
+            found |= self.memo(_service_endpoints, service, *here)
         return dict(sorted(found.items()))
 
     def _outbound_routes(self, view: View, consumer: str | None) -> Mapping[str, Message]:
@@ -377,8 +387,8 @@ def _service_clusters(
     return outbound_clusters((service,), traffic)
 
 
-def _service_endpoints(service: Service, zone: str) -> Mapping[str, Message]:
-    return outbound_endpoints((service,), zone)
+def _service_endpoints(service: Service, zone: str, node: str) -> Mapping[str, Message]:
+    return outbound_endpoints((service,), zone, node)
 
 
 def _port_routes(

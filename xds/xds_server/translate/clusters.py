@@ -69,15 +69,18 @@ def outbound_clusters(
     return found
 
 
-def outbound_endpoints(services: Iterable[Service], zone: str = "") -> dict[str, Message]:
-    """An assignment for each of `outbound_clusters` that asks for one, for clients of a zone;
-    without it Envoy would warm the cluster for ever."""
+def outbound_endpoints(
+    services: Iterable[Service], zone: str = "", node: str = ""
+) -> dict[str, Message]:
+    """An assignment for each of `outbound_clusters` that asks for one, for clients of a zone and a
+    node; without it Envoy would warm the cluster for ever."""
     found: dict[str, Message] = {}
     for service in services:
         for port in service.ports if not service.hostname else ():
             name = cluster_name(service.name, port.number)
             assignment = endpoint_pb2.ClusterLoadAssignment(cluster_name=name)
-            for (priority, where), endpoints in sorted(_groups(port.endpoints, zone).items()):
+            reached = [e for e in port.endpoints if not service.local or (node and node in e.nodes)]
+            for (priority, where), endpoints in sorted(_groups(reached, zone, node).items()):
                 group = assignment.endpoints.add(
                     priority=priority, lb_endpoints=map(_lb_endpoint, endpoints)
                 )
@@ -87,12 +90,16 @@ def outbound_endpoints(services: Iterable[Service], zone: str = "") -> dict[str,
     return found
 
 
-def _groups(endpoints: Iterable[Endpoint], zone: str) -> dict[tuple[int, str], list[Endpoint]]:
+def _groups(
+    endpoints: Iterable[Endpoint], zone: str, node: str
+) -> dict[tuple[int, str], list[Endpoint]]:
     """By priority and zone. What is meant for others is there for when nothing else is left."""
-    far = [endpoint for endpoint in endpoints if zone not in endpoint.near]
-    near = [endpoint for endpoint in endpoints if zone in endpoint.near]
+    tiers: tuple[list[Endpoint], ...] = ([], [], [])
+    for endpoint in endpoints:
+        distance = 0 if node in endpoint.nodes else 1 if zone in endpoint.near else 2
+        tiers[distance].append(endpoint)
     groups: dict[tuple[int, str], list[Endpoint]] = {}
-    for priority, chosen in enumerate(group for group in (near, far) if group):
+    for priority, chosen in enumerate(tier for tier in tiers if tier):
         for endpoint in chosen:
             groups.setdefault((priority, endpoint.zone), []).append(endpoint)
     return groups

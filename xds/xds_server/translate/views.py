@@ -71,7 +71,7 @@ class Views:
 
     def _bared(self, service: Service) -> Service:
         ports = tuple(replace(port, endpoints=()) for port in service.ports)
-        return self._memo.value(replace(service, ports=ports, zones=()))
+        return self._memo.value(replace(service, ports=ports, zones=(), nodes=()))
 
 
 def _joined(*rows: Row) -> Row:
