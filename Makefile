@@ -29,8 +29,8 @@ test: setup ## every test, on the real kernel, with real Envoys and real program
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulator
-	@bash tests/kernel/setup $(STATE)/kernel
-	@bash tests/kernel/boot $(STATE)/kernel $(ARGS)
+	@bash tests/kernel/setup $(STATE)/kernel$(SUITE:%=-%) $(SUITE)
+	@bash tests/kernel/boot $(STATE)/kernel$(SUITE:%=-%) $(ARGS)
 
 test-images: setup ## both images, built and run as the manifests say
 	@bash tests/images/setup $(STATE)/images
