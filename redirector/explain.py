@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import socket
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from redirector import network
 from redirector.errors import InputError
@@ -13,6 +13,7 @@ from redirector.steering import Connection, Direction, Protocol, Verdict, decide
 
 # The one above means "no id" to the kernel (user_namespaces(7)).
 _HIGHEST_ID = 2**32 - 2
+_ALL_OF_THE_LINK = IPv4Address("255.255.255.255")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +62,9 @@ def explain(arguments: argparse.Namespace, pod: Pod) -> str:
     if _passes_through(pod, connection):
         return f"{arguments.to}: direct: it only passes through the pod ({pod.mode} mode)"
     decision = decide(pod.steering, connection)
+    nowhere = _unreachable(pod, connection, decision.verdict)
+    if nowhere:
+        return f"{arguments.to}: unreachable: {nowhere} ({pod.mode} mode)"
     if decision.verdict is Verdict.DIRECT and _refused(pod, connection):
         return (
             f"{arguments.to}: refused: the sidecar's own port takes what was steered to it, and "
@@ -121,6 +125,21 @@ def _refused(pod: Pod, connection: Connection) -> bool:
     )
 
 
+def _unreachable(pod: Pod, connection: Connection, verdict: Verdict) -> str:
+    """Why connect() answers ENETUNREACH, whatever the rules say; empty when it does not."""
+    if connection.protocol is not Protocol.TCP or connection.direction is Direction.INBOUND:
+        return ""
+    to = connection.destination
+    if to.is_multicast or to == _ALL_OF_THE_LINK:
+        return "no TCP connection leads to many"
+    # Where the programs would aim at (take_aim, connect.c): one of a link cannot be told to them.
+    known = [ip for ip in pod.addresses if ip.version == to.version]
+    aimed = known if to.version == 4 else [ip for ip in known if not ip.is_link_local]
+    if pod.mode is Mode.EBPF and verdict is Verdict.OUTBOUND and not connection.local and not aimed:
+        return f"the pod has no IPv{to.version} address"
+    return ""
+
+
 def _interface(pod: Pod, connection: Connection) -> str:
     if connection.direction is Direction.INBOUND:
         raise InputError(
@@ -142,7 +161,9 @@ def _endpoint(text: str) -> tuple[IPAddress, int]:
 
 def _address(option: str, text: str) -> IPAddress:
     try:
-        return ip_address(text)
+        address = ip_address(text)
+        # The interface behind a link-local one ("%eth0") is no part of the address.
+        return IPv6Address(int(address)) if isinstance(address, IPv6Address) else address
     except ValueError:
         raise InputError(
             f"{option} {text}: is not an IP address; names are not looked up"

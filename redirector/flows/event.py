@@ -97,7 +97,7 @@ class FlowEvent:
 
     def text(self) -> str:
         """In one line, without its end."""
-        process = f"{self.comm}[{self.pid}]" if self.pid else "-"
+        process = f"{_visible(self.comm or '')}[{self.pid}]" if self.pid else "-"
         decided = self.verdict if self.rule is None else f"{self.verdict} by {self.rule}"
         local = self.time.astimezone()
         words = [
@@ -205,6 +205,11 @@ def _pid(process: Process) -> int | None:
 
 def _comm(process: Process) -> str | None:
     return process.comm.decode(errors="replace") if process.pid else None
+
+
+def _visible(text: str) -> str:
+    """What a process calls itself must neither begin a line of its own nor reach the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _reason(counter: int) -> str | None:

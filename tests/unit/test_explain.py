@@ -23,7 +23,7 @@ POD = Pod(
         dns_capture=True,
         dns_servers=(ip_address("10.96.0.10"),),
     ),
-    addresses=(ip_address("10.0.0.5"), ip_address("fd00::5")),
+    addresses=(ip_address("10.0.0.5"), ip_address("fd00::5"), ip_address("fe80::5")),
 )
 
 
@@ -63,6 +63,12 @@ def ask(*words: str, pod: Pod = POD) -> str:
         (["--to", "10.0.0.5:15001"], "refused: the sidecar's own port"),
         (["--to", "10.0.0.5:15006"], "refused: the sidecar's own port"),
         (["--to", "127.0.0.1:15001"], "direct, by rule outbound.app-local"),
+        (["--to", "224.0.0.5:80"], "unreachable: no TCP connection leads to many"),
+        (["--to", "[::ffff:255.255.255.255]:80"], "unreachable: no TCP connection leads to many"),
+        (["--to", "[ff05::2]:80"], "unreachable: no TCP connection leads to many"),
+        (["--to", "224.0.0.5:80", "--udp"], "direct, by rule outbound.not-tcp"),
+        (["--to", "[fe80::5%eth0]:80"], "direct, by rule outbound.app-local"),
+        (["--to", "[fe80::6%eth0]:80"], "outbound port 15001, by rule outbound.included-cidr"),
         (["--to", "10.0.0.5:15001", "--inbound"], "inbound port 15006, by rule inbound.included-"),
     ],
 )
@@ -94,6 +100,24 @@ def test_wrong_addresses_are_named(words: list[str], complaint: str) -> None:
 def test_dialled_by_hand_the_sidecars_ports_answer_in_iptables_mode() -> None:
     pod = replace(POD, mode=Mode.IPTABLES)
     assert "direct, by rule outbound.app-local" in ask("--to", "10.0.0.5:15001", pod=pod)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "unreachable", "reachable"),
+    [
+        (["10.0.0.5", "fe80::5"], "[fd96::1]:80", "10.96.0.1:80"),
+        (["fd00::5"], "10.96.0.1:80", "[fd96::1]:80"),
+        (["fe80::5"], "[fe80::6]:80", "[fe80::5]:80"),
+    ],
+)
+def test_a_family_that_the_pod_has_no_address_of(
+    addresses: list[str], unreachable: str, reachable: str
+) -> None:
+    pod = replace(POD, addresses=tuple(map(ip_address, addresses)))
+    assert "unreachable: the pod has no IPv" in ask("--to", unreachable, pod=pod)
+    assert "unreachable" not in ask("--to", reachable, pod=pod)
+    # Of the sidecar's own nothing is aimed anywhere.
+    assert "by rule outbound.proxy-uid" in ask("--to", unreachable, "--uid", "1337", pod=pod)
 
 
 def test_a_pod_that_is_gone_is_told_so() -> None:
