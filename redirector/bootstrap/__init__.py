@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from redirector.bootstrap import outside
+from redirector.bootstrap.values import Json, socket_address
 from redirector.errors import InputError
-
-#: A JSON value as `json.dumps` takes it.
-Json = str | int | bool | list["Json"] | dict[str, "Json"]
 
 XDS_CLUSTER = "xds"
 _UNIX = "unix:"
@@ -60,12 +59,15 @@ def bootstrap(
     xds: str,
     admin_port: int = 15000,
     tls: XdsTls | None = None,
+    ready_port: int = 0,
+    stats_port: int = 0,
 ) -> dict[str, Json]:
     """Return the bootstrap as a JSON object.
 
     `xds` is the xDS server: `unix:/path/to/socket`, `host:port` or `[v6]:port`. The admin
     interface listens on 127.0.0.1:`admin_port` (0: any free port). `tls` is for TCP addresses.
-    InputError on a wrong value.
+    On the pod's address, `ready_port` tells whether Envoy is ready, `stats_port` its metrics (0: no
+    such listener). InputError on a wrong value.
     """
     _check_name("pod", pod)
     _check_name("namespace", namespace)
@@ -75,11 +77,22 @@ def bootstrap(
         raise InputError(
             f"bootstrap: ip: {ip!r} is not an IP address; give the pod's own"
         ) from None
-    if not 0 <= admin_port <= 65535:
-        raise InputError(f"bootstrap: admin port: {admin_port} is not in 0-65535")
+    ports = {"admin": admin_port, "ready": ready_port, "stats": stats_port}
+    for field, port in ports.items():
+        if not 0 <= port <= 65535:
+            raise InputError(f"bootstrap: {field} port: {port} is not in 0-65535")
+    given = [port for port in ports.values() if port]
+    if len(set(given)) != len(given):
+        raise InputError(f"bootstrap: ports {given}: each is for one listener; give others")
+    clusters: list[Json] = [_xds_cluster(xds, tls)]
+    listeners = outside.listeners(ip, ready_port, stats_port)
+    if listeners:
+        if not admin_port:
+            raise InputError("bootstrap: admin port: 0 is no port for others to find; name one")
+        clusters.append(outside.cluster(admin_port))
     return {
         "node": {"id": node_id(pod, namespace, ip), "cluster": f"{pod}.{namespace}"},
-        "admin": {"address": _socket_address("127.0.0.1", admin_port)},
+        "admin": {"address": socket_address("127.0.0.1", admin_port)},
         "dynamic_resources": {
             "ads_config": {
                 "api_type": "DELTA_GRPC",
@@ -91,7 +104,7 @@ def bootstrap(
             "cds_config": _ads_source(),
             "lds_config": _ads_source(),
         },
-        "static_resources": {"clusters": [_xds_cluster(xds, tls)]},
+        "static_resources": {"clusters": clusters, "listeners": listeners},
         # Envoy's default refuses regular expressions of more than 100 RE2 instructions, and with
         # them the whole resource: a policy with a token of 100 letters would never hold.
         "layered_runtime": {
@@ -122,10 +135,6 @@ def _check_name(field: str, value: str) -> None:
 def _ads_source() -> dict[str, Json]:
     # Without the zero, a sidecar that waited 15 s for its server calls itself ready with nothing.
     return {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
-
-
-def _socket_address(host: str, port: int) -> dict[str, Json]:
-    return {"socket_address": {"address": host, "port_value": port}}
 
 
 def _xds_cluster(xds: str, tls: XdsTls | None) -> dict[str, Json]:
@@ -258,10 +267,10 @@ def _xds_address(xds: str) -> tuple[str, dict[str, Json]]:
     except ValueError:
         if bracketed or not _DNS_NAME.fullmatch(host):
             raise _bad_xds(xds) from None
-        return "STRICT_DNS", _socket_address(host, int(port))
+        return "STRICT_DNS", socket_address(host, int(port))
     if bracketed != (version == 6):
         raise _bad_xds(xds)
-    return "STATIC", _socket_address(host, int(port))
+    return "STATIC", socket_address(host, int(port))
 
 
 def _bad_xds(xds: str) -> InputError:

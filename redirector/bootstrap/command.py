@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-from redirector.bootstrap import Json, XdsTls, bootstrap, sds_files, xds_host
+from redirector.bootstrap import XdsTls, bootstrap, sds_files, xds_host
+from redirector.bootstrap.outside import READY_PATH, READY_PORT, STATS_PATH, STATS_PORT
+from redirector.bootstrap.values import Json
 from redirector.errors import InputError
 
 
@@ -22,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the xDS server: unix:PATH or HOST:PORT (default: %(default)s)",
     )
     parser.add_argument("--admin-port", type=int, default=15000, metavar="PORT")
+    for flag, port, path in (
+        ("--ready-port", READY_PORT, READY_PATH),
+        ("--stats-port", STATS_PORT, STATS_PATH),
+    ):
+        text = f"serve {path} here, on the pod's address; 0: nowhere (default: %(default)s)"
+        parser.add_argument(flag, type=int, default=port, metavar="PORT", help=text)
     for flag, text in (
         ("--xds-ca", "who signs the xDS server's certificate (PEM): TLS"),
         ("--xds-cert", "the sidecar's own certificate (PEM)"),
@@ -45,6 +53,8 @@ def run(arguments: argparse.Namespace, enrolled: Callable[[str], str], out: Text
         xds=arguments.xds,
         admin_port=arguments.admin_port,
         tls=tls,
+        ready_port=arguments.ready_port,
+        stats_port=arguments.stats_port,
     )
     if tls is not None and tls.sds_directory is not None:
         _write_files(sds_files(tls))

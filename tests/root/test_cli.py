@@ -290,7 +290,13 @@ def test_status_tells_what_is_missing_and_how_to_repair_it(
 def test_bootstrap_needs_no_root_and_no_enrolment(redirector: Redirector) -> None:
     given = ("bootstrap", "web", "--namespace", "demo", "--ip", "10.0.0.7")
     assert json.loads(redirector.do(*given)) == bootstrap(
-        "web", "demo", "10.0.0.7", xds="unix:/run/redirector/xds.sock", admin_port=15000
+        "web",
+        "demo",
+        "10.0.0.7",
+        xds="unix:/run/redirector/xds.sock",
+        admin_port=15000,
+        ready_port=15021,
+        stats_port=15090,
     )
     assert redirector.left() == []
 

@@ -31,7 +31,7 @@ def made(xds: str = "127.0.0.1:18000", **options: Any) -> Any:
 @pytest.mark.parametrize("xds", ADDRESSES)
 def test_envoy_takes_it(tmp_path: Path, xds: str) -> None:
     path = tmp_path / "bootstrap.json"
-    path.write_text(json.dumps(made(xds)))
+    path.write_text(json.dumps(made(xds, ready_port=15021, stats_port=15090)))
     argv: list[str | Path] = [envoy_binary(), "--mode", "validate", "-c", path, "-l", "warn"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -66,6 +66,9 @@ def test_who_the_sidecar_is_and_how_it_asks() -> None:
         ({"namespace": "a~b"}, "namespace: 'a~b' is not a Kubernetes name"),
         ({"ip": "10.77.0.300"}, "ip: '10.77.0.300' is not an IP address; give the pod's own"),
         ({"admin_port": 70000}, "admin port: 70000 is not in 0-65535"),
+        ({"ready_port": -1}, "ready port: -1 is not in 0-65535"),
+        ({"stats_port": 15000}, "ports [15000, 15000]: each is for one listener; give others"),
+        ({"admin_port": 0, "ready_port": 1}, "admin port: 0 is no port for others to find"),
         ({"xds": "localhost"}, "xds: 'localhost' is not an address; use unix:/path, host:port"),
         ({"xds": "localhost:0"}, "xds: 'localhost:0' is not an address"),
         ({"xds": ":18000"}, "xds: ':18000' is not an address"),
@@ -111,7 +114,7 @@ def test_server_must_have_the_name_that_was_dialled(
     options = ["--xds", "[fd00::1]:1", "--xds-ca", str(tls.ca), "--xds-cert", str(tls.certificate)]
     options += ["--xds-key", str(tls.key), "--xds-sds-dir", str(tmp_path / "sds")]
     assert main(["bootstrap", "shop/web", "--ip", "10.0.0.1", *options]) == 0
-    (cluster,) = json.loads(capsys.readouterr().out)["static_resources"]["clusters"]
+    cluster, _ = json.loads(capsys.readouterr().out)["static_resources"]["clusters"]
     context = cluster["transport_socket"]["typed_config"]
     assert "sni" not in context
     trust = context["common_tls_context"]["combined_validation_context"]
