@@ -102,6 +102,12 @@ def test_good_objects_have_no_problems() -> None:
         ("Service", "spec.selector", {"a": 1}, "spec.selector.a: 1: must be a string; put it"),
         ("Pod", "status.podIP", "web", "status.podIP: 'web': is not an IP address"),
         ("Pod", "status.podIP", "::ffff:10.0.0.1", "'::ffff:10.0.0.1': is not an IP address"),
+        (
+            "EndpointSlice",
+            "endpoints.0.addresses.0",
+            "127.0.0.1",
+            "'127.0.0.1': must not be a loopback, link-local or unspecified address",
+        ),
         ("Pod", "status.podIP", "fe80::1%eth0", "'fe80::1%eth0': is not an IP address"),
         ("Pod", "spec.containers.0.ports.0.containerPort", -1, "containerPort: -1: must be from"),
         ("Pod", "spec.hostNetwork", "yes", "spec.hostNetwork: 'yes': must be true or false"),
@@ -454,3 +460,21 @@ def _sample(path: str) -> tuple[str, Any]:
         if key in ("from", "to", "headers"):
             value = {key: [value[key]]}
     return f"spec.{first}", [value] if first in ("rules", "targetRefs") else value
+
+
+@pytest.mark.parametrize("port", [15000, 15001, 15006, 15020, 15021, 15053, 15090])
+def test_a_name_leads_to_no_sidecars_own_port(port: int) -> None:
+    """It may resolve to the client itself, whose sidecar is not for those who write services."""
+    named = SERVICE.replace(
+        "clusterIP: 10.96.77.1", "type: ExternalName, externalName: db.example.com"
+    )
+    mesh, problems = read(named.replace("port: 80", f"port: {port}"))
+    assert mesh.services == {}
+    assert "is a sidecar's own, which a name must not lead to" in str(problems[0])
+    bare = named.replace(", ports: [{name: http, port: 80}]", "").replace("web", "db")
+    route = ROUTE.replace(
+        "backendRefs: [{name: web, port: 80}", f"backendRefs: [{{name: db, port: {port}}}"
+    )
+    mesh, problems = read(SERVICE, bare, route)
+    assert ["Service demo/db has no such port" in str(problem) for problem in problems] == [True]
+    assert list(mesh.routes[0].rules[0].destinations) == []

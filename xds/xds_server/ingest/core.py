@@ -35,6 +35,9 @@ _PROTOCOLS = {
 }
 
 
+#: Where a sidecar serves its administration, its listeners, its health and its metrics. Nobody
+#: outside of the mesh is meant by them, and a name may resolve to the client itself.
+_SIDECAR_PORTS = frozenset({15000, OUTBOUND_PORT, INBOUND_PORT, 15020, 15021, 15053, 15090})
 _SAME_NODE = "PreferSameNode"
 _SAME_ZONE = ("PreferClose", "PreferSameZone", _SAME_NODE)
 _EXTERNAL = re.compile(rf"(?i:{DNS_NAME.pattern}\.?)")
@@ -124,8 +127,8 @@ class RawService:
     """Clients reach what is on their own node, and nothing else."""
 
     def port(self, number: int) -> RawPort | None:
-        """An ExternalName that lists no ports has every one."""
-        if self.external and not self.ports:
+        """An ExternalName that lists no ports has every one that is no sidecar's."""
+        if self.external and not self.ports and number not in _SIDECAR_PORTS:
             return RawPort("", number, None)
         return next((port for port in self.ports if port.number == number), None)
 
@@ -190,6 +193,7 @@ def read_service(item: Item) -> RawService:
     addresses = [
         field.address() for field in given if field.present and field.value not in ("", "None")
     ]
+    external = spec["type"].text("ClusterIP") == "ExternalName"
     ports: dict[int, RawPort] = {}
     names: set[str] = set()
     foreign: list[str] = []
@@ -199,6 +203,8 @@ def read_service(item: Item) -> RawService:
             field["targetPort"].port()
         if not _is_tcp(field) or number != field["port"].value:
             continue
+        if external and number in _SIDECAR_PORTS:
+            field["port"].problem("is a sidecar's own, which a name must not lead to; remove it")
         if number in ports:
             field["port"].problem("is given twice; give each port of a service its own number")
             continue
@@ -217,7 +223,7 @@ def read_service(item: Item) -> RawService:
         item,
         tuple(sorted({a for a in addresses if a is not None}, key=address_key)),
         spec["selector"].labels(),
-        _external_name(spec) if spec["type"].text("ClusterIP") == "ExternalName" else "",
+        _external_name(spec) if external else "",
         tuple(ports[number] for number in sorted(ports)),
         spec["sessionAffinity"].choice(_Affinity, _Affinity.NONE) is _Affinity.CLIENT,
         bool(distribution),
@@ -260,7 +266,7 @@ def read_slice(item: Item) -> Slice | None:
             ports.append(SlicePort(port["name"].text(""), port["port"].port()))
     endpoints = []
     for endpoint in item.root["endpoints"].items():
-        addresses = [field.address() for field in endpoint["addresses"].filled("name an address")]
+        addresses = [_elsewhere(field) for field in endpoint["addresses"].filled("name an address")]
         target, conditions = endpoint["targetRef"], endpoint["conditions"]
         pod = None
         if target["kind"].text("") == "Pod":
@@ -282,6 +288,17 @@ def read_slice(item: Item) -> Slice | None:
     if not service:
         return None
     return Slice(Name(item.name.namespace, service), tuple(ports), tuple(endpoints))
+
+
+def _elsewhere(field: Field) -> IPAddress | None:
+    """An endpoint's address. As an API server does (ValidateNonSpecialIP), none that means the
+    client itself, or something else on each link."""
+    address = field.address()
+    if address is not None and (
+        address.is_loopback or address.is_link_local or address.is_unspecified
+    ):
+        field.problem("must not be a loopback, link-local or unspecified address")
+    return address
 
 
 def protocol_of(app_protocol: str, port_name: str) -> Protocol | None:
