@@ -6,12 +6,13 @@ kernel is touched and deleted after it is clean, so `unenroll` and `uninstall` f
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from redirector import machine, network, routes
 from redirector.datapath.layout import ConnectKind, Counter, Defect
+from redirector.datapath.maps import Counted
 from redirector.datapath.pins import Datapath
 from redirector.errors import (
     AlreadyEnrolled,
@@ -27,7 +28,7 @@ from redirector.modes.ebpf import EbpfMode, pin_name
 from redirector.modes.iptables.driver import IptablesMode
 from redirector.processes import require_fit
 from redirector.records import Records, name_of
-from redirector.status import Latency, MapFill, NodeStatus, PodStatus
+from redirector.status import Latency, MapFill, NodeStatus, PodStatus, Steady
 from redirector.steering import PASSTHROUGH_V6
 
 #: Where the records live; below the directory that the xDS server's socket is in.
@@ -45,6 +46,7 @@ class Enrollment:
         self._records = records
         self._datapath = datapath
         self._ebpf = EbpfMode(datapath)
+        self._steady = Steady()
         self._modes: dict[Mode, ModeDriver] = {
             Mode.EBPF: self._ebpf,
             Mode.IPTABLES: IptablesMode(),
@@ -295,18 +297,17 @@ class Enrollment:
         """Every enrolled pod, and the datapath's maps. Its cost grows with pods and open flows."""
         loaded = self._datapath.is_loaded()
         defects = self._datapath.defects() if loaded else Defect(0)
-        moved = self._datapath.maps.moved() if loaded else {}
         pods = []
         readable, damaged = self._records.sorted_out()
+        counts = self._counts(readable) if loaded else {}
         for pod in readable:
             lost = _lost(pod)
             driver = self._modes[pod.mode]
             missing = (lost,) if lost else tuple(driver.missing(pod))
             counters: dict[Counter, int] = {}
             latencies: dict[ConnectKind, Latency] = {}
-            if pod.mode is Mode.EBPF and loaded:
-                counted = self._datapath.maps.counted(pod.netns_cookie)
-                counters = counted.counters(moved.get(pod.netns_cookie, (0, 0)))
+            if pod.name in counts:
+                counted, counters = counts[pod.name]
                 latencies = {
                     kind: Latency(buckets, us / 1e6)
                     for kind, (buckets, us) in counted.latencies().items()
@@ -319,6 +320,26 @@ class Enrollment:
         following = (followers.sweep(), followers.lost()) if followers else (0, 0)
         problems = self._records.problems() | damaged
         return NodeStatus(tuple(pods), maps, defects, problems, *following)
+
+    def _counts(self, pods: Sequence[Pod]) -> dict[str, tuple[Counted, dict[Counter, int]]]:
+        """By name, what was counted of each pod in eBPF mode, open flows included."""
+        maps = self._datapath.maps
+        with self._steady.reading():
+            counted = {
+                pod.name: maps.counted(pod.netns_cookie) for pod in pods if pod.mode is Mode.EBPF
+            }
+            # In this order: a flow that closes now is left out rather than told twice.
+            moved = maps.moved()
+            return {
+                pod.name: (
+                    counted[pod.name],
+                    self._steady.told(
+                        pod, counted[pod.name].counters(), moved.get(pod.netns_cookie, (0, 0))
+                    ),
+                )
+                for pod in pods
+                if pod.name in counted
+            }
 
     def uninstall(self) -> list[str]:
         """Remove everything this product put into the kernel, and the records. Idempotent.

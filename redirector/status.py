@@ -1,5 +1,7 @@
 """What is known of a node and its pods, as values. Pure."""
 
+import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -132,3 +134,41 @@ def _tallies(counters: Mapping[Counter, int]) -> Iterator[Tally]:
 def defect_names(defects: Defect) -> list[str]:
     """What the kernel does wrong, by name."""
     return [str(defect.name).lower() for defect in defects]
+
+
+class Steady:
+    """What pods have redirected, never told as less than before.
+
+    It is counted in two places: an open flow's in the flow, and in the pod's counters as it closes.
+    They are read one after the other, so that one that closes in between is in neither.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # By pod: what its counters held alone, and what was told; in the last reading and in this.
+        self._before: dict[str, dict[Counter, tuple[int, int]]] = {}
+        self._now: dict[str, dict[Counter, tuple[int, int]]] = {}
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep other readers out, and forget the pods that this one does not tell of."""
+        with self._lock:
+            self._before, self._now = self._now, {}
+            yield
+
+    def told(
+        self, pod: Pod, closed: Mapping[Counter, int], moved: tuple[int, int]
+    ) -> dict[Counter, int]:
+        """The pod's counters, with the bytes and messages that open flows have `moved`."""
+        found, now = dict(closed), self._now.setdefault(pod.name, {})
+        last = self._before.get(pod.name, {})
+        for counter, opened in zip(_REDIRECTED, moved, strict=True):
+            began, before = last.get(counter, (0, 0))
+            total = closed[counter] + opened
+            # Counters that are less than they were have begun anew.
+            found[counter] = max(total, before) if closed[counter] >= began else total
+            now[counter] = (closed[counter], found[counter])
+        return found
+
+
+_REDIRECTED = (Counter.REDIRECTED_BYTES, Counter.REDIRECTED_MESSAGES)

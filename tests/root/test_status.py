@@ -3,16 +3,20 @@
 from ipaddress import ip_address
 from pathlib import Path
 
+import accelerated
 import probes
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import eventually
 
-from redirector.datapath.layout import ConnectKind
+from redirector.datapath.layout import ConnectKind, Counter
+from redirector.datapath.maps import Maps, Moved
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
 from redirector.metrics import render
-from redirector.model import Mode
+from redirector.model import Accelerate, Mode
+from redirector.network import netns_cookie
 from redirector.options import parse
 from redirector.records import Records
 from redirector.status import Outcome, PodStatus
@@ -57,6 +61,40 @@ def test_connections_are_counted_by_what_became_of_them(
     assert steered_ones == {"outbound": 5, "self": 1, "inbound": 4}
     direct_ones = {reason: n for (what, reason), n in found.items() if what is Outcome.DIRECT}
     assert direct_ones == {"outbound.proxy-uid": 2}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_was_redirected_is_never_told_as_less(
+    enrollment: Enrollment, node: Node, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Also when a connection closes while its bytes are being read."""
+    pod = node.pod("pod")
+    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF, Accelerate.ON)
+
+    def redirected() -> int:
+        return told(enrollment).counters[Counter.REDIRECTED_BYTES]
+
+    with accelerated.pair(pod) as pair, monkeypatch.context() as patched:
+        for end, other in ((pair.client, pair.server), (pair.server, pair.client)):
+            end.sendall(bytes(5000))
+            accelerated.receive(other, 5000)
+        assert redirected() == 10_000
+        moved = Maps.moved
+
+        def close_meanwhile(maps: Maps) -> Moved:
+            found = {} if before else moved(maps)
+            pair.client.close()
+            pair.server.close()
+            eventually("the close", lambda: not maps.flows_of(netns_cookie(pod.netns)))
+            return moved(maps) if before else found
+
+        patched.setattr(Maps, "moved", close_meanwhile)
+        assert redirected() == 10_000
+    assert redirected() == 10_000
+    # Begun anew it is less.
+    enrollment.unenroll("pod")
+    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF, Accelerate.ON)
+    assert redirected() == 0
 
 
 def test_every_pod_and_map_is_in_the_metrics(
