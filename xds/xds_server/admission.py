@@ -52,13 +52,14 @@ class Limits:
     stream_age_s: float = 1800.0
     #: How long beyond a connection's last stream's age a client may go on not reading.
     stuck_s: float = 60.0
-    #: Of all types together. A sidecar asks by name for the endpoints of each cluster and for its
-    #: routes.
-    names: int = 200_000
+    #: Of all types together, beyond four times those that there are for the client: it keeps each, and
+    #: names it in a request with the version that it has.
+    names: int = 10_000
     name_length: int = 1024
     types: int = 32
     unanswered: int = 100
-    #: Requests a second, ten times as many at once; beyond that they are read later.
+    #: Requests a second, ten times as many at once; beyond that they are read later. A hundred names
+    #: count as one more.
     requests: float = 200.0
 
 
@@ -82,10 +83,10 @@ class TokenBucket:
         self._tokens -= 1
         return True
 
-    def owe(self) -> float:
-        """Take one in any case; how long to wait until it is paid for, in seconds."""
+    def owe(self, number: float = 1) -> float:
+        """Take so many in any case; how long to wait until they are paid for, in seconds."""
         self._fill()
-        self._tokens -= 1
+        self._tokens -= number
         return max(0.0, -self._tokens / self._rate)
 
     def _fill(self) -> None:

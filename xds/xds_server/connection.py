@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DiscoveryRequest
@@ -23,6 +24,9 @@ from xds_server.stream import MAX_RESPONSE_BYTES, ORDER
 from xds_server.tally import label
 
 log = logging.getLogger(__name__)
+
+#: What a request costs its sender more than others, by the names in it.
+_NAMES_A_REQUEST = 100
 
 
 class _Sent(NamedTuple):
@@ -98,16 +102,16 @@ class Connection:
         """Take in requests until the client ends its side."""
         try:
             async for request in requests:
-                self.receive(request)
-                if wait := self._pace.owe():
+                names = self.receive(request)
+                if wait := self._pace.owe(1 + names / _NAMES_A_REQUEST):
                     # Not read means held back by HTTP/2's window: a flood costs its sender.
                     await asyncio.sleep(wait)
         finally:
             self.closed = True
             self.wake.set()
 
-    def receive(self, request: Any) -> None:
-        """Take in one request and book the answer that it carries, if any.
+    def receive(self, request: Any) -> int:
+        """Take in one request and book the answer that it carries, if any; how many names it holds.
 
         Refused when the client asks for more than one may, or for what the stream does not serve.
         """
@@ -118,7 +122,7 @@ class Connection:
                     Reason.MALFORMED,
                     f"asks for {request.type_url[:200]!r}; this method serves {only} only",
                 )
-        _bound(request, self.stream, self._limits)
+        names = _bound(request, self.stream, self._limits)
         now = self._hub.clock()
         answer = self.stream.receive(request)
         if log.isEnabledFor(logging.DEBUG):
@@ -126,6 +130,7 @@ class Connection:
         if answer is not None:
             self._book(answer, now)
         self._go_on()
+        return names
 
     def _book(self, answer: Ack | Nack, now: float) -> None:
         # Nonces can be guessed: one that is about to be sent may be answered already.
@@ -183,7 +188,7 @@ class Connection:
             self.wake.clear()
             while not self._leaving:
                 if self._generation is not self._hub.generation:
-                    await self._refresh()
+                    await self.refresh()
                 response = self._next()
                 if response is None:
                     break
@@ -209,7 +214,7 @@ class Connection:
         if self.stream.settled and self._generation is self._hub.generation:
             self._hub.settle(self)
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
         """Offer the stream the current generation, if it has not been yet."""
         while self._generation is not self._hub.generation:
             generation = self._hub.generation
@@ -248,25 +253,36 @@ def _bound(
     request: DeltaDiscoveryRequest | DiscoveryRequest,
     stream: DeltaStream | SotwStream,
     limits: Limits,
-) -> None:
-    """Raise Refused when the stream would have to keep too much for its client."""
-    if isinstance(request, DiscoveryRequest):
-        asked: Sequence[str] = request.resource_names
-    else:
-        asked = (*request.resource_names_subscribe, *request.initial_resource_versions)
-        if not asked and request.type_url in ORDER:
-            return
+) -> int:
+    """How many names are asked for. Refused when the stream would have to keep too much."""
+    fields = _names(request)
+    asked = sum(map(len, fields))
+    if not asked and request.type_url in ORDER:
+        return asked
     kept = stream.kept()
     if isinstance(request, DiscoveryRequest):
         # Its names take the place of those before.
         kept[request.type_url] = 0
-    number = len(asked) + sum(kept.values())
-    if number > limits.names:
-        raise Refused(Reason.NAMES, f"asks for {number} names; {limits.names} is the most")
-    if max(map(len, (request.type_url, *asked))) > limits.name_length:
+    number = asked + sum(kept.values())
+    most = limits.names + 4 * stream.offered
+    if number > most:
+        raise Refused(Reason.NAMES, f"asks for {number} names; {most} is the most")
+    if max(map(len, chain((request.type_url,), *fields))) > limits.name_length:
         raise Refused(Reason.NAMES, f"asks for a name of more than {limits.name_length} characters")
     if len({*kept, request.type_url}) > limits.types:
         raise Refused(Reason.NAMES, f"asks for more than {limits.types} types")
+    return asked
+
+
+def _names(request: DeltaDiscoveryRequest | DiscoveryRequest) -> Sequence[Collection[str]]:
+    """The fields of a request that hold names, which may be too many to be looked at."""
+    if isinstance(request, DiscoveryRequest):
+        return (request.resource_names,)
+    return (
+        request.resource_names_subscribe,
+        request.resource_names_unsubscribe,
+        request.initial_resource_versions,
+    )
 
 
 def _question(request: DeltaDiscoveryRequest | DiscoveryRequest) -> str:

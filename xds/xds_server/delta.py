@@ -71,7 +71,8 @@ class DeltaStream(Stream):
 
     def _update(self, state: TypeState, desired: ResourceSet) -> Response | None:
         names = state.candidates(desired)
-        fresh = [desired[n] for n in sorted(names) if n in desired and state.outdated(desired[n])]
+        there = sorted(n for n in names if n in desired)
+        fresh = [entry for entry in map(desired.__getitem__, there) if state.outdated(entry)]
         fresh = self._ready(state, fresh)
         lost = {n for n in names if n not in desired and state.wants(n)}
         absent = {n for n in lost if n in state.due or (n in state.names and n not in state.sent)}

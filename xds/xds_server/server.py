@@ -215,6 +215,10 @@ class Server:
             refused = Refused(Reason.MALFORMED, str(error))
         except Refused as error:
             refused = error
+        except RedirectorError as error:
+            log.error("%s", error)
+            await context.abort(grpc.StatusCode.INTERNAL, str(error))
+            return
         self._admission.note(refused)
         code = _STATUS.get(refused.reason, grpc.StatusCode.RESOURCE_EXHAUSTED)
         await context.abort(code, str(refused))
@@ -242,6 +246,8 @@ class Server:
         if isinstance(stream, SotwStream):
             # Envoy names what its clusters and listeners use, and those are sent by us, too.
             stream.forgetful = node.client is not Client.ENVOY
+        # How much it may ask for is told by what there is for it.
+        await connection.refresh()
         connection.receive(first)
         return connection
 
@@ -258,15 +264,10 @@ class Server:
             await connection.write(context)
             if connection.closed:
                 await reader
-        except Refused:
-            raise
         except grpc.aio.InternalError:
             # A write fails like this when the client goes meanwhile: gRPC is about to cancel us.
             # To return before that would make it answer a call that is no more, with a traceback.
             await asyncio.sleep(_CANCEL_S)
-        except RedirectorError as error:
-            log.error("%s", error)
-            await context.abort(grpc.StatusCode.INTERNAL, str(error))
         finally:
             aged.cancel()
             reader.cancel()

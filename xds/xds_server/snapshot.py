@@ -4,7 +4,7 @@ A resource's version is the hash of its deterministic encoding, so two servers, 
 and after a restart, give unchanged content the same version and send none of it again.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -111,6 +111,13 @@ class ResourceSet(Mapping[str, Encoded]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    # Mapping's own ask for an item and catch the error, for each name.
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def keys(self) -> KeysView[str]:
+        return self._entries.keys()
 
     def dangling(self, type_url: str, targets: "ResourceSet") -> frozenset[str]:
         """Names of that type which a resource here refers to and `targets` lacks; remembered."""

@@ -149,7 +149,8 @@ class SotwStream(Stream):
             return self._update_whole(state, desired)
         self._resume(state, desired)
         names = state.candidates(desired)
-        fresh = [desired[n] for n in sorted(names) if n in desired and state.outdated(desired[n])]
+        there = sorted(n for n in names if n in desired)
+        fresh = [entry for entry in map(desired.__getitem__, there) if state.outdated(entry)]
         fresh = self._ready(state, fresh)
         for name in names - desired.keys():
             if state.sent.get(name) and name not in state.stale:

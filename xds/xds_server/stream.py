@@ -99,6 +99,11 @@ class Stream(ABC):
             and (bool(self.rejected) or self._routes_delivered())
         )
 
+    @property
+    def offered(self) -> int:
+        """How many resources there are for the client."""
+        return sum(map(len, self._desired.types.values())) if self._desired else 0
+
     def kept(self) -> dict[str, int]:
         """How many names are kept for the client, by type."""
         return {url: max(len(t.names), len(t.sent)) for url, t in self._types.items()}

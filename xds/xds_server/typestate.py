@@ -206,7 +206,8 @@ class TypeState:
             self.stale.discard(name)
             self.new.discard(name)
             self.lingering.pop(name, None)
-            self.doubts.forget(name)
+            if self.doubts:
+                self.doubts.forget(name)
             if name in self.names:
                 self.sent[name] = ABSENT
             else:
