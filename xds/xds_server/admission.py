@@ -52,14 +52,14 @@ class Limits:
     stream_age_s: float = 1800.0
     #: How long beyond a connection's last stream's age a client may go on not reading.
     stuck_s: float = 60.0
-    #: Of all types together, beyond four times those that there are for the client: it keeps each, and
-    #: names it in a request with the version that it has.
+    #: Of all types together, beyond four times those that there are for the client: it keeps each,
+    #: and names it in a request with the version that it has.
     names: int = 10_000
     name_length: int = 1024
     types: int = 32
     unanswered: int = 100
-    #: Requests a second, ten times as many at once; beyond that they are read later. A hundred names
-    #: count as one more.
+    #: Requests a second, ten times as many at once; beyond that they are read later. A hundred
+    #: names count as one more.
     requests: float = 200.0
 
 
