@@ -3,11 +3,13 @@
 import asyncio
 import logging
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from redirector.errors import RedirectorError
 from xds_server.ahead import policies_ahead
 from xds_server.errors import Problem
+from xds_server.garbage import postponed
 from xds_server.ingest import Ingester
 from xds_server.ingest.scopes import NOTHING, Wishes
 from xds_server.ir import Mesh
@@ -60,7 +62,8 @@ class Reader:
             # The last good forms are kept for when it is back.
             return Read(self.mesh, 0, [])
         suspects = frozenset().union(*(problem.suspects for problem in problems))
-        mesh, more = await asyncio.to_thread(self._ingester.ingest, objects, suspects)
+        with nullcontext() if self.mesh else postponed():
+            mesh, more = await asyncio.to_thread(self._ingester.ingest, objects, suspects)
         self.mesh = mesh
         return Read(mesh, len(objects), [*problems, *more])
 

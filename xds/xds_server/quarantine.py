@@ -8,7 +8,6 @@ refusal either makes a part smaller or ends in quarantine, so it never loops.
 """
 
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -44,10 +43,12 @@ def named(error: str, names: Iterable[str]) -> set[str]:
 class Doubts:
     """What one client refused of one type: name -> version, ABSENT for what was to go."""
 
+    __slots__ = ("_parts", "_trial", "_trial_nonce", "quarantined")
+
     def __init__(self) -> None:
         #: By name; what was quarantined stays here until another version is taken.
         self.quarantined: dict[str, Quarantined] = {}
-        self._parts: deque[dict[str, str]] = deque()
+        self._parts: list[dict[str, str]] = []
         self._trial: dict[str, str] = {}
         self._trial_nonce = ""
 
@@ -115,14 +116,14 @@ class Doubts:
             for name in names:
                 del part[name]
             dropped.update(names)
-        self._parts = deque(part for part in self._parts if part)
+        self._parts = [part for part in self._parts if part]
         return dropped
 
     def next_part(self) -> dict[str, str]:
         """What to send on its own now; empty while there is nothing, or an answer is due."""
         if not self.waiting:
             return {}
-        return self._parts.popleft()
+        return self._parts.pop(0)
 
     def on_trial(self, part: dict[str, str], nonce: str) -> None:
         """The part was sent with this nonce."""

@@ -252,7 +252,10 @@ class Stream(ABC):
         return delivered
 
     def _state(self, type_url: str) -> TypeState:
-        return self._types.setdefault(type_url, TypeState(type_url))
+        state = self._types.get(type_url)
+        if state is None:
+            state = self._types[type_url] = TypeState(type_url)
+        return state
 
     def _ask(self, state: TypeState, *, names_something: bool, owed: bool) -> None:
         """Move a type's interest along the table in this module's docstring."""

@@ -44,7 +44,7 @@ TRANSITIONS: Mapping[tuple[Interest, bool], Interest] = MappingProxyType(
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class TypeState:
     """What one client asked for, and has, of one type."""
 

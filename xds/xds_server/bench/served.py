@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xds_server.bench.objects import Size, World, node_id
-from xds_server.garbage import settle
+from xds_server.garbage import postponed, settle
 from xds_server.generation import Generation
 from xds_server.ingest import Ingester
 from xds_server.ir import NodeId
@@ -71,10 +71,11 @@ class _Served:
 
     async def serve(self, address: str) -> None:
         began, spent = time.perf_counter(), time.process_time()
-        generation = self._generation()
+        with postponed():
+            generation = self._generation()
+        settle()
         generation.snapshot(NodeId.parse(node_id(0)))
         cold = Cold(time.perf_counter() - began, time.process_time() - spent)
-        settle()
         server = Server(generation, report=self._pushes.put_nowait, report_after=_PATIENCE_S)
         server.listen(address)
         await server.start()
