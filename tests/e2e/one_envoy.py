@@ -28,6 +28,8 @@ from redirector.machine import envoy_binary
 PATIENCE_S = 30.0
 HTTP = 8080
 FRIEND = 101
+#: The network as objects have it, which may not be at loopback addresses.
+ELSEWHERE = "198.18.0"
 
 
 class App(BaseHTTPRequestHandler):
@@ -152,8 +154,9 @@ def place(listener: Any, *addresses: tuple[str, int]) -> None:
 
 @contextmanager
 def envoy(config: bootstrap_pb2.Bootstrap, folder: Path, probe: tuple[str, int]) -> Iterator[None]:
-    """An Envoy that listens on `probe` when this is entered."""
-    (folder / "bootstrap.json").write_text(as_json(config))
+    """An Envoy that listens on `probe` when this is entered; ELSEWHERE is there, too."""
+    net = probe[0].rpartition(".")[0]
+    (folder / "bootstrap.json").write_text(as_json(config).replace(f"{ELSEWHERE}.", f"{net}."))
     command = [str(envoy_binary()), "-c", str(folder / "bootstrap.json"), "--concurrency", "1"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -196,7 +199,7 @@ def asked(
     connection.endheaders()
     response = connection.getresponse()
     body = response.read()
-    seen = json.loads(body) if response.status == 200 else {}
+    seen = json.loads(body) if response.status == 200 and body else {}
     return Answer(
         response.status, {key.lower(): value for key, value in response.getheaders()}, seen
     )

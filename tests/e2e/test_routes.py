@@ -6,14 +6,17 @@ It is given the outbound listener of one sidecar.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
 from envoy_static import bootstrap
 from one_envoy import (
+    ELSEWHERE,
     HTTP,
     PATIENCE_S,
+    Answer,
     Running,
     Server,
     applications,
@@ -47,7 +50,7 @@ class Mesh:
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     net = random_net()
-    text = (Path(__file__).parent / "routes.in.yaml").read_text().replace("NET", net)
+    text = (Path(__file__).parent / "routes.in.yaml").read_text().replace("NET", ELSEWHERE)
     objects, unreadable = parse("routes.in.yaml", text)
     assert unreadable == []
     made, problems = ingest(objects)
@@ -55,7 +58,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     assert [problem.field for problem in problems if problem.own] == [
         "spec.rules[8].filters[0].type"
     ]
-    config = bootstrap(translate(made, NodeId(f"{net}.101", "client", "demo")))
+    config = bootstrap(translate(made, NodeId(f"{ELSEWHERE}.101", "client", "demo")))
     listeners = config.static_resources.listeners
     outbound = next(listener for listener in listeners if listener.name == "outbound")
     del listeners[:]
@@ -231,6 +234,75 @@ def test_a_backend_that_is_not_there_fails_its_share(mesh: Mesh) -> None:
 def test_a_broken_rule_fails_its_requests_only(mesh: Mesh) -> None:
     assert mesh.running.ask(WEB, "/broken").status == 500
     assert mesh.running.ask(WEB, "/mirrored").status == 200
+
+
+def _allowed(answer: Answer) -> dict[str, str]:
+    """What is said of requests from other origins."""
+    prefix = "access-control-"
+    return {
+        name.removeprefix(prefix): value
+        for name, value in answer.headers.items()
+        if name.startswith(prefix)
+    }
+
+
+def _preflight(origin: str, method: str = "PUT") -> dict[str, str]:
+    asked = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": "x-one"}
+    return {"Origin": origin, **asked}
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("https://www.foo.com", True),
+        ("https://www.foo.com:443", True),
+        ("https://a.bar.com", True),
+        ("https://a.b.bar.com", True),
+        ("http://port.com:81", True),
+        ("http://www.foo.com", False),
+        ("https://www.foo.com:444", False),
+        ("https://wwwxfoo.com", False),
+        ("https://bar.com", False),
+        ("https://a.bar.com.evil.com", False),
+        ("http://port.com", False),
+        ("null", False),
+    ],
+)
+def test_scripts_of_other_origins(mesh: Mesh, origin: str, allowed: bool) -> None:
+    simple = mesh.running.ask(WEB, "/cors", headers={"Origin": origin})
+    common = {"allow-origin": origin, "allow-credentials": "true"}
+    assert simple.status == 200
+    assert _allowed(simple) == ({**common, "expose-headers": "x-secret"} if allowed else {})
+    before = len(mesh.first.asked)
+    answer = mesh.running.ask(WEB, "/cors", method="OPTIONS", headers=_preflight(origin))
+    more = {
+        "allow-methods": "GET, PUT",
+        "allow-headers": "x-one, x-two",
+        "expose-headers": "x-secret",
+        "max-age": "3600",
+    }
+    assert answer.status in (200, 204)
+    if allowed:
+        assert _allowed(answer) == {**common, **more}
+    # Nothing else counts without it.
+    assert ("allow-origin" in _allowed(answer)) == allowed
+    # The application is not asked for it.
+    assert len(mesh.first.asked) == before
+
+
+def test_everything_for_scripts_of_all_origins(mesh: Mesh) -> None:
+    ask = partial(mesh.running.ask, WEB, method="OPTIONS", headers=_preflight("http://x.com:12"))
+    free = _allowed(ask("/any-cors"))
+    assert "allow-credentials" not in free
+    assert free["allow-origin"] in ("*", "http://x.com:12")
+    assert free["allow-methods"] in ("*", "PUT")
+    assert free["allow-headers"] in ("*", "x-one")
+    assert free["max-age"] == "5"
+    # With credentials "*" is no wildcard to browsers: what they asked for is named.
+    named = _allowed(ask("/any-with-credentials"))
+    assert (named["allow-origin"], named["allow-credentials"]) == ("http://x.com:12", "true")
+    assert (named["allow-methods"], named["allow-headers"]) == ("PUT", "x-one")
+    assert "expose-headers" not in named
 
 
 def test_the_oldest_route_goes_first(mesh: Mesh) -> None:

@@ -13,6 +13,7 @@ from envoy.config.bootstrap.v3 import bootstrap_pb2
 from envoy.config.cluster.v3 import cluster_pb2
 from envoy_static import bootstrap
 from one_envoy import (
+    ELSEWHERE,
     FRIEND,
     HTTP,
     PATIENCE_S,
@@ -35,7 +36,7 @@ WEB, PLAIN, RPC = 10, 11, 13
 
 
 def _config(mesh: Mesh, net: str) -> bootstrap_pb2.Bootstrap:
-    result = bootstrap(translate(mesh, NodeId(f"{net}.101", "friend", "friends")))
+    result = bootstrap(translate(mesh, NodeId(f"{ELSEWHERE}.101", "friend", "friends")))
     listeners = result.static_resources.listeners
     outbound = next(listener for listener in listeners if listener.name == "outbound")
     del listeners[:]
@@ -43,7 +44,9 @@ def _config(mesh: Mesh, net: str) -> bootstrap_pb2.Bootstrap:
     place(listeners[0], *((f"{net}.{host}", HTTP) for host in (WEB, PLAIN, RPC)))
     for name, host in PODS.items():
         assert Name("demo", name) in mesh.workloads
-        pod = bootstrap(translate(mesh, NodeId(f"{net}.{host}", name, "demo"))).static_resources
+        pod = bootstrap(
+            translate(mesh, NodeId(f"{ELSEWHERE}.{host}", name, "demo"))
+        ).static_resources
         listeners.append(next(one for one in pod.listeners if one.name == "inbound"))
         listeners[-1].name = f"inbound-{host}"
         place(listeners[-1], *((f"{net}.{host}", port) for port in (HTTP, TCP, 15006)))
@@ -60,7 +63,7 @@ def _config(mesh: Mesh, net: str) -> bootstrap_pb2.Bootstrap:
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     net = random_net()
-    text = (Path(__file__).parent / "mesh.in.yaml").read_text().replace("NET", net)
+    text = (Path(__file__).parent / "mesh.in.yaml").read_text().replace("NET", ELSEWHERE)
     objects, unreadable = parse("mesh.in.yaml", text)
     made, wrong = ingest(objects)
     assert unreadable + wrong == []

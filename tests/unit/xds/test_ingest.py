@@ -134,8 +134,22 @@ def test_good_objects_have_no_problems() -> None:
         (
             "HTTPRoute",
             "spec.rules.0.filters",
-            [{"type": "CORS", "cors": {}}],
-            "filters[0].type: 'CORS': this filter is not supported",
+            [{"type": "ExternalAuth", "externalAuth": {"protocol": "HTTP"}}],
+            "filters[0].type: 'ExternalAuth': this filter is not supported",
+        ),
+        *(
+            ("HTTPRoute", "spec.rules.0.filters", [{"type": "CORS", "cors": cors}], message)
+            for cors, message in (
+                (None, "filters[0].cors: is required"),
+                ({"origins": []}, "cors.origins: []: is not supported"),
+                ({"allowOrigins": ["example.com"]}, "'example.com': is not an origin such as"),
+                ({"allowOrigins": ["ftp://a.b"]}, "'ftp://a.b': is not an origin such as"),
+                ({"allowOrigins": ["http://a", "*"]}, "must not have '*' beside other entries"),
+                ({"allowOrigins": ["http://a"] * 65}, "must have at most 64 entries"),
+                ({"allowMethods": ["get"]}, "allowMethods[0]: 'get': must be one of GET"),
+                ({"exposeHeaders": ["a b"]}, "exposeHeaders[0]: 'a b': is not a header name"),
+                ({"maxAge": 0}, "cors.maxAge: 0: must be from 1"),
+            )
         ),
         (
             "HTTPRoute",

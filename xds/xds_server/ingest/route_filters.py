@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from xds_server.ingest.cors import read_cors
 from xds_server.ingest.reader import DNS_NAME, TOKEN, Field
 from xds_server.ir import (
     Filters,
@@ -36,11 +37,13 @@ class _Filter(StrEnum):
     MIRROR = "RequestMirror"
     REDIRECT = "RequestRedirect"
     REWRITE = "URLRewrite"
+    CORS = "CORS"
 
     @property
     def field(self) -> str:
         """Where the filter says what it does: `urlRewrite`."""
-        return "urlRewrite" if self is _Filter.REWRITE else self[0].lower() + self[1:]
+        initials = {_Filter.REWRITE: "urlRewrite", _Filter.CORS: "cors"}
+        return initials.get(self, self[0].lower() + self[1:])
 
 
 _KNOWN = {
@@ -106,6 +109,7 @@ class FilterReader:
             _redirect(redirect) if redirect else None,
             _rewrite(rewrite) if rewrite else Rewrite(),
             tuple(mirrors),
+            read_cors(found[_Filter.CORS]) if _Filter.CORS in found else None,
         )
 
     def _mirror(self, mirror: Field) -> list[Mirror]:

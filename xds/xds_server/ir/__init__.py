@@ -14,7 +14,9 @@ from xds_server.ir.matches import MatchKind, NamedMatch, StringMatch
 from xds_server.ir.names import INBOUND_PORT, OUTBOUND_PORT, Client, Name, NodeId, Protocol
 from xds_server.ir.policies import Action, Operation, Policy, PolicyRule, Source
 from xds_server.ir.routes import (
+    ANY_ORIGIN,
     Backend,
+    Cors,
     Filters,
     GrpcMatch,
     HeaderChange,
@@ -56,6 +58,7 @@ from xds_server.ir.traffic import (
 )
 
 __all__ = [
+    "ANY_ORIGIN",
     "EVERYTHING",
     "INBOUND_PORT",
     "OUTBOUND_PORT",
@@ -68,6 +71,7 @@ __all__ = [
     "CircuitBreaker",
     "Client",
     "CookieHash",
+    "Cors",
     "Delay",
     "Endpoint",
     "Fault",

@@ -113,6 +113,23 @@ class Mirror:
     per_million: int = 1_000_000
 
 
+#: Matches every origin.
+ANY_ORIGIN = StringMatch(MatchKind.REGEX, ".*")
+
+
+@dataclass(frozen=True)
+class Cors:
+    """Which scripts of other origins may ask, what, and read what of the answer; "*" in a list is
+    everything. Browsers remember it for `max_age_s`."""
+
+    origins: tuple[StringMatch, ...]
+    credentials: bool = False
+    methods: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
+    exposed: tuple[str, ...] = ()
+    max_age_s: int = 5
+
+
 @dataclass(frozen=True)
 class Filters:
     """What is done to requests and their responses. With a redirect, nothing else but the
@@ -122,6 +139,7 @@ class Filters:
     redirect: Redirect | None = None
     rewrite: Rewrite = Rewrite()
     mirrors: tuple[Mirror, ...] = ()
+    cors: Cors | None = None
 
     def then(self, later: "Filters") -> "Filters":
         """First these, then `later`, which sees what these left."""
@@ -133,6 +151,7 @@ class Filters:
                 later.rewrite.path or self.rewrite.path,
             ),
             self.mirrors + later.mirrors,
+            later.cors or self.cors,
         )
 
 

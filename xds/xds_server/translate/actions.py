@@ -25,7 +25,9 @@ from xds_server.ir import (
     StringMatch,
 )
 from xds_server.translate.clusters import cluster_name
+from xds_server.translate.cors import cors_config
 from xds_server.translate.messages import NO_TIMEOUT, duration, header_option, regex
+from xds_server.translate.traffic import configure
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 #: The status of what cannot be forwarded. Envoy tells gRPC clients UNAVAILABLE for a 503.
@@ -70,11 +72,19 @@ def routes_of(
 def _is_plain(backend: Backend) -> bool:
     """Its share differs from others by cluster, headers and host only."""
     filters = backend.filters
-    return backend.found and not (filters.redirect or filters.rewrite.path or filters.mirrors)
+    return backend.found and not (
+        filters.redirect or filters.rewrite.path or filters.mirrors or filters.cors
+    )
+
+
+def _route(name: str, match: EnvoyMatch, filters: Filters) -> EnvoyRoute:
+    result = EnvoyRoute(name=name, match=match)
+    configure(result, cors_config(filters.cors))
+    return result
 
 
 def _failing(name: str, match: EnvoyMatch, filters: Filters, kind: RouteKind) -> EnvoyRoute:
-    result = EnvoyRoute(name=name, match=match)
+    result = _route(name, match, filters)
     result.direct_response.status = _FAILED[kind]
     _change(filters.headers, result)
     return result
@@ -85,7 +95,7 @@ def _redirecting(
 ) -> EnvoyRoute:
     redirect = filters.redirect
     assert redirect is not None
-    result = EnvoyRoute(name=name, match=match)
+    result = _route(name, match, filters)
     action = result.redirect
     action.response_code = _status_name(redirect.status)
     if redirect.scheme:
@@ -126,7 +136,7 @@ def _location(scheme: str) -> base_pb2.HeaderValueOption:
 def _split(
     name: str, match: EnvoyMatch, path: StringMatch, rule: RouteRule, backends: Sequence[Backend]
 ) -> EnvoyRoute:
-    result = EnvoyRoute(name=name, match=match)
+    result = _route(name, match, rule.filters)
     _forward(result.route, rule, rule.filters, path)
     each_its_own = any(backend.filters.headers for backend in backends)
     if not each_its_own:
@@ -170,7 +180,7 @@ def _one_by_one(
         elif filters.redirect:
             yield _redirecting(own, share, filters, path, port)
         else:
-            result = EnvoyRoute(name=own, match=share)
+            result = _route(own, share, filters)
             _forward(result.route, rule, filters, path)
             result.route.cluster = cluster_name(backend.service, backend.port)
             _change(filters.headers, result)

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
 from envoy.extensions.filters.common.fault.v3 import fault_pb2 as common_fault_pb2
+from envoy.extensions.filters.http.cors.v3 import cors_pb2
 from envoy.extensions.filters.http.fault.v3 import fault_pb2
 from envoy.extensions.filters.http.local_ratelimit.v3 import local_rate_limit_pb2
 from envoy.extensions.filters.network.connection_limit.v3 import connection_limit_pb2
@@ -35,6 +36,7 @@ from xds_server.ir import (
     RateLimit,
     TrafficPolicy,
 )
+from xds_server.translate.cors import CORS
 from xds_server.translate.listeners import Filter, network_filter
 from xds_server.translate.messages import duration, packed
 
@@ -50,6 +52,7 @@ _ALWAYS = base_pb2.RuntimeFractionalPercent(
 def outbound_filters() -> list[hcm_pb2.HttpFilter]:
     """The places in a client's filter chain; off until a route configures them."""
     return [
+        _switched_off(CORS, cors_pb2.Cors()),
         _switched_off(_RATE_LIMIT, local_rate_limit_pb2.LocalRateLimit(stat_prefix=_RATE_LIMIT)),
         _switched_off(_FAULT, fault_pb2.HTTPFault()),
     ]
