@@ -12,6 +12,11 @@ from xds_server.snapshot import Encoder, Snapshot
 Translate = Callable[[NodeId], Mapping[str, Mapping[str, Message]]]
 
 
+#: Of so many nodes snapshots are kept: twice as many as there may be clients, who say which they
+#: are. The first are forgotten then, and made again where they are asked for.
+_NODES = 20_000
+
+
 class InconsistentSnapshot(RedirectorError):  # noqa: N818 - reads as the state it reports
     """A snapshot names resources that it lacks; a sidecar would wait for them for ever."""
 
@@ -52,6 +57,8 @@ class Generation:
                         f"configuration of pod {node.namespace}/{node.pod}: {'; '.join(lacking)}"
                     )
                 self._kinds[id(resources)] = known
+            if len(self._snapshots) >= _NODES:
+                del self._snapshots[next(iter(self._snapshots))]
             snapshot = self._snapshots[node] = known[1]
         return snapshot
 

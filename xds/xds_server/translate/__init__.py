@@ -144,25 +144,30 @@ class Translator:
             view = self._views.of(workload.scope if workload else EVERYTHING, node.namespace)
             routes = self._outbound_routes(view, consumer)
             clusters, endpoints = self._upstream(view, consumer, workload)
+            # Of whatever name clients make up nothing is to be kept.
+            namespace = node.namespace if node.namespace in self._views.namespaces else ""
             return memo(
-                self._proxyless.resources, view.bare, clusters, endpoints, routes, node.namespace
+                self._proxyless.resources, view.bare, clusters, endpoints, routes, namespace
             )
         if (
             known is None
             or known.workload is not workload
             or id(known.inbound) not in self._inbounds
         ):
+            own = name if workload is not None else self._as_judged(name)
             inbound = memo(
                 self._inbound_of,
                 self._all_policies,
                 self._all_traffic,
                 workload.ports if workload else None,
-                node.namespace,
-                node.pod,
+                own.namespace,
+                own.name,
             )
             self._inbounds.add(id(inbound))
             known = _Place(name, workload, inbound)
-        self._places[node], inbound = known, known.inbound
+        if workload is not None:
+            self._places[node] = known
+        inbound = known.inbound
         if workload is None:
             mesh = self._mesh
             closed = mesh.registry_only_in.get(node.namespace, mesh.registry_only)
@@ -175,6 +180,14 @@ class Translator:
         if kind not in self._wholes:
             self._wholes[kind] = memo(self._whole, *self._outward[key][1], inbound)
         return self._wholes[kind]
+
+    def _as_judged(self, name: Name) -> Name:
+        """An unknown pod, in the words of the policies: all of which they know nothing are one."""
+        if name in self._policies or name in self._arrivals:
+            return name
+        namespace = name.namespace
+        judged = namespace in self._namespace_policies or namespace in self._choosy
+        return Name(namespace if judged else "", "")
 
     def _outward_of(self, view: View, consumer: str | None, workload: Workload) -> Outward:
         memo = self.memo

@@ -1,7 +1,7 @@
 """The services that sidecars are told of: each kind of scope is worked out once."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from xds_server.ir import Name, Scope, Service
@@ -31,6 +31,11 @@ class Views:
         self._namespaces = {name: self._view(row) for name, row in sorted(found.items())}
         self._seen: dict[tuple[Scope, str], View] = {}
         self.everything = self._joined(self._namespaces.values())
+
+    @property
+    def namespaces(self) -> Collection[str]:
+        """Those that have services."""
+        return self._namespaces.keys()
 
     def of(self, scope: Scope, namespace: str) -> View:
         """What a sidecar of this namespace and scope is told of."""
