@@ -84,10 +84,13 @@ class App(BaseHTTPRequestHandler):
 class _Anything(grpc.GenericRpcHandler):
     """Answers every call with what it was sent, and tells in its metadata who answers."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, heard: list[str]) -> None:
         self._address = address
+        self._heard = heard
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        self._heard.append(details.method)
+
         def say(sent: bytes, context: grpc.ServicerContext) -> bytes:
             hop = dict(details.invocation_metadata).get("x-hop", "")
             context.send_initial_metadata([("x-server", self._address), ("x-hop", hop)])
@@ -97,13 +100,14 @@ class _Anything(grpc.GenericRpcHandler):
 
 
 @contextmanager
-def echo_server(address: str) -> Iterator[None]:
-    """A gRPC server that knows every method."""
-    server = grpc.server(ThreadPoolExecutor(2), handlers=[_Anything(address)])
+def echo_server(address: str) -> Iterator[list[str]]:
+    """A gRPC server that knows every method; tells which it was called by."""
+    heard: list[str] = []
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[_Anything(address, heard)])
     server.add_insecure_port(address)
     server.start()
     try:
-        yield
+        yield heard
     finally:
         server.stop(None).wait(PATIENCE_S)
 
@@ -150,6 +154,15 @@ def place(listener: Any, *addresses: tuple[str, int]) -> None:
     for each, (address, port) in zip(where, addresses, strict=True):
         each.socket_address.address, each.socket_address.port_value = address, port
         each.socket_address.ipv4_compat = False
+
+
+def outbound_only(config: bootstrap_pb2.Bootstrap, *addresses: tuple[str, int]) -> None:
+    """Leaves the listener for the client's own connections, at these addresses."""
+    listeners = config.static_resources.listeners
+    outbound = next(listener for listener in listeners if listener.name == "outbound")
+    del listeners[:]
+    listeners.append(outbound)
+    place(listeners[0], *addresses)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from one_envoy import (
     asked,
     echo_server,
     envoy,
-    place,
+    outbound_only,
     random_net,
 )
 from waiting import eventually
@@ -59,11 +59,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
         "spec.rules[8].filters[0].type"
     ]
     config = bootstrap(translate(made, NodeId(f"{ELSEWHERE}.101", "client", "demo")))
-    listeners = config.static_resources.listeners
-    outbound = next(listener for listener in listeners if listener.name == "outbound")
-    del listeners[:]
-    listeners.append(outbound)
-    place(listeners[0], (f"{net}.{WEB}", HTTP), (f"{net}.{WEB}", 80), (f"{net}.{RPC}", HTTP))
+    outbound_only(config, (f"{net}.{WEB}", HTTP), (f"{net}.{WEB}", 80), (f"{net}.{RPC}", HTTP))
     with (
         applications(f"{net}.1", f"{net}.2") as (first, second),
         echo_server(f"{net}.3:{HTTP}"),

@@ -21,6 +21,7 @@ from one_envoy import (
     applications,
     echo_server,
     envoy,
+    outbound_only,
     place,
     random_net,
 )
@@ -38,10 +39,7 @@ WEB, PLAIN, RPC = 10, 11, 13
 def _config(mesh: Mesh, net: str) -> bootstrap_pb2.Bootstrap:
     result = bootstrap(translate(mesh, NodeId(f"{ELSEWHERE}.101", "friend", "friends")))
     listeners = result.static_resources.listeners
-    outbound = next(listener for listener in listeners if listener.name == "outbound")
-    del listeners[:]
-    listeners.append(outbound)
-    place(listeners[0], *((f"{net}.{host}", HTTP) for host in (WEB, PLAIN, RPC)))
+    outbound_only(result, *((f"{net}.{host}", HTTP) for host in (WEB, PLAIN, RPC)))
     for name, host in PODS.items():
         assert Name("demo", name) in mesh.workloads
         pod = bootstrap(
