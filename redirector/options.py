@@ -10,7 +10,7 @@ from typing import Any
 
 from redirector.errors import InputError
 from redirector.model import ANNOTATION, EVERYWHERE, IPAddress, IPNetwork, Steering
-from redirector.steering import TUNNEL_PORT, unmapped
+from redirector.steering import TUNNEL_PORT, as_routed, unmapped
 
 #: What options of the command line begin with.
 FLAG = "--"
@@ -124,8 +124,17 @@ def _cidrs(option: str, text: str) -> tuple[IPNetwork, ...]:
     return tuple(dict.fromkeys(_cidr(option, item) for item in _items(text)))
 
 
+def _require_no_interface(option: str, text: str) -> None:
+    """What ipaddress takes for a part of an IPv6 address (RFC 4007, 11) no rule compares."""
+    address, percent, rest = text.partition("%")
+    if percent:
+        bare = address + "".join(rest.partition("/")[1:])
+        raise InputError(f"{option}: {text!r} names an interface; write {bare}")
+
+
 def _cidr(option: str, text: str) -> IPNetwork:
     hint = "give an address or a range such as 10.0.0.0/8 or fd00::/8"
+    _require_no_interface(option, text)
     try:
         network: IPv4Network | IPv6Network = ip_network(text, strict=False)
         address = ip_address(text.partition("/")[0])
@@ -172,8 +181,9 @@ def _resolvers(option: str, text: str) -> tuple[IPAddress, ...] | None:
 
 
 def _resolver(option: str, text: str) -> IPAddress:
+    _require_no_interface(option, text)
     try:
-        return unmapped(ip_address(text))
+        return as_routed(unmapped(ip_address(text)))
     except ValueError:
         raise InputError(
             f"{option}: {text!r} is not an IP address; give the resolvers' addresses, or * for any"

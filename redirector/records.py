@@ -168,8 +168,9 @@ class Records:
             entries = [self._entries / key for key in _keys(self.read(path))]
         except DatapathError:
             entries = self._entries_of(path)
-        self._unindex(entries, path)
-        path.unlink(missing_ok=True)
+        with self._writing():
+            self._unindex(entries, path)
+            path.unlink(missing_ok=True)
 
     @staticmethod
     def _unindex(entries: Iterable[Path], path: Path) -> None:
@@ -250,11 +251,12 @@ class Records:
 
     def clear(self) -> None:
         """Remove the directory with all that this class put into it."""
-        for entries in self.directory.glob(f"{self._entries.name}*"):
-            shutil.rmtree(entries)
-        for pattern in ("*.json", "*.new", self._problems.name, ".lock"):
-            for path in self.directory.glob(pattern):
-                path.unlink(missing_ok=True)
+        with self._writing():
+            for entries in self.directory.glob(f"{self._entries.name}*"):
+                shutil.rmtree(entries)
+            for pattern in ("*.json", "*.new", self._problems.name, ".lock"):
+                for path in self.directory.glob(pattern):
+                    path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.directory.rmdir()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from redirector.errors import InputError
 from redirector.model import IPAddress, Steering
 from redirector.processes import processes
-from redirector.steering import unmapped
+from redirector.steering import as_routed, unmapped
 
 _NAMED_NETNS = Path("/run/netns")
 _ETC_NETNS = Path("/etc/netns")
@@ -62,7 +62,7 @@ def nameservers(resolv_conf: str) -> tuple[IPAddress, ...]:
         if len(words) > 1 and words[0] == "nameserver":
             try:
                 # A scope (fe80::1%eth0) is no part of the address that the rules compare.
-                found[unmapped(ip_address(words[1].partition("%")[0]))] = None
+                found[as_routed(unmapped(ip_address(words[1].partition("%")[0])))] = None
             except ValueError:
                 continue
     return tuple(found) or (IPv4Address("127.0.0.1"),)

@@ -67,7 +67,7 @@ class Connection:
     def __post_init__(self) -> None:
         source = None if self.source is None else unmapped(self.source)
         object.__setattr__(self, "source", source)
-        object.__setattr__(self, "destination", _as_routed(unmapped(self.destination), source))
+        object.__setattr__(self, "destination", as_routed(unmapped(self.destination), source))
         if self.direction is Direction.OUTBOUND and self.local:
             object.__setattr__(self, "interface", "lo")
 
@@ -114,7 +114,7 @@ def is_host(steering: Steering, address: IPAddress) -> bool:
     return address in steering.host_loopback_range
 
 
-def _as_routed(destination: IPAddress, source: IPAddress | None) -> IPAddress:
+def as_routed(destination: IPAddress, source: IPAddress | None = None) -> IPAddress:
     """Return where connecting to the unspecified address leads.
 
     To the bound address or localhost in IPv4 (ip_route_output_key_hash_rcu), to localhost in IPv6

@@ -93,6 +93,9 @@ def test_all_options() -> None:
         ("excludeOutboundIPRanges", "10.1.2.3/8", "has bits outside its prefix; write 10.0.0.0/8"),
         ("excludeOutboundIPRanges", "::ffff:10.0.0.0/104", "IPv4 written as IPv6"),
         ("excludeOutboundIPRanges", "::ffff:10.0.0.0/104", "write 10.0.0.0/8"),
+        ("excludeOutboundIPRanges", "fe80::1%eth0", "names an interface; write fe80::1"),
+        ("includeOutboundIPRanges", "fe80::%eth0/64", "names an interface; write fe80::/64"),
+        ("dnsServers", "10.0.0.10,fe80::1%2", "'fe80::1%2' names an interface; write fe80::1"),
         ("inboundPort", "15001", "are both 15001"),
         ("dnsPort", "15006", "are both 15006"),
         ("excludeInterfaces", "eth0,eth+", "'eth+' is not an interface's name; give names such"),
@@ -113,6 +116,12 @@ def test_wrong_values_name_option_value_and_way_out(option: str, value: str, mes
         assert written in str(caught.value)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_the_unspecified_resolver_is_localhost() -> None:
+    """As sockets take it (resolv.conf may name it)."""
+    asked = parse({"dnsServers": "0.0.0.0,::"}).dns_servers
+    assert asked == (ip_address("127.0.0.1"), ip_address("::1"))
 
 
 def test_an_unknown_option_is_told_what_was_meant() -> None:

@@ -24,6 +24,7 @@ CAPTURE = Steering(dns_capture=True)
         ("nameserver 10.96.0.10\n\tnameserver 10.96.0.10\n", ("10.96.0.10",)),
         ("nameserver ::ffff:10.96.0.10\n", ("10.96.0.10",)),
         ("nameserver fe80::1%eth0\n", ("fe80::1",)),
+        ("nameserver 0.0.0.0\nnameserver ::\n", ("127.0.0.1", "::1")),
         ("#nameserver 10.0.0.1\nnameserver\nnameserver dns.local\n", ("127.0.0.1",)),
         ("", ("127.0.0.1",)),
     ],
