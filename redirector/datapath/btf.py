@@ -100,3 +100,8 @@ def _find(lib: ctypes.CDLL, btf: ctypes.c_void_p, kind: int, name: bytes) -> tup
 def knows_arrival_interface() -> bool:
     """Whether sk_lookup programs are told it (bpf_sk_lookup.ingress_ifindex, Linux 5.17)."""
     return member_offset("bpf_sk_lookup_kern", "ingress_ifindex") is not None
+
+
+def knows_system_calls() -> bool:
+    """Whether programs can tell which system call they run in: on x86, with BTF."""
+    return member_offset("pt_regs", "orig_ax") is not None

@@ -11,6 +11,8 @@ CGROUP_HOOKS: tuple[tuple[str, AttachType], ...] = (
     ("getpeername6", AttachType.CGROUP_INET6_GETPEERNAME),
     ("sockops", AttachType.CGROUP_SOCK_OPS),
 )
+#: Of pods whose connections are short-circuited, on kernels where it works and is needed.
+SPLICE_HOOK = ("splice", AttachType.LSM_CGROUP)
 INBOUND_HOOK = ("inbound", AttachType.SK_LOOKUP)
 CONNECT_HOOKS: tuple[tuple[str, AttachType], ...] = (
     ("connect4", AttachType.CGROUP_INET4_CONNECT),

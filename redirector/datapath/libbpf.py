@@ -33,6 +33,7 @@ class AttachType(IntEnum):
     CGROUP_INET4_GETPEERNAME = 29
     CGROUP_INET6_GETPEERNAME = 30
     SK_LOOKUP = 36
+    LSM_CGROUP = 43
 
 
 BPF_ANY = 0
@@ -214,12 +215,23 @@ class _LoadOptions(ctypes.Structure):
         ("sz", ctypes.c_size_t),
         ("attempts", ctypes.c_int),
         ("expected_attach_type", ctypes.c_int),
+        ("prog_btf_fd", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("kern_version", ctypes.c_uint32),
+        ("attach_btf_id", ctypes.c_uint32),
     )
 
 
-def prog_load(name: str, kind: int, attach: AttachType, code: bytes) -> int:
-    """A descriptor of the program; `name` has 15 letters at most (bpf_prog_load)."""
+def prog_load(name: str, kind: int, attach: AttachType, code: bytes, function: str = "") -> int:
+    """A descriptor of the program; `name` has 15 letters at most (bpf_prog_load).
+
+    `function` is the security hook that it is for, where `attach` asks for one.
+    """
     options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=int(attach))
+    if function:
+        found = _lib().libbpf_find_vmlinux_btf_id(function.encode(), int(attach))
+        options.attach_btf_id = _check(found, f"BTF of {function}")
     count = ctypes.c_size_t(len(code) // 8)
     loaded = _lib().bpf_prog_load(kind, name.encode(), b"GPL", code, count, ctypes.byref(options))
     return _check(loaded, f"bpf_prog_load {name}")

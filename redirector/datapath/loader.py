@@ -8,19 +8,21 @@ Below ROOT, a directory in bpffs, it makes or completes the generation of its ow
 Run with `layout.SELF_TEST` instead, it only tries the kernel and prints what `self_test` found.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bcc import BPF, lib
 
 from redirector.datapath import generation, libbpf, selftest
-from redirector.datapath.hooks import PER_POD, SOCKHASH_HOOKS
+from redirector.datapath.btf import knows_system_calls
+from redirector.datapath.hooks import PER_POD, SOCKHASH_HOOKS, SPLICE_HOOK
 from redirector.datapath.instructions import portable, relocated
 from redirector.datapath.layout import SELF_TEST, About, Defect
 from redirector.datapath.source import (
@@ -31,6 +33,8 @@ from redirector.datapath.source import (
     zerocopy_flag,
 )
 from redirector.datapath.trial import TrialMaps, enter_scratch_namespace
+from redirector.errors import MachineError
+from redirector.machine import cgroup2_mount
 
 MAPS = (
     "pods",
@@ -59,9 +63,12 @@ class Program:
     name: str
     kind: int
     attach: libbpf.AttachType
+    function: str = ""
+    """The security hook that it is for."""
 
 
 SOCK_OPS, SK_SKB, SK_MSG, CGROUP_SOCK_ADDR, CGROUP_SOCKOPT, SK_LOOKUP = 13, 14, 16, 18, 25, 30
+LSM = 29
 _A = libbpf.AttachType
 PROGRAMS = (
     Program("connect4", CGROUP_SOCK_ADDR, _A.CGROUP_INET4_CONNECT),
@@ -79,12 +86,15 @@ PROGRAMS = (
     Program("arrive", SK_SKB, _A.SK_SKB_STREAM_VERDICT),
     Program("inbound", SK_LOOKUP, _A.SK_LOOKUP),
 )
+#: Loaded where the self-test finds that it is needed, and works: Linux 6.0 with the BPF LSM on.
+SPLICE = Program(*("splice", LSM, _A.LSM_CGROUP), function="file_permission")
 
 
 def load(root: Path, sizes: Mapping[str, int]) -> None:
     """Compile, try the kernel, load, pin below `root`. Leaves nothing when it fails."""
     module, own, programs = _loaded(translation_unit(sizes))
-    about = generation.about(build_id(sizes), _tried(own))
+    defects, optional = _tried(module, own)
+    about = generation.about(build_id(sizes), defects)
     root.mkdir(mode=0o700, exist_ok=True)
     directory = root / layout_id(sizes)
     staging = directory.with_name(f"{directory.name}-loading-{os.getpid()}")
@@ -94,17 +104,23 @@ def load(root: Path, sizes: Mapping[str, int]) -> None:
         if not directory.exists():
             for name, fd in own.items():
                 libbpf.obj_pin(fd, staging / "maps" / name)
+            programs |= _load_programs(module, {}, optional)
             _pin(module, programs, own, staging / "programs" / build_id(sizes).hex())
             libbpf.map_update(own["about"], bytes(4), bytes(about))
             staging.rename(directory)
         else:
-            _replace(module, own, directory, staging / "programs", about)
+            _replace(module, optional, own, directory, staging / "programs", about)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def _replace(
-    module: BPF, own: Mapping[str, int], directory: Path, staging: Path, about: About
+    module: BPF,
+    optional: Sequence[Program],
+    own: Mapping[str, int],
+    directory: Path,
+    staging: Path,
+    about: About,
 ) -> None:
     """Put the programs in the place of another build's, on the maps that are there."""
     for name, fd in own.items():
@@ -112,7 +128,8 @@ def _replace(
             # Of the same layout, but the other build had no need to find it again.
             libbpf.obj_pin(fd, directory / "maps" / name)
     pinned = {name: libbpf.obj_get(directory / "maps" / name) for name in MAPS}
-    programs = _load_programs(module, {fd: pinned[name] for name, fd in own.items()})
+    instead = {fd: pinned[name] for name, fd in own.items()}
+    programs = _load_programs(module, instead, (*PROGRAMS, *optional))
     build = bytes(about.sha256).hex()
     _pin(module, programs, own, staging / build)
     # Links hold their programs; what is pinned serves new ones only.
@@ -122,12 +139,19 @@ def _replace(
     libbpf.map_update(pinned["about"], bytes(4), bytes(about))
 
 
-def _load_programs(module: BPF, instead: Mapping[int, int]) -> dict[str, int]:
+def _load_programs(
+    module: BPF, instead: Mapping[int, int], which: Sequence[Program] = PROGRAMS
+) -> dict[str, int]:
     """Each program's descriptor. `instead`: map descriptors to use in the place of others."""
     functions: dict[str, int] = {}
-    for program in PROGRAMS:
+    for program in which:
         name = f"redirector_{program.name}".encode()
         code = relocated(module.dump_func(name), instead)
+        if program.function:
+            functions[program.name] = libbpf.prog_load(
+                program.name, program.kind, program.attach, code, program.function
+            )
+            continue
         fd = lib.bcc_func_load(
             module.module,
             program.kind,
@@ -168,8 +192,9 @@ def _pin(
 
 def self_test() -> Defect:
     """Compile, load, try the kernel, and pin nothing."""
-    _, maps, _ = _loaded(translation_unit({name: min(size, 64) for name, size in SIZES.items()}))
-    return _tried(maps)
+    sizes = {name: min(size, 64) for name, size in SIZES.items()}
+    module, maps, _ = _loaded(translation_unit(sizes))
+    return _tried(module, maps)[0]
 
 
 def _loaded(unit: str) -> tuple[BPF, dict[str, int], dict[str, int]]:
@@ -181,12 +206,41 @@ def _loaded(unit: str) -> tuple[BPF, dict[str, int], dict[str, int]]:
     return module, maps, programs
 
 
-def _tried(maps: Mapping[str, int]) -> Defect:
+def _tried(module: BPF, maps: Mapping[str, int]) -> tuple[Defect, Sequence[Program]]:
+    """What is wrong, and what to load beside `PROGRAMS` so that no more is."""
     enter_scratch_namespace()
     trial = TrialMaps(*(maps[name] for name in ("states", "flows", "sockets", "arrived")))
     # Where BTF shows SO_ZEROCOPY, sockets that have it are kept out of the sockhash.
     kept_out = Defect.ZEROCOPY if zerocopy_flag() is not None else Defect(0)
-    return selftest.run(trial) & ~kept_out
+    found = selftest.run(trial) & ~kept_out
+    if Defect.SPLICE_OUT in found and _can_refuse_splice(module, trial):
+        return found & ~Defect.SPLICE_OUT, (SPLICE,)
+    return found, ()
+
+
+def _can_refuse_splice(module: BPF, trial: TrialMaps) -> bool:
+    if not knows_system_calls():
+        return False
+    try:
+        with _refusing_splice(_load_programs(module, {}, (SPLICE,))[SPLICE.name]):
+            return not selftest.run(trial, Defect.SPLICE_OUT)
+    except (OSError, MachineError):  # no such hook, or the kernel does not want to be told
+        return False
+
+
+@contextlib.contextmanager
+def _refusing_splice(program: int) -> Iterator[None]:
+    """To all processes that this one sees, for a few milliseconds; it concerns its own alone."""
+    cgroup = os.open(cgroup2_mount(), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        link = libbpf.link_create(program, cgroup, SPLICE_HOOK[1])
+        try:
+            yield
+        finally:
+            libbpf.link_detach(link)
+            os.close(link)
+    finally:
+        os.close(cgroup)
 
 
 def _map_fd(module: BPF, name: str) -> int:

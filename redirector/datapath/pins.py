@@ -12,7 +12,13 @@ from pathlib import Path
 from redirector.datapath import libbpf
 from redirector.datapath.followers import Followers
 from redirector.datapath.generation import Generation
-from redirector.datapath.hooks import DECIDING_HOOKS, DNS_QUERY_HOOKS, INBOUND_HOOK, PER_POD
+from redirector.datapath.hooks import (
+    DECIDING_HOOKS,
+    DNS_QUERY_HOOKS,
+    INBOUND_HOOK,
+    PER_POD,
+    SPLICE_HOOK,
+)
 from redirector.datapath.instructions import for_pod
 from redirector.datapath.layout import LIMITS, Defect
 from redirector.datapath.libbpf import AttachType, Kind, LinkInfo
@@ -107,6 +113,10 @@ class Datapath:
         """What the running kernel does wrong with redirected bytes; mere limits left out."""
         return Defect(self.maps.about().defects) & ~LIMITS
 
+    def refuses_splice(self) -> bool:
+        """Whether pods that are short-circuited need the hook for that, and the kernel has it."""
+        return (self.programs / SPLICE_HOOK[0]).exists()
+
     def _load(self, lock: int) -> None:
         sizes = json.dumps(dict(self._sizes))
         run_loader(str(self.root), sizes, self._build.hex(), inherited=(lock,))
@@ -191,7 +201,7 @@ class Datapath:
         else:
             self.detach(pod, hook)
             pin.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if kind is not AttachType.SK_LOOKUP:
+            if kind not in (AttachType.SK_LOOKUP, AttachType.LSM_CGROUP):  # of which flags are told
                 require_room(f"pod {pod}: {hook} on {target}", kind, target)
             _pin_new_link(program, kind, target, pin)
 

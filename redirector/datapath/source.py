@@ -38,6 +38,7 @@ FILES = (
     "sockops.c",
     "redirect.c",
     "arrive.c",
+    "splice.c",
     "inbound.c",
 )
 INCLUDES = (
@@ -63,12 +64,14 @@ SIZES: Mapping[str, int] = {
 }
 
 #: What is read of the kernel's own structs; 0 when the kernel has no BTF. Then a direction's budget
-#: is never given back, who connects is known by the real ids, and a FIN counts as a byte.
+#: is never given back, who connects is known by the real ids, a FIN counts as a byte, and splice()
+#: is not refused.
 OFFSETS: Mapping[str, tuple[str, ...]] = {
     "RMEM_OFFSET": ("sock", "sk_backlog", "rmem_alloc"),
     "PROTO_OFFSET": ("sock", "__sk_common", "skc_prot"),
     "MEMORY_ALLOCATED_OFFSET": ("proto", "memory_allocated"),
     "SK_SOCKET_OFFSET": ("sock", "sk_socket"),
+    "SOCKET_SK_OFFSET": ("socket", "sk"),
     "SOCKET_FLAGS_OFFSET": ("socket", "flags"),
     "SOCKET_FILE_OFFSET": ("socket", "file"),
     "SOCKET_WQ_OFFSET": ("socket", "wq"),
@@ -80,6 +83,8 @@ OFFSETS: Mapping[str, tuple[str, ...]] = {
     "CRED_OFFSET": ("task_struct", "cred"),
     "FSUID_OFFSET": ("cred", "fsuid"),
     "FSGID_OFFSET": ("cred", "fsgid"),
+    # Of x86 alone: system calls have other numbers elsewhere.
+    "ORIG_AX_OFFSET": ("pt_regs", "orig_ax"),
 }
 
 

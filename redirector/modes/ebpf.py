@@ -17,6 +17,7 @@ from redirector.datapath.hooks import (
     DNS_ANSWER_HOOKS,
     DNS_QUERY_HOOKS,
     INBOUND_HOOK,
+    SPLICE_HOOK,
 )
 from redirector.datapath.layout import (
     MAX_PROXY_IDS,
@@ -60,8 +61,7 @@ class EbpfMode:
         """
         self._datapath.ensure()
         maps, netns, lists = self._datapath.maps, pod.netns_cookie, _lists(pod)
-        accelerate = pod.accelerate.holds(defects=bool(self._datapath.defects()))
-        entry, before = pod_entry(pod, accelerate), maps.pod(netns)
+        entry, before = pod_entry(pod, self._accelerates(pod)), maps.pod(netns)
         pins = pin_name(pod.name)
         older = [each for each in self._datapath.others() if pins in each.pods()]
         if older:
@@ -83,7 +83,7 @@ class EbpfMode:
 
     def _attach(self, pod: Pod) -> None:
         pins = pin_name(pod.name)
-        for hook, kind in _hooks(pod):
+        for hook, kind in self._hooks(pod):
             if hook == INBOUND_HOOK[0]:
                 self._publish_listeners(pod)
                 self._datapath.attach_inbound(pins, pod.netns_cookie, pod.netns)
@@ -92,6 +92,19 @@ class EbpfMode:
         if not pod.steering.dns_capture:
             for hook, _ in (*DNS_QUERY_HOOKS, *DNS_ANSWER_HOOKS):
                 self._datapath.detach(pins, hook)
+
+    def _accelerates(self, pod: Pod) -> bool:
+        return pod.accelerate.holds(defects=bool(self._datapath.defects()))
+
+    def _hooks(self, pod: Pod) -> tuple[tuple[str, AttachType], ...]:
+        """In the order in which they are attached."""
+        hooks = ALL_HOOKS
+        if pod.steering.dns_capture:
+            decide = (INBOUND_HOOK, *DNS_QUERY_HOOKS, *CONNECT_HOOKS)
+            hooks = (*CGROUP_HOOKS, *DNS_ANSWER_HOOKS, *decide)
+        if self._datapath.refuses_splice() and self._accelerates(pod):
+            return (SPLICE_HOOK, *hooks)
+        return hooks
 
     def _publish_listeners(self, pod: Pod) -> None:
         with listening_sockets(pod.netns, pod.cgroup, pod.steering.inbound_port) as sockets:
@@ -166,7 +179,7 @@ class EbpfMode:
         Of a pod that another version steers only this is said, that this one's programs do not.
         """
         pins = pin_name(pod.name)
-        hooks = [hook for hook, _ in _hooks(pod)]
+        hooks = [hook for hook, _ in self._hooks(pod)]
         entered = self._datapath.is_loaded() and self._datapath.maps.pod(pod.netns_cookie)
         if entered and all(self._datapath.is_own(pins, h, _target(pod, h)) for h in hooks):
             return _unknown_addresses(pod)
@@ -190,13 +203,6 @@ class EbpfMode:
             return ()
         counted = self._datapath.maps.counted(pod.netns_cookie)
         return tallies(counted.counters(), counted.rules())
-
-
-def _hooks(pod: Pod) -> tuple[tuple[str, AttachType], ...]:
-    """In the order in which they are attached."""
-    if not pod.steering.dns_capture:
-        return ALL_HOOKS
-    return (*CGROUP_HOOKS, *DNS_ANSWER_HOOKS, INBOUND_HOOK, *DNS_QUERY_HOOKS, *CONNECT_HOOKS)
 
 
 def _unknown_addresses(pod: Pod) -> list[str]:
