@@ -165,7 +165,8 @@ def _capabilities(env: Environment) -> str:
     lacking = [name for name, bit in CAPABILITIES.items() if not effective >> bit & 1]
     if lacking:
         raise MachineError(
-            f"this process lacks {', '.join(lacking)}; run it as root, in a container privileged"
+            f"this process lacks {', '.join(lacking)}; run it as root; a container needs what "
+            "manifests/agent/daemonset.yaml grants"
         )
     return ", ".join(CAPABILITIES)
 

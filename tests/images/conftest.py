@@ -5,12 +5,17 @@ import shutil
 import ssl
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import trustme
 from apiserver import ApiServer
 from containers import PODMAN
+from deployments import Site
+
+from redirector.datapath.pins import Datapath
+from redirector.lab import Node
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,3 +57,12 @@ def cluster(account: Path) -> Iterator[ApiServer]:
     made = ApiServer(tls=context)
     yield made
     made.down()
+
+
+@pytest.fixture
+def site(node: Node, cluster: ApiServer, place: Path, account: Path) -> Iterator[Site]:
+    with ExitStack() as stack:
+        made = Site(node, cluster, place, account)
+        stack.callback(Datapath(made.ground.pins).unload)
+        stack.enter_context(made.ground.stack)
+        yield made

@@ -1,7 +1,6 @@
 """Containers of the built images, as the manifests' pods describe them."""
 
 import contextlib
-import json
 import os
 import resource
 import secrets
@@ -17,7 +16,8 @@ from typing import Any
 from deployed import Deployed
 from waiting import PATIENCE_S, eventually
 
-from redirector.lab import LabPod
+from redirector.lab import LabPod, Node
+from redirector.lab.node import NETNS_DIRECTORY
 from redirector.network import within
 
 #: What tests/images/setup made; podman with the images' storage.
@@ -35,6 +35,8 @@ class Places:
     volumes: Mapping[str, Path] = field(default_factory=dict)
     #: Beside what the manifest sets.
     environment: Mapping[str, str] = field(default_factory=dict)
+    #: What the pod's fields are, such as `spec.nodeName`.
+    fields: Mapping[str, str] = field(default_factory=dict)
     #: With the account's token and ca.crt.
     account: Path | None = None
 
@@ -42,14 +44,17 @@ class Places:
 class Container:
     """One that runs; made by `start`."""
 
-    def __init__(self, name: str, process: "subprocess.Popen[str]", log: Path, pod: LabPod) -> None:
+    def __init__(
+        self, name: str, process: "subprocess.Popen[str]", log: Path, pod: LabPod, node: Node
+    ) -> None:
         self.name = name
         self.process = process
         self.log = log
         self._pod = pod
+        self._kubelet = NETNS_DIRECTORY / node.name
 
     def ask(self, port: int, path: str) -> tuple[int, str]:
-        """What its HTTP endpoint answers on the pod's own address; 0 while nobody listens."""
+        """What its HTTP endpoint answers the node; 0 while nobody listens."""
 
         def get() -> tuple[int, str]:
             url = f"http://{self._pod.ip}:{port}{path}"
@@ -62,16 +67,19 @@ class Container:
                 return 0, ""
 
         assert self.process.poll() is None, self.log.read_text()
-        return within(self._pod.netns, get)
+        return within(self._kubelet, get)
 
     def until_probed(self, given: Deployed) -> None:
         """Wait until the manifest's probes, asked as the kubelet does, are answered well."""
-        container = given.container()
+        self.until_answering(given.container(), "startupProbe", "livenessProbe", "readinessProbe")
+
+    def until_answering(self, container: Mapping[str, Any], *probes: str) -> None:
+        """Wait until these probes of the container are answered well."""
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        for probe in probes:
             asks = container[probe]["httpGet"]
             port, path = ports[asks["port"]], asks["path"]
-            eventually(f"{probe}: {self.log}", lambda: self.ask(port, path)[0] == 200)  # noqa: B023
+            eventually(f"{probe} ({self.log})", lambda: self.ask(port, path)[0] == 200)  # noqa: B023
 
     def run(self, *words: str) -> "subprocess.CompletedProcess[str]":
         """`kubectl exec`."""
@@ -79,17 +87,14 @@ class Container:
 
     @property
     def pid(self) -> int:
-        """Of its first process, on this machine."""
-        return int(self._inspect()["State"]["Pid"])
+        """Of its first process, on this machine; 0 before it is there and once it has ended."""
+        inspected = podman("inspect", "--format={{.State.Pid}}", self.name)
+        return int(inspected.stdout) if inspected.returncode == 0 else 0
 
     @property
     def out_of_memory(self) -> bool:
         """Whether its limit has killed any of it."""
-        return bool(self._inspect()["State"]["OOMKilled"])
-
-    def _inspect(self) -> dict[str, Any]:
-        (found,) = json.loads(podman("inspect", self.name).stdout)
-        return dict(found)
+        return podman("inspect", "--format={{.State.OOMKilled}}", self.name).stdout != "false\n"
 
     def stop(self, given: Deployed) -> int:
         """As the kubelet does; its exit code. 137 when its grace period was not enough."""
@@ -144,42 +149,42 @@ def container_flags(
         limit = container["resources"]["limits"]["memory"].removesuffix("i").lower()
         made += [f"--memory={limit}", f"--memory-swap={limit}"]
     for each in container.get("env", []):
-        if "value" in each:
-            made.append(f"--env={each['name']}={each['value']}")
+        value = each.get("value") or places.fields[each["valueFrom"]["fieldRef"]["fieldPath"]]
+        made.append(f"--env={each['name']}={value}")
     made += [f"--env={name}={value}" for name, value in places.environment.items()]
-    mounts = {each["name"]: each for each in container.get("volumeMounts", [])}
-    for volume in pod.get("volumes", []):
-        made += _volume(volume, mounts[volume["name"]], places)
+    volumes = {each["name"]: each for each in pod.get("volumes", [])}
+    for mount in container.get("volumeMounts", []):
+        made.append(_volume(volumes[mount["name"]], mount, places))
     if places.account is not None:
         made.append(f"--volume={places.account}:{ACCOUNT}:ro")
     return made
 
 
-def _volume(volume: Mapping[str, Any], mount: Mapping[str, Any], places: Places) -> list[str]:
-    where = mount["mountPath"]
-    if "emptyDir" in volume:
+def _volume(volume: Mapping[str, Any], mount: Mapping[str, Any], places: Places) -> str:
+    where, source = mount["mountPath"], places.volumes.get(volume["name"])
+    if source is None and "emptyDir" in volume:
         assert volume["emptyDir"]["medium"] == "Memory"
         size = volume["emptyDir"]["sizeLimit"].removesuffix("i").lower()
-        return [f"--tmpfs={where}:size={size},mode=777"]
-    source = places.volumes.get(volume["name"]) or Path(volume["hostPath"]["path"])
+        return f"--tmpfs={where}:size={size},mode=777"
+    source = source or Path(volume["hostPath"]["path"])
     if volume.get("hostPath", {}).get("type") == "FileOrCreate":
         source.touch()
-    return [f"--volume={source}:{where}{':ro' if mount.get('readOnly') else ''}"]
+    return f"--volume={source}:{where}{':ro' if mount.get('readOnly') else ''}"
 
 
 def start(
-    image: str, pod: LabPod, options: Sequence[str], words: Sequence[str], log: Path
+    node: Node, pod: LabPod, image: str, options: Sequence[str], words: Sequence[str], log: Path
 ) -> Container:
-    """Run `words` in a container of the image, in the pod's network."""
+    """Run `words` in a container of the image, in the network of the node's pod."""
     name = f"{pod.name}-{secrets.token_hex(3)}"
     argv = [PODMAN, "run", "--rm", f"--name={name}", f"--network=ns:{pod.netns}", *options, image]
     with log.open("w") as file:
         process = subprocess.Popen([*argv, *words], stdout=file, stderr=file, text=True)
-    return Container(name, process, log, pod)
+    return Container(name, process, log, pod, node)
 
 
 def run_to_end(
-    image: str, pod: LabPod, options: Sequence[str], *words: str
+    pod: LabPod, image: str, options: Sequence[str], *words: str
 ) -> "subprocess.CompletedProcess[str]":
     """The same, for a command that ends by itself."""
     return podman("run", "--rm", f"--network=ns:{pod.netns}", *options, image, *words)

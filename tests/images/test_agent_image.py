@@ -1,34 +1,19 @@
 """The agent's image, run as its DaemonSet says: all that a node's agent is for."""
 
+import copy
+import json
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import apiserver
 import pytest
-import yaml
-from agents import Ground, Running
 from apiserver import ApiServer
-from containers import (
-    AGENT_IMAGE,
-    Container,
-    Places,
-    container_flags,
-    flags,
-    run_to_end,
-    start,
-)
+from containers import AGENT_IMAGE, start
 from deployed import AGENT
+from deployments import Site
 from waiting import eventually
 
-from redirector.datapath.pins import Datapath
-from redirector.lab import Node
-from redirector.machine import ensure_bpffs
 from redirector.model import Mode
-from redirector.network import within
-from redirector.records import Records
 from redirector.steering import Verdict
 
 pytestmark = pytest.mark.root
@@ -37,56 +22,24 @@ INSTALL = Path(__file__).parents[2] / "docs" / "install.md"
 (METRICS,) = (port["containerPort"] for port in AGENT.container()["ports"])
 
 
-class Site:
-    """A node for the agent's pod, and the agent in it."""
-
-    def __init__(self, node: Node, cluster: ApiServer, place: Path, account: Path) -> None:
-        self.home = node.pod("agent")
-        within(self.home.netns, cluster.up)
-        cluster.put("namespaces", apiserver.namespace("default"))
-        state = place / "state"
-        state.mkdir()
-        pins = ensure_bpffs() / f"{node.name}-image"
-        self.ground = Ground(node, cluster, Records(state / "pods"), pins, place / "log")
-        environment = {
-            "NODE_NAME": "node-1",
-            "REDIRECTOR_PINS": str(pins),
-            "KUBERNETES_SERVICE_HOST": "127.0.0.1",
-            "KUBERNETES_SERVICE_PORT": str(cluster.port),
-        }
-        self.flags = flags(AGENT, Places({"state": state}, environment, account))
-
-    def start(self) -> tuple[Container, Running]:
-        """The manifest's command; of the node it sees only what is the test's."""
-        container = AGENT.container()
-        words = [*container["command"], *container["args"]]
-        words += ["--cgroup-root", str(self.ground.node.cgroup), "--resync", "0.5"]
-        made = start(AGENT_IMAGE, self.home, self.flags, words, self.ground.log)
-        self.ground.stack.callback(made.kill)
-        return made, Running(made.process, made.log)
-
-    def command(self, *words: str) -> str:
-        """Another container of the same image and with the same mounts, to its end."""
-        done = run_to_end(AGENT_IMAGE, self.home, self.flags, "redirector", *words)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-
-@pytest.fixture
-def site(node: Node, cluster: ApiServer, place: Path, account: Path) -> Iterator[Site]:
-    with ExitStack() as stack:
-        made = Site(node, cluster, place, account)
-        stack.callback(Datapath(made.ground.pins).unload)
-        stack.enter_context(made.ground.stack)
-        yield made
-
-
-def await_container() -> dict[str, Any]:
-    """The init container that the page for installers tells of."""
-    found = re.search(r"^    initContainers:\n(?:      .*\n)+", INSTALL.read_text(), re.M)
+def uninstalling() -> dict[str, Any]:
+    """The DaemonSet's container, patched as installers are told to (RFC 6902)."""
+    found = re.search(r"--type=json -p '(\[.*?\n.*?\])'$", INSTALL.read_text(), re.M | re.S)
     assert found
-    (made,) = yaml.safe_load(found[0])["initContainers"]
-    return dict(made)
+    patched = copy.deepcopy(AGENT.one("DaemonSet"))
+    for change in json.loads(found[1]):
+        *parents, name = change["path"].split("/")[1:]
+        where = patched
+        for parent in parents:
+            where = where[int(parent) if parent.isdigit() else parent]
+        assert name in where
+        del where[name]
+        if change["op"] == "replace":
+            where[name] = change["value"]
+    (container,) = patched["spec"]["template"]["spec"]["containers"]
+    assert "startupProbe" not in container
+    assert "livenessProbe" not in container
+    return dict(container)
 
 
 def test_nothing_is_missing_in_it(site: Site) -> None:
@@ -147,34 +100,12 @@ def test_it_does_what_a_nodes_agent_does(site: Site, cluster: ApiServer) -> None
 
     # And how it is taken away.
     assert container.stop(AGENT) == 0
-    site.command("uninstall")
+    last = uninstalling()
+    words = [*last["command"], *last["args"]]
+    container = start(ground.node, site.home, AGENT_IMAGE, site.flags, words, ground.log)
+    ground.stack.callback(container.kill)
+    probe = last["readinessProbe"]["exec"]["command"]
+    eventually("its end", lambda: container.run(*probe).returncode == 0)
+    assert container.process.poll() is None
     outbound(Verdict.DIRECT)
     assert not ground.pins.exists()
-
-
-def test_a_pods_start_is_held_until_it_is_steered(site: Site, place: Path) -> None:
-    """By the init container as it is shown to installers, in another container's network."""
-    ground = site.ground
-    pod = ground.pod("pod", 1, listen=False)
-    pod.run(["ip", "route", "replace", "default", "via", str(ground.node.subnet[1])], check=True)
-    # The sandbox's own process, by which the agent finds the network.
-    pod.popen(["sleep", "1000"])
-    given = await_container()
-    log = place / "await.log"
-    waiting = start(AGENT_IMAGE, pod, container_flags({}, given, Places()), given["command"], log)
-    ground.stack.callback(waiting.kill)
-    # A kubelet puts it into the pod's cgroup at once.
-    pid = eventually("its process", lambda: _pid(waiting))
-    (pod.app / "cgroup.procs").write_text(str(pid))
-    assert waiting.process.poll() is None, log.read_text()
-    site.start()
-    ground.tell("pod", 1, mode="ebpf")
-    assert waiting.process.wait(60) == 0, log.read_text()
-    assert log.read_text().startswith("steered after ")
-
-
-def _pid(container: Container) -> int:
-    try:
-        return container.pid
-    except ValueError:
-        return 0

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import re
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import apiserver
 import pytest
 from apiserver import ApiServer
 from certificates import Authority
-from containers import XDS_IMAGE, Places, flags, start
 from deployed import XDS_SERVER
+from deployments import XDS_NAME, XDS_PORT, identity, start_xds_server
 from running import DEMO, Sidecar
 from waiting import eventually
 from xds_server.sources.files import load
@@ -22,37 +21,11 @@ from redirector.network import within
 
 pytestmark = pytest.mark.root
 
-#: Its Service's name and port, which certificates and bootstraps name.
-SERVICE = XDS_SERVER.one("Service")
-NAME = f"{SERVICE['metadata']['name']}.{SERVICE['metadata']['namespace']}.svc"
-(PORT,) = (port["port"] for port in SERVICE["spec"]["ports"])
 #: What the API server calls the resources: that of a role.
 RESOURCES = {
     resource: f"{version.rpartition('/')[0].split('/')[0]}/{resource}".lstrip("/")
     for resource, (_, version) in apiserver.KINDS.items()
 }
-
-
-def secret(directory: Path, authority: Authority) -> Path:
-    """`xds-server-tls`, as the kubelet mounts it: root's, and readable for the pod's group."""
-    directory.mkdir()
-    leaf = authority.issue(NAME)
-    leaf.write(directory / "tls.crt", directory / "tls.key")
-    (directory / "ca.crt").write_bytes(authority.pem)
-    (volume,) = (each for each in XDS_SERVER.pod()["volumes"] if "secret" in each)
-    for file in directory.iterdir():
-        os.chown(file, 0, XDS_SERVER.pod()["securityContext"]["fsGroup"])
-        file.chmod(volume["secret"]["defaultMode"])
-    return directory
-
-
-def identity(directory: Path, authority: Authority) -> XdsTls:
-    """The sidecar's."""
-    directory.mkdir()
-    tls = XdsTls(directory / "ca.crt", directory / "tls.crt", directory / "tls.key", NAME)
-    authority.issue("spiffe://cluster.local/ns/demo/sa/default").write(tls.certificate, tls.key)
-    tls.ca.write_bytes(authority.pem)
-    return tls
 
 
 def test_it_serves_a_sidecar_from_its_manifest(
@@ -62,19 +35,13 @@ def test_it_serves_a_sidecar_from_its_manifest(
     cluster.apply(*(each.data for each in load(DEMO)[0]))
     within(home.netns, cluster.up)
     authority = Authority()
-    environment = {
-        "KUBERNETES_SERVICE_HOST": "127.0.0.1",
-        "KUBERNETES_SERVICE_PORT": str(cluster.port),
-    }
-    places = Places({"tls": secret(place / "tls", authority)}, environment, account)
-    container = XDS_SERVER.container()
-    words = [*container["command"], *container["args"]]
-    server = start(XDS_IMAGE, home, flags(XDS_SERVER, places), words, place / "log")
+    server = start_xds_server(node, home, cluster, place, account, authority)
     try:
         server.until_probed(XDS_SERVER)
-        tls = identity(place / "client", authority)
+        mine = identity(place / "client", authority, "demo")
+        tls = XdsTls(mine / "ca.crt", mine / "tls.crt", mine / "tls.key", XDS_NAME)
         pod = node.pod("client", "10.77.0.10")
-        client = Sidecar(pod, place, "client", "demo", f"{home.ip}:{PORT}", tls=tls)
+        client = Sidecar(pod, place, "client", "demo", f"{home.ip}:{XDS_PORT}", tls=tls)
         eventually("both listeners", lambda: client.listeners() == ["inbound", "outbound"])
         assert client.endpoints()["outbound|80|web-v1.demo"] == ["10.77.0.11:8080"]
 
@@ -85,7 +52,8 @@ def test_it_serves_a_sidecar_from_its_manifest(
         eventually("the change", lambda: '"weight": 55' in json.dumps(client.routes()[web]))
 
         # What an operator looks at, as it is told to installers.
-        (admin,) = (w.partition("=")[2] for w in words if w.startswith("--admin="))
+        options = (each.partition("=") for each in XDS_SERVER.container()["args"])
+        (admin,) = (value for name, _, value in options if name == "--admin")
         told = server.run("xds-server", "status", "--address", admin)
         assert (told.returncode, told.stderr) == (0, "")
         assert re.search(r"^demo/client +listener +SYNCED ", told.stdout, re.M), told.stdout

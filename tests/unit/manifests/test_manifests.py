@@ -6,14 +6,17 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import trustme
+import yaml
 from deployed import AGENT, XDS_SERVER, Deployed
 from xds_server import cli as xds_server
 from xds_server.sources.resources import KINDS
 
 from redirector import cli as redirector
+from redirector.model import Steering
 
 #: The oldest with appArmorProfile in the security context, and the newest that is known.
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
+POD = Path(__file__).parents[3] / "manifests" / "sidecar" / "pod.yaml"
 BOTH = pytest.mark.parametrize("given", [AGENT, XDS_SERVER], ids=lambda given: given.name)
 
 
@@ -24,6 +27,29 @@ def test_every_object_keeps_to_its_schema(given: Deployed, version: str) -> None
     assert len(found) >= 5
     for each in found:
         kubernetes_validate.validate(each, version, strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_pod_with_its_sidecar_keeps_to_its_schema(version: str) -> None:
+    kubernetes_validate.validate(yaml.safe_load(POD.read_text()), version, strict=True)
+
+
+def test_the_pod_with_its_sidecar_waits_first_and_fits_a_restricted_namespace() -> None:
+    spec = yaml.safe_load(POD.read_text())["spec"]
+    names = [each["name"] for each in spec["initContainers"]]
+    assert names == ["await-steering", "bootstrap", "sidecar"]
+    assert spec["initContainers"][-1]["restartPolicy"] == "Always"
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    users = []
+    for container in (*spec["initContainers"], *spec["containers"]):
+        context = container["securityContext"]
+        users.append(context["runAsUser"])
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+    # The proxy's user is the sidecar's alone: who has it is not steered.
+    proxy = Steering().proxy_uids
+    assert [user in proxy for user in users] == [False, False, True, False]
 
 
 @BOTH
