@@ -31,7 +31,7 @@ def cluster() -> Iterator[ApiServer]:
 def served(place: Path, cluster: ApiServer) -> Iterator[XdsServer]:
     config = kubeconfig(place, cluster.url, "secret")
     source = ["--kubernetes", "--kubeconfig", str(config)]
-    running = XdsServer(place, source, "--status-address", "127.0.0.1:0")
+    running = XdsServer(place, source, "--status-address", "127.0.0.1:0", "--drain-delay", "0s")
     yield running
     running.stop()
 

@@ -30,7 +30,7 @@ def synced(server: XdsServer) -> bool:
 def test_synced_sidecar_is_told_and_counted(
     place: Path, manifests: Path, sidecar: StartSidecar
 ) -> None:
-    server = XdsServer(place, manifests, "--status-address", "127.0.0.1:0")
+    server = XdsServer(place, manifests, "--status-address", "127.0.0.1:0", "--drain-delay", "0s")
     try:
         assert fetch(admin(server)) == []
         sidecar("client", "10.77.0.10", f"unix:{server.socket}")

@@ -50,7 +50,14 @@ def test_what_comes_back_with_everything_is_sent_no_byte(
     manifests: Path,
 ) -> None:
     def start(age: str) -> XdsServer:
-        options = ("--status-address", "127.0.0.1:0", "--max-stream-age", age)
+        options = (
+            "--status-address",
+            "127.0.0.1:0",
+            "--drain-delay",
+            "0s",
+            "--max-stream-age",
+            age,
+        )
         return XdsServer(place, manifests, *options)
 
     server = start("1h")

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -247,6 +248,7 @@ async def _run(
         for task in tasks:
             if task.done():
                 task.result()  # it ends by an error of ours only: better no server than a deaf one
+        await _retire(server, shell.drain_delay_s, stop)
     finally:
         log.info("stopping")
         for task in tasks:
@@ -257,6 +259,16 @@ async def _run(
             if isinstance(address, UnixAddress):
                 address.path.unlink(missing_ok=True)
     return 0
+
+
+async def _retire(server: Server, delay: float, stop: asyncio.Event) -> None:
+    """Give load balancers time to send nobody more; a second signal ends it."""
+    server.retire()
+    if delay:
+        log.info("stopping in %g s: not ready any more, still serving", delay)
+        stop.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), delay)
 
 
 def _listen(server: Server, address: Address, shell: Shell) -> None:

@@ -107,7 +107,7 @@ class Operating:
     async def _readiness(self) -> Page:
         if self._server is None:
             return Page(503, b"no mesh yet\n")
-        if self._server.draining:
+        if self._server.retired:
             return Page(503, b"stopping\n")
         return Page(200, b"ok\n")
 

@@ -24,6 +24,7 @@ from xds_server.tls import Credentials, TlsFiles
 
 DEFAULT_LISTEN = "127.0.0.1:18000"
 _DEFAULTS = Limits()
+_DRAIN_DELAY_S = 5.0
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -36,6 +37,7 @@ class Shell:
     status_address: str | None
     limits: Limits
     trust_domain: str
+    drain_delay_s: float
     credentials: Credentials | None
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
@@ -86,6 +88,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         metavar="ADDR",
         help="serve /metrics, /healthz and /readyz over HTTP here, host:port",
     )
+    operator.add_argument(
+        "--drain-delay",
+        type=_delay,
+        metavar="TIME",
+        help="when it is to stop, go on serving for so long while /readyz fails already, so that "
+        "load balancers send it nobody more (default: 5s with --status-address, else 0s)",
+    )
     mesh = parser.add_argument_group("mesh", "Annotations of namespaces and pods say otherwise.")
     mesh.add_argument(
         "--imports",
@@ -126,6 +135,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _drain_delay(arguments: argparse.Namespace) -> float:
+    """Nobody notices that the server is not ready any more where nobody can ask it."""
+    if arguments.drain_delay is not None:
+        return float(arguments.drain_delay)
+    return _DRAIN_DELAY_S if arguments.status_address is not None else 0.0
+
+
 def shell(arguments: argparse.Namespace) -> Shell:
     """What the arguments ask for. InputError: files that cannot be used, or one without others."""
     limits = Limits(
@@ -138,8 +154,8 @@ def shell(arguments: argparse.Namespace) -> Shell:
     texts = arguments.listen or [DEFAULT_LISTEN]
     listens = tuple(parse(text, insecure=insecure, encrypted=encrypted) for text in texts)
     admin = admin_address(arguments.admin, listens)
-    domain = arguments.trust_domain
-    return Shell(listens, admin, arguments.status_address, limits, domain, credentials)
+    domain, delay = arguments.trust_domain, _drain_delay(arguments)
+    return Shell(listens, admin, arguments.status_address, limits, domain, delay, credentials)
 
 
 def wishes(arguments: argparse.Namespace) -> Wishes:
@@ -184,10 +200,18 @@ def _number(text: str) -> int:
 
 
 def _age(text: str) -> float:
+    return _time(text, 1)
+
+
+def _delay(text: str) -> float:
+    return _time(text, 0)
+
+
+def _time(text: str, least: int) -> float:
     number, unit = text[:-1], text[-1:]
     if not (number.isascii() and number.isdecimal() and unit in _UNITS):
         raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m or 12h")
     seconds = int(number) * _UNITS[unit]
-    if not 1 <= seconds <= 24 * 3600:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 1s and 24h")
+    if not least <= seconds <= 24 * 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between {least}s and 24h")
     return float(seconds)

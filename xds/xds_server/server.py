@@ -92,6 +92,7 @@ class Server:
         self._limits = limits or Limits()
         self._admission = Admission(self._limits)
         self._trust_domain = trust_domain
+        self._retired = False
         self._workloads: Mapping[Name, Workload] = {}
         self._hub = Hub(generation, report=report, report_after=report_after, clock=clock)
         self._grpc = grpc.aio.server(options=_options(self._limits))
@@ -112,6 +113,10 @@ class Server:
     async def start(self) -> None:
         """Start to serve."""
         await self._grpc.start()
+
+    def retire(self) -> None:
+        """Say that it is about to stop, and serve as ever until it does."""
+        self._retired = True
 
     async def stop(self, grace: float = 2.0) -> None:
         """Let no new client in and end the streams one after the other, in good order.
@@ -147,9 +152,9 @@ class Server:
         return self._hub.tally
 
     @property
-    def draining(self) -> bool:
-        """Whether no new clients are let in."""
-        return self._admission.draining
+    def retired(self) -> bool:
+        """Whether new clients had better go elsewhere."""
+        return self._retired or self._admission.draining
 
     def standings(self) -> list[Standing]:
         """Where every sidecar stands now."""

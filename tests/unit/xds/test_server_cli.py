@@ -1,16 +1,24 @@
 """The command: what it prints, and how it ends."""
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
+from urllib.error import HTTPError
 
+import grpc
 import pytest
 from apiserver import ApiServer, kubeconfig
+from envoy.service.discovery.v3.ads_pb2_grpc import AggregatedDiscoveryServiceStub
+from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest
+from waiting import eventually
 from xds_server.cli import main
+from xds_server.references import CLUSTER
 from xds_server.sources.files import load
 
 DEMO = Path(__file__).parents[3] / "manifests" / "demo"
@@ -148,6 +156,41 @@ def test_signal_ends_it_in_good_order_and_the_socket_is_gone(
     assert "stopping" in rest
     assert "Traceback" not in rest
     assert not path.exists()
+
+
+def test_not_ready_any_more_it_serves_until_the_delay_ends(manifests: Path, tmp_path: Path) -> None:
+    """A second signal ends it sooner."""
+    command: list[str | Path] = [COMMAND, "--manifests", manifests, "--drain-delay", "1h"]
+    command += ["--listen", "127.0.0.1:0", "--status-address", "127.0.0.1:0"]
+    log = tmp_path / "log"
+
+    def said(pattern: str) -> re.Match[str]:
+        return eventually(pattern, lambda: re.search(pattern, log.read_text()))
+
+    def ready(port: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=60) as page:
+                return int(page.status)
+        except HTTPError as error:
+            return error.code
+
+    with log.open("wb") as file, subprocess.Popen(command, stderr=file) as running:
+        status, port = said(r"health on port (\d+)")[1], said(r"on 127\.0\.0\.1:(\d+)")[1]
+        said("serving")
+        assert ready(status) == 200
+        running.send_signal(signal.SIGTERM)
+        said("stopping in 3600 s: not ready any more, still serving")
+        assert ready(status) == 503
+        request = DeltaDiscoveryRequest(type_url=CLUSTER)
+        request.node.id = "sidecar~10.77.0.10~client.demo~demo.svc.cluster.local"
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = AggregatedDiscoveryServiceStub(channel)
+            call = stub.DeltaAggregatedResources(iter([request]), timeout=60)
+            assert next(call).resources
+            call.cancel()
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 0
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_cluster_that_does_not_answer_yet_is_waited_for(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ async def test_stopping_lets_every_client_go_in_good_order_and_no_new_one_in() -
         ]
         stopping = asyncio.create_task(run.server.stop())
         await asyncio.sleep(0)
-        assert run.server.draining
+        assert run.server.retired
         ends = [asyncio.wait_for(call.read(), PATIENCE_S) for call in calls]
         assert set(await asyncio.gather(*ends)) == {EOF}
         assert {await call.code() for call in calls} == {grpc.StatusCode.OK}
