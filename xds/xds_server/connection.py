@@ -259,6 +259,12 @@ def _bound(
     asked = sum(map(len, fields))
     if not asked and request.type_url in ORDER:
         return asked
+    if (
+        isinstance(stream, SotwStream)
+        and isinstance(request, DiscoveryRequest)
+        and stream.repeats(request)
+    ):
+        return asked
     kept = stream.kept()
     if isinstance(request, DiscoveryRequest):
         # Its names take the place of those before.

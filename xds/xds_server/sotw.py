@@ -3,7 +3,7 @@
 Source: "The xDS transport protocol" in Envoy's API documentation.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
@@ -41,8 +41,10 @@ class SotwStream(Stream):
         self._unknown: set[str] = set()
         #: Complete responses without an answer, by nonce, and what the client took, by type. What
         #: is to go, and what stands in for a version that was refused, stays in responses.
-        self._offered: dict[str, Sequence[Encoded]] = {}
-        self._taken: dict[str, dict[str, Encoded]] = {url: {} for url in WHOLE_TYPES}
+        self._offered: dict[str, Mapping[str, Encoded]] = {}
+        self._taken: dict[str, Mapping[str, Encoded]] = {url: {} for url in WHOLE_TYPES}
+        #: By type, what the list of names looked like that made `names` what they are.
+        self._listed: dict[str, int] = {}
 
     def receive(self, request: DiscoveryRequest) -> Ack | Nack | None:
         """Take in a request; returns the answer that it carries, if any.
@@ -55,11 +57,12 @@ class SotwStream(Stream):
         if request.response_nonce != state.last_nonce:
             self._heard()
             return self._book(state, request.response_nonce, error)
-        names = set(request.resource_names)
+        repeated = self.repeats(request)
+        names: Set[str] = state.names if repeated else set(request.resource_names)
         if (
             self._stride is not None
             and error is None
-            and names == state.names
+            and (repeated or names == state.names)
             and (ack := self._stepped(request.type_url, request.response_nonce))
         ):
             return ack
@@ -67,12 +70,21 @@ class SotwStream(Stream):
         if state.interest is Interest.UNASKED and request.version_info:
             claimed, refused = parse(state.type_url, request.version_info)
             self._claimed[state.type_url] = claimed
-            self._returned[state.type_url] = names - state.due
+            self._returned[state.type_url] = set(names) - state.due
             self._recall(state, refused)
         self._ask(state, names_something=bool(names), owed=True)
-        if state.interest is Interest.NAMED:
+        if state.interest is Interest.NAMED and not repeated:
             self._replace(state, names)
+            self._listed.pop(state.type_url, None)
+            if WILDCARD not in names:
+                self._listed[state.type_url] = _list_of(request)
         return self._book(state, request.response_nonce, error)
+
+    def repeats(self, request: DiscoveryRequest) -> bool:
+        """Whether a request lists what the one before listed for its type, in the same order. Each
+        ACK does, and to look at a thousand names costs more than all else there is to it."""
+        listed = self._listed.get(request.type_url)
+        return listed is not None and listed == _list_of(request)
 
     def _recall(self, state: TypeState, refused: Iterable[Refused]) -> None:
         """Know what the client refused on an earlier stream."""
@@ -84,7 +96,8 @@ class SotwStream(Stream):
             if each.has is None:
                 state.new.add(found.name)
             else:
-                self._taken[found.type_url][found.name] = each.has
+                taken = self._taken[found.type_url]
+                self._taken[found.type_url] = {**taken, found.name: each.has}
             if each.alone:
                 state.doubts.quarantined[found.name] = found
             else:
@@ -107,7 +120,7 @@ class SotwStream(Stream):
         before = dict(state.doubts.quarantined)
         answer = self._answer(state, nonce, error)
         if offered is not None and isinstance(answer, Ack):
-            self._taken[state.type_url] = {entry.name: entry for entry in offered}
+            self._taken[state.type_url] = offered
             self._unknown.discard(state.type_url)
         elif state.doubts.quarantined != before and not state.doubts.open:
             # What it has once more, for the version that it is to come back with.
@@ -127,7 +140,7 @@ class SotwStream(Stream):
         taken = self._taken[state.type_url]
         return {n: v for n, v in contents.items() if n not in taken or taken[n].version != v}
 
-    def _replace(self, state: TypeState, names: set[str]) -> None:
+    def _replace(self, state: TypeState, names: Set[str]) -> None:
         """Bring the subscription to exactly these names."""
         whole = state.type_url in WHOLE_TYPES
         plain = names - {WILDCARD}
@@ -238,8 +251,9 @@ class SotwStream(Stream):
         state.owed = False
         state.book_absent(gone - kept)
         if resumed:
-            taken.update((entry.name, entry) for entry in self._entries(state, desired))
-            state.new -= taken.keys()
+            entries = self._entries(state, desired)
+            self._taken[state.type_url] = {**taken, **_by_name(entries, desired)}
+            state.new.difference_update(self._taken[state.type_url])
         if not news:
             return self._try_apart(state, desired)
         if state.type_url == CLUSTER:
@@ -297,7 +311,7 @@ class SotwStream(Stream):
             )
         known = suffix(self._refused(state, desired))
         response = self._emit(state, set_version(entries), entries, suffix=known)
-        self._offered[response.nonce] = entries
+        self._offered[response.nonce] = _by_name(entries, desired)
         return response
 
     @staticmethod
@@ -316,3 +330,20 @@ class SotwStream(Stream):
             type_url=type_url, nonce=nonce, version_info=version
         ).SerializeToString()
         return (head, *map(self._frame, resources))
+
+
+def _by_name(entries: Sequence[Encoded], desired: ResourceSet) -> Mapping[str, Encoded]:
+    """The desired set itself, which all clients share, where it is these."""
+    if len(entries) == len(desired) and all(desired.get(e.name) is e for e in entries):
+        return desired
+    return {entry.name: entry for entry in entries}
+
+
+def _list_of(request: DiscoveryRequest) -> int:
+    """Stands for what a request says beside the version and nonce that it answers."""
+    version, nonce = request.version_info, request.response_nonce
+    request.ClearField("version_info")
+    request.ClearField("response_nonce")
+    found = hash(request.SerializeToString())
+    request.version_info, request.response_nonce = version, nonce
+    return found

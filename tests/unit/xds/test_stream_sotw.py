@@ -507,3 +507,37 @@ def test_route_that_is_gone_and_still_asked_for_holds_nothing_up() -> None:
     # When it comes back it is sent again.
     talk.offer(old)
     assert ("route", ("to-old",)) in talk.said()
+
+
+def test_an_ack_that_lists_the_same_names_keeps_what_is_shared_and_a_longer_list_counts() -> None:
+    stream = SotwStream()
+    stream.offer(Encoder().snapshot(world(clusters={"web": 0, "api": 0})))
+    names = ["web", "api"]
+    stream.receive(DiscoveryRequest(type_url=ENDPOINT, resource_names=names))
+    response = stream.next_response()
+    assert response is not None
+    ack = DiscoveryRequest(
+        type_url=ENDPOINT,
+        resource_names=names,
+        response_nonce=response.nonce,
+        version_info=response.version,
+    )
+    assert stream.repeats(ack)
+    assert (ack.version_info, ack.response_nonce) == (response.version, response.nonce)
+    assert stream.receive(ack) == Ack(ENDPOINT, response.nonce)
+    assert stream.next_response() is None
+    ack.resource_names.append("more")
+    assert not stream.repeats(ack)
+    ack.resource_names[:] = ["web"]
+    stream.receive(ack)
+    assert stream.kept()[ENDPOINT] == 1
+    # The list of before is new again.
+    ack.resource_names[:] = names
+    left = stream.next_response()
+    assert left is not None
+    ack.response_nonce = left.nonce
+    assert not stream.repeats(ack)
+    stream.receive(ack)
+    again = stream.next_response()
+    assert again is not None
+    assert [entry.name for entry in again.resources] == ["api"]
