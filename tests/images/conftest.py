@@ -17,16 +17,19 @@ from deployments import Site
 from redirector.datapath.pins import Datapath
 from redirector.lab import Node
 
+CGROUPS = Path("/sys/fs/cgroup")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _machine() -> Iterator[None]:
     """podman leaves the cgroups that its containers' were in."""
     assert PODMAN.exists(), f"{PODMAN} is not there: make test-images"
     yield
-    for left in Path("/sys/fs/cgroup").glob("**/libpod_parent"):
-        # Others' containers may be in it.
-        with contextlib.suppress(OSError):
-            left.rmdir()
+    for pattern in ("libpod_parent/conmon", "libpod_parent"):
+        for left in [*CGROUPS.glob(pattern), *CGROUPS.glob(f"*/{pattern}")]:
+            # Others' containers may be in it.
+            with contextlib.suppress(OSError):
+                left.rmdir()
 
 
 @pytest.fixture

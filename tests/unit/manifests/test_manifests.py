@@ -12,7 +12,9 @@ from xds_server import cli as xds_server
 from xds_server.sources.resources import KINDS
 
 from redirector import cli as redirector
-from redirector.model import Steering
+from redirector.kubernetes.desired import Wish, desired
+from redirector.kubernetes.objects import read_namespace, read_pod
+from redirector.model import Mode, Steering
 
 #: The oldest with appArmorProfile in the security context, and the newest that is known.
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
@@ -77,6 +79,16 @@ def test_names_refer_to_what_is_there(given: Deployed) -> None:
     assert int(annotations["prometheus.io/port"]) in {
         port["containerPort"] for port in container["ports"]
     }
+
+
+@BOTH
+def test_our_own_pods_are_never_steered(given: Deployed) -> None:
+    """They have no sidecar, and the default mode may be for all that do not say otherwise."""
+    namespace = read_namespace(given.one("Namespace"))
+    metadata = {"name": "x", "namespace": namespace.name, "uid": "x"}
+    pod = read_pod({"metadata": metadata, "spec": given.pod(), "status": {}})
+    found = desired([pod], {namespace.name: namespace}, Mode.EBPF)
+    assert not any(isinstance(verdict, Wish) for verdict in found.values())
 
 
 def arguments(given: Deployed, program: str) -> list[str]:
