@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from redirector import machine, network, routes
+from redirector import machine, network, routes, users
 from redirector.datapath.layout import ConnectKind, Counter, Defect
 from redirector.datapath.maps import Counted
 from redirector.datapath.pins import Datapath
@@ -21,7 +21,7 @@ from redirector.errors import (
     NotEnrolled,
     RedirectorError,
 )
-from redirector.model import Accelerate, Links, Mode, Pod, Steering
+from redirector.model import Accelerate, Ids, Links, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
 from redirector.modes.closed import SETTLED_NS, forget_closed
 from redirector.modes.ebpf import EbpfMode, pin_name
@@ -75,6 +75,7 @@ class Enrollment:
             links=_links(name, netns, mode, steering),
             netns_cookie=network.netns_cookie(netns),
             uid=uid,
+            ids=_ids(netns, mode),
         )
         require_fit(name, pod.netns, pod.cgroup)
         with self._records.locked():
@@ -171,6 +172,7 @@ class Enrollment:
                 new,
                 addresses=network.addresses(new.netns),
                 links=_links(name, new.netns, new.mode, new.steering),
+                ids=_ids(new.netns, new.mode),
             )
             if new.mode is not old.mode:
                 self._require_addresses(new)
@@ -407,6 +409,11 @@ def _links(name: str, netns: Path, mode: Mode, steering: Steering | None) -> Lin
     if mode is not Mode.EBPF or steering is None:
         return Links()
     return routes.links(name, netns, steering.exclude_interfaces)
+
+
+def _ids(netns: Path, mode: Mode) -> Ids:
+    # iptables mode runs where the kernel translates them.
+    return users.ids(netns) if mode is Mode.EBPF else Ids()
 
 
 def _lost(pod: Pod) -> str | None:

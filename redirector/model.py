@@ -82,6 +82,37 @@ class Links:
     beside: tuple[IPNetwork, ...] = ()
 
 
+#: First id of the pod, first id of the kernel's, how many (user_namespaces(7)).
+IdRange = tuple[int, int, int]
+#: What no process has.
+NO_ID = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Which ids of the kernel's a pod's users and groups are; without ranges, the same."""
+
+    users: tuple[IdRange, ...] = ()
+    groups: tuple[IdRange, ...] = ()
+
+    def user(self, uid: int) -> int:
+        """The kernel's id of a user of the pod; NO_ID when it has none."""
+        return _mapped(self.users, uid)
+
+    def group(self, gid: int) -> int:
+        """Likewise of a group."""
+        return _mapped(self.groups, gid)
+
+
+def _mapped(ranges: tuple[IdRange, ...], number: int) -> int:
+    if not ranges:
+        return number
+    return next(
+        (outside + number - inside for inside, outside, n in ranges if 0 <= number - inside < n),
+        NO_ID,
+    )
+
+
 @dataclass(frozen=True)
 class Pod:
     """One enrolled pod, as `redirector enroll` was told of it.
@@ -104,6 +135,8 @@ class Pod:
     netns_cookie: int = 0
     #: The UID by which the kubelet knows it, when the agent enrolled it; empty: by hand.
     uid: str = ""
+    #: Known where a mode needs it.
+    ids: Ids = Ids()
 
     @property
     def node_wide(self) -> tuple[IPAddress, ...]:

@@ -4,6 +4,7 @@ Each call works in a thread of its own that enters the namespace and ends there:
 to threads (setns(2)), so nothing has to be put back, also after an error.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -11,7 +12,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +32,16 @@ _SO_NETNS_COOKIE = 71  # Linux 5.14; Python has no name for it
 def require_netns(path: Path) -> None:
     """Raise InputError unless `path` is a network namespace (a file of nsfs)."""
     os.close(_open(path))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor of the network namespace at `path`. InputError when it is none."""
+    fd = _open(path)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def addresses(netns: Path) -> tuple[IPAddress, ...]:
@@ -110,7 +121,11 @@ def take_off_loopback(netns: Path, ip: IPv6Address) -> None:
 
 
 def run_in(
-    netns: Path, argv: Sequence[str], stdin: str = "", timeout: float = 30
+    netns: Path,
+    argv: Sequence[str],
+    stdin: str = "",
+    timeout: float = 30,
+    environment: Mapping[str, str] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a program in the namespace to its end; its output is captured as text.
 
@@ -120,7 +135,13 @@ def run_in(
 
     def run() -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            argv, input=stdin, capture_output=True, text=True, timeout=timeout, close_fds=False
+            argv,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            close_fds=False,
+            env={**os.environ, **(environment or {})},
         )
 
     return within(netns, run)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from redirector.errors import DatapathError, MachineError
-from redirector.model import Accelerate, IPAddress, Links, Mode, Pod, Steering
+from redirector.model import Accelerate, Ids, IPAddress, Links, Mode, Pod, Steering
 
 #: Members of a record beside the pod's own.
 _CHANGING, _DEFAULTS, _STEERING_DEFAULTS = "changing", "defaults", "steering_defaults"
@@ -331,8 +331,12 @@ def to_json(pod: Pod) -> dict[str, Any]:
     return {
         field.name: _plain(getattr(pod, field.name))
         for field in dataclasses.fields(pod)
-        if field.name not in ("steering", "links")
+        if field.name not in ("steering", "links", "ids")
     } | {
+        "ids": {
+            field.name: _plain(getattr(pod.ids, field.name))
+            for field in dataclasses.fields(pod.ids)
+        },
         "links": {
             field.name: _plain(getattr(pod.links, field.name))
             for field in dataclasses.fields(pod.links)
@@ -368,6 +372,7 @@ def from_json(data: dict[str, Any]) -> Pod:
             "steering": Steering(**steering),
             "addresses": tuple(ip_address(text) for text in data["addresses"]),
             "links": _links(data.get("links", {})),
+            "ids": _ids(data.get("ids", {})),
         }
     )
 
@@ -378,6 +383,10 @@ def _links(data: dict[str, Any]) -> Links:
         tuple(ip_network(text) for text in data.get("through", ())),
         tuple(ip_network(text) for text in data.get("beside", ())),
     )
+
+
+def _ids(data: dict[str, Any]) -> Ids:
+    return Ids(*(tuple(map(tuple, data.get(name, ()))) for name in ("users", "groups")))
 
 
 def _plain(value: object) -> object:

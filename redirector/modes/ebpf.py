@@ -298,8 +298,8 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
         inbound_port=steering.inbound_port,
         dns_port=steering.dns_port,
     )
-    _fill(entry.proxy_uid, steering.proxy_uids)
-    _fill(entry.proxy_gid, steering.proxy_gids)
+    _fill(entry.proxy_uid, [pod.ids.user(uid) for uid in steering.proxy_uids])
+    _fill(entry.proxy_gid, [pod.ids.group(gid) for gid in steering.proxy_gids])
     return entry
 
 
@@ -319,8 +319,8 @@ def _lists(pod: Pod) -> Lists:
             MemberSet.OUTBOUND_PORT_EXCLUDE: steering.exclude_outbound_ports,
             MemberSet.INBOUND_PORT_INCLUDE: steering.include_inbound_ports or frozenset(),
             MemberSet.INBOUND_PORT_EXCLUDE: steering.exclude_inbound_ports,
-            MemberSet.GROUP_INCLUDE: steering.include_owner_groups or frozenset(),
-            MemberSet.GROUP_EXCLUDE: steering.exclude_owner_groups,
+            MemberSet.GROUP_INCLUDE: set(map(pod.ids.group, steering.include_owner_groups or ())),
+            MemberSet.GROUP_EXCLUDE: set(map(pod.ids.group, steering.exclude_owner_groups)),
         },
     )
 

@@ -1,10 +1,12 @@
 """The programs iptables and ipset, run in a pod's namespace."""
 
+import os
 import re
 import subprocess
 import time
 from collections.abc import Iterable
 
+from redirector import users
 from redirector.errors import DatapathError, MachineError
 from redirector.machine import find_tool
 from redirector.model import Pod
@@ -30,7 +32,9 @@ def read_packets(pod: Pod, family: Family) -> dict[str, int]:
 
 
 def commit(pod: Pod, family: Family, now: State, then: State) -> None:
-    _run(pod, [family.restore, "--noflush", f"--wait={_LOCK_SECONDS}"], transaction(now, then))
+    argv = [family.restore, "--noflush", f"--wait={_LOCK_SECONDS}"]
+    with users.owner(pod.netns) as owner:
+        _run(pod, argv, transaction(now, then), owner=owner)
 
 
 def read_sets(pod: Pod) -> dict[str, frozenset[str]]:
@@ -62,10 +66,23 @@ def destroy_sets(pod: Pod, names: Iterable[str]) -> None:
                 time.sleep(0.01)
 
 
-def _run(pod: Pod, argv: list[str], stdin: str = "", package: str = "iptables") -> str:
+def _run(
+    pod: Pod,
+    argv: list[str],
+    stdin: str = "",
+    package: str = "iptables",
+    owner: int | None = None,
+) -> str:
+    """`owner`: the user namespace to run it in, as its root; rules that name users ask for that."""
     program = find_tool(argv[0], package)
+    words, environment = [str(program), *argv[1:]], dict[str, str]()
+    if owner is not None:
+        enter = [str(find_tool("nsenter", "util-linux")), f"--user=/proc/{os.getpid()}/fd/{owner}"]
+        words = [*enter, "--setuid=0", "--setgid=0", "--", *words]
+        # The node's lock is not for that root to take (iptables-legacy; xtables.lock(8)).
+        environment["XTABLES_LOCKFILE"] = "/dev/null"
     try:
-        done = run_in(pod.netns, [str(program), *argv[1:]], stdin)
+        done = run_in(pod.netns, words, stdin, environment=environment)
     except subprocess.TimeoutExpired:
         raise DatapathError(
             f"pod {pod.name}: {argv[0]} hangs; another program may hold the iptables lock"
