@@ -1,5 +1,7 @@
 """What an operator leans on, with a real Envoy: where it stands, and streams that end."""
 
+import json
+import re
 import subprocess
 import sys
 import urllib.request
@@ -23,7 +25,7 @@ def admin(server: XdsServer) -> str:
 
 def synced(server: XdsServer) -> bool:
     """Whether the only sidecar has all that it should have."""
-    found = fetch(admin(server))
+    found = fetch(admin(server)).sidecars
     return bool(found) and {each.sync for each in found[0].types} == {Sync.SYNCED}
 
 
@@ -32,7 +34,7 @@ def test_synced_sidecar_is_told_and_counted(
 ) -> None:
     server = XdsServer(place, manifests, "--status-address", "127.0.0.1:0", "--drain-delay", "0s")
     try:
-        assert fetch(admin(server)) == []
+        assert fetch(admin(server)).sidecars == ()
         sidecar("client", "10.77.0.10", f"unix:{server.socket}")
         eventually("all synced", lambda: synced(server))
         command: list[str | Path] = [Path(sys.executable).with_name("xds-server"), "status"]
@@ -40,6 +42,22 @@ def test_synced_sidecar_is_told_and_counted(
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         rows = [line.split()[:3] for line in done.stdout.splitlines()[1:]]
         assert rows == [["demo/client", kind, "SYNCED"] for kind in TYPES]
+        # What becomes of the objects of a directory is told here, where else.
+        (manifests / "service-web-v2.yaml").unlink()
+        lacking = r"HTTPRoute demo/web for Service demo/web port 80 +not ResolvedRefs +BackendNot"
+
+        def told() -> str:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        eventually("the condition", lambda: re.search(lacking, told()))
+        done = subprocess.run([*command, "-o", "json"], capture_output=True, text=True, check=True)
+        objects = {each["kind"]: each for each in json.loads(done.stdout)["objects"]}
+        (parent,) = objects["HTTPRoute"]["parents"]
+        assert [each["type"] for each in parent["conditions"]] == [
+            "Accepted",
+            "ResolvedRefs",
+            "Programmed",
+        ]
         port = server.wait_for_log(r"metrics and health on port (\d+)")[1]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
             assert "\nredirector_xds_clients 1.0\n" in page.read().decode()

@@ -1,13 +1,28 @@
 """Of which objects a sidecar's resource was made: whose status tells that it is refused. Pure."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 from xds_server.ir import Mesh, Name, NodeId, Parent
+from xds_server.quarantine import Quarantined
 from xds_server.references import CLUSTER, FILTER, LISTENER, ROUTE
+from xds_server.statuses import Refusal
 from xds_server.translate.clusters import INBOUND, cluster_name
 
 #: Kind and name of an object, and the Service by which it is concerned, if it is by one.
 Culprit = tuple[str, Name, Name | None]
+
+
+def refusals(
+    mesh: Mesh, refused: Iterable[tuple[NodeId, Quarantined]]
+) -> dict[tuple[str, Name], list[Refusal]]:
+    """By kind and name of objects, which sidecars refuse what was made of them."""
+    found: defaultdict[tuple[str, Name], list[Refusal]] = defaultdict(list)
+    for node, what in refused:
+        sidecar = f"{node.pod}.{node.namespace}"
+        for kind, name, service in culprits(mesh, node, what.type_url, what.name):
+            found[kind, name].append(Refusal(sidecar, what.error, service))
+    return dict(found)
 
 
 def culprits(mesh: Mesh, node: NodeId, type_url: str, name: str) -> Iterator[Culprit]:

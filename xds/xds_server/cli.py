@@ -238,7 +238,7 @@ async def _run(
         log.info("status on %s", await operating.serve_admin(shell.admin))
     settle()
     await server.start()
-    operating.tell_of(server)
+    operating.tell_of(server, lambda: telling.outcomes(server.refused()))
     log.info("serving")
     tasks.append(asyncio.create_task(follow(reader, lineage, server, telling)))
     if shell.credentials:

@@ -4,15 +4,17 @@ Neither is for sidecars. The admin address is a Unix socket of the server's own 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from redirector.errors import InputError
 from redirector.serving import Page
 from redirector.serving import Server as HttpServer
-from xds_server import csds
+from xds_server import csds, objects
+from xds_server.conditions import ObjectStatus
 from xds_server.listen import Address, TcpAddress, UnixAddress, claim, parse, private
 from xds_server.metrics import CONTENT_TYPE
 from xds_server.server import Server
@@ -38,6 +40,7 @@ class Operating:
 
     def __init__(self) -> None:
         self._server: Server | None = None
+        self._outcomes: Callable[[], Iterable[ObjectStatus]] = tuple
         self._grpc: grpc.aio.Server | None = None
         self._socket: Path | None = None
 
@@ -70,7 +73,7 @@ class Operating:
         """Serve CSDS; returns the address with its port. InputError."""
         claim(address)
         self._grpc = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        self._grpc.add_generic_rpc_handlers((csds.handlers(self._standings),))
+        self._grpc.add_generic_rpc_handlers((csds.handlers(self._standings), self._objects()))
         try:
             with private():
                 port = self._grpc.add_insecure_port(str(address))
@@ -82,9 +85,9 @@ class Operating:
         self._socket = address.path
         return address
 
-    def tell_of(self, server: Server) -> None:
-        """There is a mesh, and this server serves it."""
-        self._server = server
+    def tell_of(self, server: Server, outcomes: Callable[[], Iterable[ObjectStatus]]) -> None:
+        """There is a mesh, and this server serves it; `outcomes` tells what became of objects."""
+        self._server, self._outcomes = server, outcomes
 
     async def stop(self) -> None:
         """End CSDS; HTTP ends with the process, so that it can be seen to stop."""
@@ -92,6 +95,13 @@ class Operating:
             await self._grpc.stop(None)
         if self._socket is not None:
             self._socket.unlink(missing_ok=True)
+
+    def _objects(self) -> "grpc.GenericRpcHandler[Any, Any]":
+        async def fetch(_request: bytes, _context: Any) -> bytes:
+            return objects.encode(self._outcomes())
+
+        handler = grpc.unary_unary_rpc_method_handler(fetch)
+        return grpc.method_handlers_generic_handler(objects.SERVICE, {objects.FETCH: handler})
 
     def _standings(self) -> list[Standing]:
         return self._server.standings() if self._server else []

@@ -53,10 +53,10 @@ class Replica:
 
 
 def with_programmed(
-    status: ObjectStatus, refusals: Iterable[Refusal], replica: str
+    status: ObjectStatus, refusals: Iterable[Refusal], replica: str = ""
 ) -> ObjectStatus:
     """The status with a condition, wherever the object is accepted, that tells whether sidecars
-    take what was made of it."""
+    take what was made of it. `replica` is who tells, where several write the same status."""
     refusals = sorted(refusals)
 
     def told(
@@ -86,7 +86,7 @@ def _programmed(refusals: Sequence[Refusal], replica: str) -> Condition:
     first = refusals[0]
     sidecars = len({refusal.sidecar for refusal in refusals})
     others = f" and {sidecars - 1} more" if sidecars > 1 else ""
-    told_by = f"{_TOLD_BY}{replica})"
+    told_by = f"{_TOLD_BY}{replica})" if replica else ""
     text = " ".join(f"refused by {first.sidecar}{others}: {first.error}".split())
     return Condition(PROGRAMMED, False, "Invalid", text[: _MAX_MESSAGE - len(told_by)] + told_by)
 
@@ -194,12 +194,12 @@ def _written(reference: Reference) -> Json:
 
 def lines(old: Iterable[ObjectStatus], new: Iterable[ObjectStatus]) -> list[tuple[bool, str]]:
     """What a log says of the conditions that changed: whether it is good news, and the line."""
-    before = {key: condition for status in old for key, condition in _flat(status)}
-    after = {key: condition for status in new for key, condition in _flat(status)}
+    before = {key: condition for status in old for key, condition in flat(status)}
+    after = {key: condition for status in new for key, condition in flat(status)}
     told = []
     for key, condition in after.items():
         was = before.get(key)
-        good = condition.status == (condition.type not in _BAD_WHEN_TRUE)
+        good = is_good(condition)
         if was == condition or (was is None and good):
             continue
         text = f"{condition.type} is {condition.status}, {condition.reason}"
@@ -216,7 +216,13 @@ def lines(old: Iterable[ObjectStatus], new: Iterable[ObjectStatus]) -> list[tupl
 _BAD_WHEN_TRUE = frozenset({CONFLICTED, PARTIALLY_INVALID})
 
 
-def _flat(status: ObjectStatus) -> Iterable[tuple[tuple[str, str], Condition]]:
+def is_good(condition: Condition) -> bool:
+    """Whether it is as it should be."""
+    return condition.status == (condition.type not in _BAD_WHEN_TRUE)
+
+
+def flat(status: ObjectStatus) -> Iterable[tuple[tuple[str, str], Condition]]:
+    """All conditions of an object, by whose they are, in words, and their type."""
     for condition in status.conditions:
         yield (status.subject, condition.type), condition
     for parent in status.parents:

@@ -9,14 +9,13 @@ import asyncio
 import logging
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from redirector.apiserver.client import ApiError
 from redirector.apiserver.reflector import Backoff
 from xds_server.admission import TokenBucket
-from xds_server.blame import culprits
+from xds_server.blame import refusals
 from xds_server.conditions import ObjectStatus
 from xds_server.ir import Mesh, Name, NodeId
 from xds_server.quarantine import Quarantined
@@ -74,9 +73,9 @@ class Writer:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):
                     await self._news.wait()
-            refusals = self._blame()
-            if refusals != self._refusals:
-                self._refusals = refusals
+            refused = self._blame()
+            if refused != self._refusals:
+                self._refusals = refused
                 self._news.set()
             if time.monotonic() >= resync:
                 resync = time.monotonic() + _RESYNC_S
@@ -93,19 +92,13 @@ class Writer:
                     await asyncio.sleep(_AFTER_ERROR_S)
 
     def _blame(self) -> dict[Key, list[Refusal]]:
-        found: defaultdict[Key, list[Refusal]] = defaultdict(list)
-        for node, refused in self._refused():
-            sidecar = f"{node.pod}.{node.namespace}"
-            for kind, name, service in culprits(self._mesh, node, refused.type_url, refused.name):
-                found[kind, name].append(Refusal(sidecar, refused.error, service))
-        return dict(found)
+        return refusals(self._mesh, self._refused())
 
     async def _pass(self) -> None:
         wanted: dict[Key, ObjectStatus] = {}
         for status in self._mesh.statuses:
             key = (status.kind, Name(status.namespace, status.name))
-            refusals = self._refusals.get(key, ())
-            wanted[key] = with_programmed(status, refusals, self._replica.name)
+            wanted[key] = with_programmed(status, self._refusals.get(key, ()), self._replica.name)
         done: dict[Key, tuple[ApiObject, ObjectStatus | None]] = {}
         for kind in KINDS:
             for item in self._source.table(kind).values() if kind.told else ():

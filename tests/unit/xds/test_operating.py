@@ -23,6 +23,7 @@ from envoy.service.status.v3.csds_pb2_grpc import ClientStatusDiscoveryServiceSt
 from prometheus_client.parser import text_string_to_metric_families
 from worlds import world
 from xds_server import csds, status
+from xds_server.conditions import Condition, ObjectStatus, ParentStatus, Reference
 from xds_server.ir import NodeId
 from xds_server.listen import UnixAddress, parse
 from xds_server.operating import Operating, admin_address
@@ -33,6 +34,23 @@ from redirector.cli import main as redirector
 from redirector.errors import InputError
 
 NODE = NodeId("10.0.0.1", "web", "demo")
+LACKS = {"reason": "BackendNotFound", "message": "there is no Service demo/v2"}
+ACCEPTED = Condition("Accepted", True, "Accepted")
+OBJECTS = [
+    ObjectStatus(
+        "gateway.networking.k8s.io/v1",
+        "HTTPRoute",
+        "demo",
+        "web",
+        parents=(
+            ParentStatus(
+                Reference(None, "Service", None, "web", port=80),
+                (ACCEPTED, Condition("ResolvedRefs", False, **LACKS)),
+            ),
+        ),
+    ),
+    ObjectStatus("policy.redirector.io/v1alpha1", "TrafficPolicy", "demo", "fast", 3, (ACCEPTED,)),
+]
 
 
 @asynccontextmanager
@@ -41,13 +59,13 @@ async def operated(tmp_path: Path) -> AsyncIterator[tuple[Any, Any, Operating, s
     operating = Operating()
     async with running() as (run, stub):
         address = await operating.serve_admin(UnixAddress(tmp_path / "xds-admin.sock"))
-        operating.tell_of(run.server)
+        operating.tell_of(run.server, lambda: OBJECTS)
         yield run, stub, operating, str(address)
         await operating.stop()
 
 
 async def fetch(address: str) -> list[Standing]:
-    return await asyncio.to_thread(status.fetch, address)
+    return list((await asyncio.to_thread(status.fetch, address)).sidecars)
 
 
 async def states(address: str) -> dict[str, Sync]:
@@ -188,12 +206,33 @@ async def test_both_commands_show_the_same(
         out = io.StringIO()
         options = ["--address", address, "-o", "json"]
         assert await asyncio.to_thread(status.main, options, out) == 0
-        (sidecar,) = json.loads(out.getvalue())
+        told = json.loads(out.getvalue())
+        (sidecar,) = told["sidecars"]
+        assert [(each["kind"], each["name"]) for each in told["objects"]] == [
+            ("HTTPRoute", "web"),
+            ("TrafficPolicy", "fast"),
+        ]
+        assert told["objects"][0]["parents"] == [
+            {
+                "parentRef": {"kind": "Service", "name": "web", "port": 80},
+                "conditions": [
+                    {"type": "Accepted", "status": "True", "reason": "Accepted", "message": ""},
+                    {"type": "ResolvedRefs", "status": "False", **LACKS},
+                ],
+            }
+        ]
         assert (sidecar["sidecar"], sidecar["variant"]) == ("demo/web", "delta")
         assert set(sidecar["types"]) == {"cluster", "endpoints", "listener", "route", "filter"}
         assert sidecar["types"]["listener"]["state"] == "NOT SENT"
         assert await asyncio.to_thread(redirector, ["proxy-status", "--address", address]) == 0
-        assert "demo/web  cluster" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "demo/web  cluster" in text
+        # What is as it should be is not told.
+        assert text.partition("\n\n")[2].splitlines() == [
+            f"{'OBJECT':47}  CONDITION         REASON           MESSAGE",
+            "HTTPRoute demo/web for Service demo/web port 80  not ResolvedRefs  BackendNotFound  "
+            "there is no Service demo/v2",
+        ]
 
 
 def test_nobody_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +271,7 @@ async def test_ready_with_the_first_mesh_and_until_it_stops() -> None:
     assert await page(port, "/readyz") == (503, "no mesh yet\n")
     assert (await page(port, "/metrics"))[0] == 503
     async with running() as (run, _):
-        operating.tell_of(run.server)
+        operating.tell_of(run.server, lambda: OBJECTS)
         assert await page(port, "/readyz") == (200, "ok\n")
     assert await page(port, "/readyz") == (503, "stopping\n")
 
@@ -241,7 +280,7 @@ async def test_metrics_count_pushes_answers_sizes_refusals() -> None:
     operating = Operating()
     port = operating.serve_http("127.0.0.1:0")
     async with running() as (run, stub):
-        operating.tell_of(run.server)
+        operating.tell_of(run.server, lambda: OBJECTS)
         call = await connected(stub)
         await run.publish(world(clusters={"web": 1}))
         response = await answer(call)

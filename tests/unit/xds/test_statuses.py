@@ -4,8 +4,12 @@ import copy
 from typing import Any
 
 from xds_server.conditions import Condition, ObjectStatus, ParentStatus, Reference
-from xds_server.ir import Name
+from xds_server.ir import Mesh, Name, NodeId, Parent, Route
+from xds_server.quarantine import Quarantined
+from xds_server.references import ROUTE
 from xds_server.statuses import CONTROLLER, Refusal, Replica, lines, patch, with_programmed
+from xds_server.telling import Telling
+from xds_server.translate.clusters import cluster_name
 
 THEN, NOW = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
 WEB = Reference("", "Service", None, "web")
@@ -194,3 +198,24 @@ def test_the_log_has_a_line_for_each_change() -> None:
     assert lines([], [policy(REFUSED)])[0][1].startswith(
         "AuthorizationPolicy demo/web: Accepted is False"
     )
+
+
+def test_what_sidecars_refuse_is_told_of_its_objects_where_nobody_writes_statuses() -> None:
+    web = Name("demo", "web")
+    of_web = ParentStatus(Reference("", "Service", None, "web", port=80), (ACCEPTED,))
+    telling = Telling()
+    mesh = Mesh(
+        routes=(Route(web, "", (Parent(web, 80),), (), ()),), statuses=(route(of_web), policy())
+    )
+    telling.tell(mesh)
+
+    def programmed(*refused: Quarantined) -> Condition:
+        node = NodeId("10.0.0.1", "client", "demo")
+        of_route, of_policy = telling.outcomes((node, each) for each in refused)
+        assert of_policy == policy()
+        return of_route.parents[0].conditions[-1]
+
+    assert programmed() == Condition("Programmed", True, "Programmed")
+    found = programmed(Quarantined(ROUTE, cluster_name(web, 80), "1", "no such\nthing"))
+    text = "refused by client.demo: no such thing"
+    assert found == Condition("Programmed", False, "Invalid", text)
