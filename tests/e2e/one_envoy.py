@@ -75,7 +75,7 @@ class App(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_POST = do_PUT = _answer  # noqa: N815 - the base class asks for these names
+    do_GET = do_POST = do_PUT = do_LIST = _answer  # noqa: N815 - the base class asks for these names
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""

@@ -136,6 +136,15 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (403, BY_HOST, "GET", "/fine", {"Host": "example.com"}),
         (403, BY_HOST, "GET", "/fine", {"Host": "a.example.com.evil.test"}),
         (200, TRUSTED, "PUT", "/anything", {}),
+        # What is denied, however an application may read it.
+        (403, TRUSTED, "TRACE", "/fine", {}),
+        (403, TRUSTED, "trace", "/fine", {}),
+        (403, TRUSTED, "GET", "/fine", {"Host": "Secret.test:8080"}),
+        (403, TRUSTED, "GET", "/fine", {"Host": "secret.test..:"}),
+        (403, TRUSTED, "GET", "/fine", {"Host": "user@secret.test"}),
+        (403, TRUSTED, "GET", "/fine", {"Host": "other.test,secret.test"}),
+        (403, TRUSTED, "GET", "/fine", {"Host": "secret.test,other.test"}),
+        (200, TRUSTED, "GET", "/fine", {"Host": "no-secret.test"}),
     ],
 )
 def test_policy_on_an_http_port(
@@ -156,6 +165,11 @@ def test_a_denied_header_does_not_hide_behind_another(mesh: Running) -> None:
     assert status(("x-tier", "guests"), agent) == 200
     assert status(("x-tier", "no guest"), agent) == 200
     assert status(("x-tier", "guest"), ("x-agent", "robot")) == 200
+
+
+def test_a_denied_host_does_not_hide_behind_another(mesh: Running) -> None:
+    hosts = {"Host": "other.test"}, [("Host", "secret.test")]
+    assert mesh.ask(PODS["guarded"], "/fine", "GET", TRUSTED, *hosts).status == 403
 
 
 def test_an_escaped_slash_is_sent_round_again(mesh: Running) -> None:
@@ -262,6 +276,21 @@ def test_a_service_without_a_route_is_just_balanced(mesh: Running) -> None:
     answer = mesh.ask(PLAIN, "/as//it/../is")
     assert (answer.status, answer.seen["path"]) == (200, "/as//it/../is")
     assert not [name for name in answer.seen["headers"] if name.startswith("x-envoy")]
+
+
+@pytest.mark.parametrize("target", [PLAIN, PODS["open"]])
+def test_methods_are_the_applications(mesh: Running, target: int) -> None:
+    """Also those that no standard knows."""
+    assert mesh.ask(target, "/fine", "LIST").status == 200
+
+
+@pytest.mark.parametrize("target", [PLAIN, PODS["open"]])
+@pytest.mark.parametrize("offered", ["TLS/1.2", "h2c", "websockets", "web", "other/1, more"])
+def test_an_offer_to_upgrade_may_be_left_alone(mesh: Running, target: int, offered: str) -> None:
+    """RFC 9110, 7.8: some clients offer TLS with every request."""
+    answer = mesh.ask(target, headers={"Connection": "Upgrade", "Upgrade": offered})
+    assert answer.status == 200
+    assert "upgrade" not in answer.seen["headers"]
 
 
 def test_grpc(mesh: Running) -> None:

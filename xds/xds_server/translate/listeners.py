@@ -13,16 +13,23 @@ from envoy.extensions.filters.network.http_connection_manager.v3 import (
     http_connection_manager_pb2 as hcm_pb2,
 )
 from envoy.extensions.filters.network.tcp_proxy.v3 import tcp_proxy_pb2
+from envoy.type.matcher.v3 import string_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from xds_server.ir import INBOUND_PORT, OUTBOUND_PORT
 from xds_server.translate.clusters import BLACKHOLE
-from xds_server.translate.messages import NO_TIMEOUT, ads, packed, socket_address
+from xds_server.translate.messages import NO_TIMEOUT, ads, packed, regex, socket_address
 
 Chain: TypeAlias = listener_components_pb2.FilterChain
 Filter: TypeAlias = listener_components_pb2.Filter
 Manager: TypeAlias = hcm_pb2.HttpConnectionManager
+
+_WEBSOCKET = "websocket"
+#: What ends before that does, or differs at one of its characters, or goes on after it.
+_NOT_WEBSOCKET = "(?i)" + "|".join(
+    [*(f"{_WEBSOCKET[:i]}(?:[^{c}].*)?" for i, c in enumerate(_WEBSOCKET)), f"{_WEBSOCKET}.+"]
+)
 
 
 def listener(
@@ -87,9 +94,13 @@ def http_manager(
         http_filters=[*filters, hcm_pb2.HttpFilter(name="router", typed_config=packed(router))],
         server_header_transformation=Manager.ServerHeaderTransformation.PASS_THROUGH,
         http_protocol_options=protocol_pb2.Http1ProtocolOptions(
-            accept_http_10=True, default_host_for_http_10=default_host
+            accept_http_10=True,
+            default_host_for_http_10=default_host,
+            allow_custom_methods=True,
+            # An offer that nobody here takes up is none (RFC 9110, 7.8); Envoy would answer 403.
+            ignore_http_11_upgrade=[string_pb2.StringMatcher(safe_regex=regex(_NOT_WEBSOCKET))],
         ),
-        upgrade_configs=[Manager.UpgradeConfig(upgrade_type="websocket")],
+        upgrade_configs=[Manager.UpgradeConfig(upgrade_type=_WEBSOCKET)],
         stream_idle_timeout=NO_TIMEOUT,
         common_http_protocol_options=protocol_pb2.HttpProtocolOptions(idle_timeout=NO_TIMEOUT),
         # A client that reads up to the end of the connection waits for this long.

@@ -188,11 +188,14 @@ def _operation(operation: Operation, *, http: bool, deny: bool) -> rbac_pb2.Perm
             _any_of(permissions)
             for permissions in (
                 [
-                    _header(NamedMatch(":method", StringMatch(MatchKind.EXACT, method)))
+                    _header(NamedMatch(":method", _method(method, deny=deny)))
                     for method in operation.methods
                 ],
                 [_path(path, deny=deny) for path in operation.paths],
-                [_header(NamedMatch(":authority", _authority(host))) for host in operation.hosts],
+                [
+                    _header(NamedMatch(":authority", _authority(host, deny=deny)))
+                    for host in operation.hosts
+                ],
             )
             if permissions
         )
@@ -252,10 +255,21 @@ def _spellings(character: str) -> str:
     return f"(?:{raw}(?i:{encoded}))"
 
 
-def _authority(host: StringMatch) -> StringMatch:
+def _method(method: str, *, deny: bool) -> StringMatch:
+    """Methods have a case (RFC 9110, 9.1), which some applications do not heed: a DENY does not
+    either."""
+    if deny:
+        return StringMatch(MatchKind.REGEX, f"(?i){re.escape(method)}")
+    return StringMatch(MatchKind.EXACT, method)
+
+
+def _authority(host: StringMatch, *, deny: bool) -> StringMatch:
     """A host in any case, with any port, with the colon of a port that is not told (RFC 3986,
-    3.2.3), and also with the dot that ends a complete name."""
-    body = re.escape(host.value)
+    3.2.3), and also with the dot that ends a complete name. A DENY looks at each of several Host
+    headers, which arrive as one with commas, and past a user's name and any number of dots."""
     before = ".*" if host.kind is MatchKind.SUFFIX else ""
     after = ".*" if host.kind is MatchKind.PREFIX else ""
-    return StringMatch(MatchKind.REGEX, f"(?i){before}{body}{after}\\.?(:[0-9]*)?")
+    body = f"{before}{re.escape(host.value)}{after}"
+    if deny:
+        return StringMatch(MatchKind.REGEX, rf"(?i)(?:.*[,@])?{body}\.*(:[0-9]*)?(?:,.*)?")
+    return StringMatch(MatchKind.REGEX, rf"(?i){body}\.?(:[0-9]*)?")
