@@ -126,6 +126,7 @@ def test_each_parent_has_its_own_conditions() -> None:
         ("{name: headless, port: 80}", "ResolvedRefs"),
         ("{name: outside, port: 443}", "ResolvedRefs"),
         ("{name: web, port: 81}", "BackendNotFound"),
+        ("{name: web, port: 5432}", "UnsupportedProtocol"),
         ("{name: nobody, port: 80}", "BackendNotFound"),
         ("{name: web, port: 80, kind: Job}", "InvalidKind"),
         ("{name: web, port: 80, group: example.com}", "InvalidKind"),

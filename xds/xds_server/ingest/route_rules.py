@@ -15,6 +15,7 @@ from xds_server.ir import (
     MatchKind,
     Name,
     PathPart,
+    Protocol,
     Retry,
     RouteKind,
     RouteMatch,
@@ -174,9 +175,13 @@ class RuleReader:
         if service is None:
             why = f"there is no Service {name}; create it or correct this"
             return self._lost(reference["name"], "BackendNotFound", why)
-        if service.port(number) is None:
+        port = service.port(number)
+        if port is None:
             why = f"Service {name} has no such port; {ports(service)}"
             return self._lost(reference["port"], "BackendNotFound", why)
+        if port.declared is Protocol.TCP:
+            why = f"that port of Service {name} is not HTTP; set its appProtocol to http"
+            return self._lost(reference["port"], "UnsupportedProtocol", why)
         return True
 
     def _lost(self, place: Field, reason: str, why: str) -> bool:
