@@ -8,9 +8,9 @@ from envoy.service.discovery.v3.discovery_pb2 import (
 )
 
 from xds_server.exchange import Ack, Nack, Response
-from xds_server.references import CLUSTER, LISTENER
+from xds_server.references import CLUSTER, ENDPOINT, LISTENER
 from xds_server.snapshot import Encoded, ResourceSet
-from xds_server.stream import WILDCARD, Stream
+from xds_server.stream import HEAD_BYTES, WILDCARD, Stream
 from xds_server.typestate import Interest, TypeState
 
 
@@ -40,16 +40,17 @@ class DeltaStream(Stream):
         known = dict(known)
         was_wildcard = state.wildcard and state.interest is Interest.NAMED
         self._ask(state, names_something=bool(subscribe or unsubscribe), owed=not known)
-        for name in subscribe:
-            if name != WILDCARD:
-                state.own_names().add(name)
-                # A name that comes with its version is not asked for again: the client has it.
-                if name not in known:
-                    state.due.add(name)
-            elif was_wildcard:
+        asked = set(subscribe)
+        if WILDCARD in asked:
+            asked.remove(WILDCARD)
+            if was_wildcard:
                 state.due.update(state.sent)
             elif not state.wildcard:
                 state.start_wildcard(owed=not known)
+        if asked:
+            state.own_names().update(asked)
+            # A name that comes with its version is not asked for again: the client has it.
+            state.due |= asked - known.keys()
         if known:
             self._resumed = True
             state.sent.update((n, v) for n, v in known.items() if state.wants(n))
@@ -69,7 +70,26 @@ class DeltaStream(Stream):
             else:
                 state.forget(name)
 
+    def _begin(self, state: TypeState, desired: ResourceSet) -> Response | None:
+        """All at once, as far as it takes no look at each: for clients that come with nothing."""
+        others = self._types[ENDPOINT]
+        if not state.lacks_all(desired) or len(desired.delta_frames) > self._limit - HEAD_BYTES:
+            return None
+        if state.type_url == CLUSTER and others.doubts:
+            return None
+        if state.type_url == CLUSTER and self._desired is not None and not self.only:
+            others.due |= desired.names_of(ENDPOINT) & self._desired.of(ENDPOINT).names
+        state.begin(desired)
+        nonce = self._next_nonce(state)
+        head = self._encode(state.type_url, nonce, desired.version, (), ())
+        frames = (*head, desired.delta_frames)
+        version, contents = desired.version, desired.versions
+        response = Response(state.type_url, nonce, version, desired.in_order, (), frames)
+        return self._expect(state, response, contents)
+
     def _update(self, state: TypeState, desired: ResourceSet) -> Response | None:
+        if response := self._begin(state, desired):
+            return response
         names = state.candidates(desired)
         there = sorted(n for n in names if n in desired)
         fresh = [entry for entry in map(desired.__getitem__, there) if state.outdated(entry)]

@@ -30,6 +30,15 @@ class Sent(MutableMapping[str, str]):
         """These are shared, and nothing differs from them."""
         return self._shared is versions and not self._own
 
+    @property
+    def differs(self) -> bool:
+        """Something differs from what is shared."""
+        return bool(self._own)
+
+    def begin(self, versions: Mapping[str, str]) -> None:
+        """Share these, and forget all that there was."""
+        self._shared, self._own, self._size = versions, {}, len(versions)
+
     def move(self, versions: Mapping[str, str]) -> None:
         """From what is shared to these, which have the same names; nothing may differ."""
         self._shared = versions

@@ -167,6 +167,16 @@ class ResourceSet(Mapping[str, Encoded]):
         """name -> version of all."""
         return MappingProxyType({name: entry.version for name, entry in self._entries.items()})
 
+    @cached_property
+    def in_order(self) -> tuple[Encoded, ...]:
+        """All, by name."""
+        return tuple(self._entries[name] for name in sorted(self._entries))
+
+    @cached_property
+    def delta_frames(self) -> bytes:
+        """All resources as they stand in a DeltaDiscoveryResponse."""
+        return b"".join(entry.delta_frame for entry in self.in_order)
+
     def version_of(self, name: str) -> str:
         """A resource's version, or ABSENT."""
         entry = self._entries.get(name)

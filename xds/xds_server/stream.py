@@ -37,7 +37,7 @@ WILDCARD = "*"
 #: gRPC's clients refuse messages above 4 MiB unless told otherwise.
 MAX_RESPONSE_BYTES = 3 << 20
 #: Room for a message's own fields, and for what comes with each name in it.
-_HEAD, _NAME = 512, 6
+HEAD_BYTES, _NAME = 512, 6
 ORDER = (CLUSTER, ENDPOINT, LISTENER, ROUTE, FILTER)
 REMOVAL_ORDER = (FILTER, ROUTE, CLUSTER, ENDPOINT)
 #: Types that know a wildcard, and whose state-of-the-world responses are always complete.
@@ -174,11 +174,9 @@ class Stream(ABC):
         response = found.response(type(self), nonce, lambda: self._stepping(found, nonce))
         if response.size > self._limit:
             return None
-        self._nonces += 1
-        state.last_nonce = nonce
+        self._next_nonce(state)
         state.step(found)
-        state.unanswered[nonce] = (response.version, found.contents)
-        self.unanswered += 1
+        self._expect(state, response, found.contents)
         self._level, self._stride = None, Stride(found.type_url, nonce, desired)
         self._drained = True
         return response
@@ -316,7 +314,7 @@ class Stream(ABC):
         self, state: TypeState, entries: Iterable[Encoded], absent: Iterable[str] = ()
     ) -> tuple[list[Encoded], list[str]]:
         """As much as one message may hold; the rest waits for the next one."""
-        room = self._limit - _HEAD
+        room = self._limit - HEAD_BYTES
         some: list[Encoded] = []
         told: list[str] = []
         waiting = set()
@@ -359,14 +357,24 @@ class Stream(ABC):
         suffix: str = "",
     ) -> Response:
         """A message; `suffix` is for the client to say with the version when it comes back."""
-        self._nonces += 1
-        nonce = str(self._nonces)
+        nonce = self._next_nonce(state)
         chosen, gone = tuple(resources), tuple(removed)
-        state.last_nonce = nonce
-        state.owed = False
         frames = self._encode(state.type_url, nonce, version + suffix, chosen, gone)
         response = Response(state.type_url, nonce, version, chosen, gone, frames)
-        state.unanswered[nonce] = (version, response.versions())
+        return self._expect(state, response, response.versions())
+
+    def _next_nonce(self, state: TypeState) -> str:
+        """For the message that is about to be sent."""
+        self._nonces += 1
+        state.last_nonce = str(self._nonces)
+        state.owed = False
+        return state.last_nonce
+
+    def _expect(
+        self, state: TypeState, response: Response, contents: Mapping[str, str]
+    ) -> Response:
+        """Remember what the client is to answer."""
+        state.unanswered[response.nonce] = (response.version, contents)
         self.unanswered += 1
         return response
 

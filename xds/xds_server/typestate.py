@@ -95,6 +95,22 @@ class TypeState:
         if isinstance(self.names, set) and self.names == desired.names:
             self.names = desired.names
 
+    def lacks_all(self, desired: ResourceSet) -> bool:
+        """The client has nothing, knows nothing, and asked for all that there is."""
+        if self.base is not None or self.sent or self.unanswered or self.rejected or self.doubts:
+            return False
+        if self.held or self.stale or self.new or not desired or not self.due <= desired.names:
+            return False
+        return self.names == desired.names or (self.wildcard and not self.names)
+
+    def begin(self, desired: ResourceSet) -> None:
+        """Everything is sent at once to a client that lacks all."""
+        self.base = desired
+        self.sent.begin(desired.versions)
+        self.new, self.due = set(desired.names), set()
+        if self.names:
+            self.names = desired.names
+
     def has_all(self) -> bool:
         """The client was sent all that there is in `base`."""
         return self.base is not None and self.sent.reflects(self.base.versions)
@@ -218,7 +234,8 @@ class TypeState:
         """The client took a response."""
         # A new set, since one that shrinks keeps the memory of its best days.
         self.new = self.new.difference(contents)
-        for name, version in contents.items():
+        # What is unsure is never shared.
+        for name, version in contents.items() if self.sent.differs else ():
             if self.sent.get(name) == UNSURE:
                 self.sent[name] = version
         if self.doubts:
