@@ -8,11 +8,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from running import Sidecar, XdsServer
 from waiting import eventually
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, kind
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE, kind
 
 from redirector.lab import Node
 
-KINDS = sorted(map(kind, (CLUSTER, ENDPOINT, LISTENER, ROUTE)))
+KINDS = sorted(map(kind, (CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE)))
 VARIANTS: dict[str, dict[str, Any]] = {"delta": {}, "state of the world": {"api_type": "GRPC"}}
 WEB = "outbound|80|web.demo"
 
