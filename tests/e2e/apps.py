@@ -20,16 +20,17 @@ PATIENCE_S = 30
 APP = """
 import json, socket, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-released = threading.Event()
+gates = [threading.Event()]
 held = []
 class App(BaseHTTPRequestHandler):
     wbufsize = -1
     def do_GET(self):
         if self.path == "/release":
-            released.set()
+            gates.append(threading.Event())
+            gates[-2].set()
         elif self.path == "/hold":
             held.append(self.path)
-            released.wait()
+            gates[-1].wait()
         seen = {"app": sys.argv[1], "peer": self.client_address[0], "path": self.path,
                 "held": len(held),
                 "headers": {key.lower(): value for key, value in self.headers.items()}}

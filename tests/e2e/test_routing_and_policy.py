@@ -32,7 +32,7 @@ from xds_server.translate import translate
 
 TCP = 5432
 PODS = {"guarded": 20, "open": 21, "closed": 22}
-STRANGER, BY_HOST, TRUSTED = 102, 103, 104
+STRANGER, BY_HOST, TRUSTED, NIGHTLY, HOURLY = 102, 103, 104, 105, 106
 WEB, PLAIN, RPC = 10, 11, 13
 
 
@@ -145,6 +145,9 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (403, TRUSTED, "GET", "/fine", {"Host": "other.test,secret.test"}),
         (403, TRUSTED, "GET", "/fine", {"Host": "secret.test,other.test"}),
         (200, TRUSTED, "GET", "/fine", {"Host": "no-secret.test"}),
+        # Service accounts, of one namespace.
+        (200, NIGHTLY, "GET", "/anything", {}),
+        (403, HOURLY, "GET", "/anything", {}),
     ],
 )
 def test_policy_on_an_http_port(
@@ -183,6 +186,8 @@ def test_an_escaped_slash_is_sent_round_again(mesh: Running) -> None:
     [
         ("guarded", TRUSTED, True),
         ("guarded", STRANGER, False),
+        ("guarded", NIGHTLY, True),
+        ("guarded", HOURLY, False),
         # Allowed for GET only, which nobody sees on this port.
         ("guarded", FRIEND, False),
         # Allowed on another port only.

@@ -231,6 +231,54 @@ def test_a_circuit_breaker(world: World) -> None:
     assert overflown.split() == ["cluster.outbound|80|one.demo.upstream_rq_active_overflow:", "3"]
 
 
+def test_a_circuit_breaker_for_bytes(world: World) -> None:
+    with world.policy(service("both", "raw"), circuitBreaker={"maxConnections": 1}):
+        with pod_socket(world.pods["client"]) as first:
+            first.settimeout(PATIENCE_S)
+            first.connect((BOTH, 90))
+            first.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert first.recv(12).endswith(b" 200")
+            assert world.statuses(BOTH, *[get()] * 2, port=90) == [0, 0]
+            # Another client has its own.
+            assert world.statuses(PODS["web-v1"], get(), port=RAW, pod="outside") == [200]
+        eventually("room", lambda: world.statuses(BOTH, get(), port=90) == [200])
+
+
+def test_nobody_waits_in_line(world: World) -> None:
+    """One connection to each endpoint, and none that waits for it."""
+    breaker = {"maxConnections": 1, "maxPendingRequests": 1}
+    direct = partial(world.ask, PODS["web-v1"], get(), port=HTTP)
+    with world.policy(service("one"), circuitBreaker=breaker), ExitStack() as stack:
+        held = direct()[0].seen["held"]
+        ends = [stack.enter_context(pod_socket(world.pods["client"])) for _ in range(2)]
+        for end, path in zip(ends, (b"/hold", b"/"), strict=True):
+            end.settimeout(PATIENCE_S)
+            end.connect((ONE, 80))
+            end.sendall(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+            eventually("the first request", lambda: direct()[0].seen["held"] > held)
+        waiting = "/stats?filter=one.demo.upstream_rq_pending_active"
+        eventually("a line", lambda: ": 1" in world.sidecars["client"].admin(waiting))
+        assert world.statuses(ONE, *[get()] * 3) == [503] * 3
+        world.ask(PODS["web-v1"], get("/release"), port=HTTP)
+        assert [end.recv(12) for end in ends] == [b"HTTP/1.1 200"] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [
+        # In turn; of 40 at random, one endpoint has more than 35 once in five million runs.
+        ("RoundRobin", 20),
+        ("Random", 35),
+        ("LeastRequest", 35),
+    ],
+)
+def test_how_endpoints_are_chosen(world: World, kind: str, most: int) -> None:
+    with world.policy(service("both"), loadBalancer={"type": kind}):
+        counts = Counter(answer.seen["app"] for answer in world.ask(BOTH, *[get()] * 40))
+        assert max(counts.values()) <= most
+        assert counts.total() == 40
+
+
 def test_a_pod_accepts_so_many_connections(world: World) -> None:
     with world.policy(service("one"), connectionLimit={"maxConnections": 1}):
         with pod_socket(world.pods["outside"]) as first:
