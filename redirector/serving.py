@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 
 from redirector.errors import InputError
 
@@ -28,16 +29,16 @@ class Server:
     def __init__(
         self, address: str, pages: Mapping[str, Callable[[], Page]], option: str = "--metrics"
     ) -> None:
-        """`address` is HOST:PORT or [V6]:PORT, as `option` gave it. InputError when it cannot be
-        listened on."""
+        """`address` is HOST:PORT or [V6]:PORT, as `option` gave it; [::] stands for every address
+        of both families. InputError when it cannot be listened on."""
         host, port = _split(address, option)
+        host = every_address(host)
 
         class Handler(_Handler):
             answers = pages
 
-        class Listener(ThreadingHTTPServer):
+        class Listener(_Listener):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            daemon_threads = True
 
         try:
             self._listener = Listener((host, port), Handler)
@@ -50,6 +51,21 @@ class Server:
     def start(self) -> None:
         """Begin to answer."""
         threading.Thread(target=self._listener.serve_forever, name="http", daemon=True).start()
+
+
+def every_address(host: str) -> str:
+    """`::` is every address of both families; where the kernel has no IPv6, it is 0.0.0.0."""
+    return "0.0.0.0" if host == "::" and not socket.has_dualstack_ipv6() else host
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's own, which asks DNS for our name and waits for it."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        TCPServer.server_bind(self)
 
 
 class _Handler(BaseHTTPRequestHandler):

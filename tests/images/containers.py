@@ -5,6 +5,7 @@ import os
 import resource
 import secrets
 import signal
+import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -53,11 +54,12 @@ class Container:
         self._pod = pod
         self._kubelet = NETNS_DIRECTORY / node.name
 
-    def ask(self, port: int, path: str) -> tuple[int, str]:
-        """What its HTTP endpoint answers the node; 0 while nobody listens."""
+    def ask(self, port: int, path: str, address: str = "") -> tuple[int, str]:
+        """What its HTTP endpoint answers the node, asked by the pod's IPv4 address or another of
+        its; 0 while nobody listens."""
 
         def get() -> tuple[int, str]:
-            url = f"http://{self._pod.ip}:{port}{path}"
+            url = f"http://{address or self._pod.ip}:{port}{path}"
             try:
                 with urllib.request.urlopen(url, timeout=10) as answer:
                     return answer.status, answer.read().decode()
@@ -70,8 +72,19 @@ class Container:
         return within(self._kubelet, get)
 
     def until_probed(self, given: Deployed) -> None:
-        """Wait until the manifest's probes, asked as the kubelet does, are answered well."""
-        self.until_answering(given.container(), "startupProbe", "livenessProbe", "readinessProbe")
+        """Wait until the manifest's probes, asked as the kubelet does, are answered well, and on an
+        IPv6 address as well; so is each of its ports."""
+        container = given.container()
+        self.until_answering(container, "startupProbe", "livenessProbe", "readinessProbe")
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        asks = container["readinessProbe"]["httpGet"]
+        assert self.ask(ports[asks["port"]], asks["path"], f"[{self._pod.ip6}]")[0] == 200
+        for port in ports.values():
+            for address in (self._pod.ip, self._pod.ip6):
+                within(
+                    self._kubelet,
+                    lambda: socket.create_connection((address, port), PATIENCE_S).close(),  # noqa: B023
+                )
 
     def until_answering(self, container: Mapping[str, Any], *probes: str) -> None:
         """Wait until these probes of the container are answered well."""

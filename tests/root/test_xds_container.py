@@ -109,7 +109,7 @@ def test_it_runs_from_its_manifest_and_needs_what_it_is_granted(
     run.mkdir()
     os.chown(run, identity["runAsUser"], identity["runAsGroup"])
     words = [
-        re.sub(r"0\.0\.0\.0:\d+", "127.0.0.1:0", word)
+        re.sub(r"\[::\]:\d+", "127.0.0.1:0", word)
         .replace(mounts["tls"], str(place / "tls"))
         .replace(mounts["run"], str(run))
         for word in container["args"]

@@ -46,3 +46,23 @@ def test_what_is_not_there_names_what_is(server: Server) -> None:
     answer = connection.getresponse()
     assert (answer.status, answer.read()) == (404, b"there are: /whole /pieces\n")
     connection.close()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hosts"), [(True, ["127.0.0.1", "::1"]), (False, ["127.0.0.1"])]
+)
+def test_every_address_of_the_families_that_the_kernel_has(
+    kernel: bool, hosts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: kernel)
+    made = Server("[::]:0", {"/whole": lambda: Page(200, b"x")})
+    made.start()
+    for host in ("127.0.0.1", "::1"):
+        connection = http.client.HTTPConnection(host, made.port, timeout=10)
+        if host in hosts:
+            connection.request("GET", "/whole")
+            assert connection.getresponse().read() == b"x"
+        else:
+            with pytest.raises(ConnectionRefusedError):
+                connection.connect()
+        connection.close()

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from redirector.errors import InputError
+from redirector.serving import every_address
 
 _UNIX = "unix:"
 #: sun_path of unix(7) holds 108 bytes with the final zero.
@@ -55,7 +56,8 @@ def parse(
 ) -> Address:
     """Read an address as `option` gives it.
 
-    `127.0.0.1:18000`, `[::1]:18000`, `localhost:18000` or `unix:/path`.
+    `127.0.0.1:18000`, `[::1]:18000`, `localhost:18000` or `unix:/path`; `[::]` stands for every
+    address of both families.
 
     InputError on anything else, and off loopback unless it is `encrypted` or `insecure` is asked
     for by name.
@@ -72,7 +74,7 @@ def parse(
             raise ValueError
     except ValueError:
         raise _bad(text, option) from None
-    address = TcpAddress(host, int(port), option)
+    address = TcpAddress(every_address(host), int(port), option)
     if not (address.loopback or insecure or encrypted):
         raise InputError(
             f"{option} {text}: not a loopback address, and the protocol is not encrypted;"

@@ -114,7 +114,7 @@ def test_the_agents_command_line_is_understood(
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     ends_outside_of_a_cluster(redirector.main, words, capsys)
     (port,) = (each["containerPort"] for each in AGENT.container()["ports"])
-    assert f"--metrics=0.0.0.0:{port}" in words
+    assert f"--metrics=[::]:{port}" in words
 
 
 def test_the_xds_servers_command_line_is_understood(
@@ -128,8 +128,8 @@ def test_the_xds_servers_command_line_is_understood(
     mounts = {m["name"]: m["mountPath"] for m in XDS_SERVER.container()["volumeMounts"]}
     words = arguments(XDS_SERVER, "xds-server")
     ports = {port["name"]: port["containerPort"] for port in XDS_SERVER.container()["ports"]}
-    assert f"--listen=0.0.0.0:{ports['xds']}" in words
-    assert f"--status-address=0.0.0.0:{ports['status']}" in words
+    assert f"--listen=[::]:{ports['xds']}" in words
+    assert f"--status-address=[::]:{ports['status']}" in words
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     here = [
         word.replace(mounts["tls"], str(tmp_path)).replace(mounts["run"], str(tmp_path))

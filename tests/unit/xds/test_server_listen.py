@@ -31,6 +31,12 @@ def test_address_is_read(text: str, address: object) -> None:
     assert parse(text) == address
 
 
+def test_every_address_of_a_kernel_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("[::]:1", encrypted=True) == TcpAddress("::", 1)
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    assert parse("[::]:1", encrypted=True) == TcpAddress("0.0.0.0", 1)
+
+
 @pytest.mark.parametrize("text", ["[::1]:18000", "127.0.0.1:18000", "unix:/run/xds.sock"])
 def test_address_is_shown_as_it_is_given(text: str) -> None:
     assert str(parse(text)) == text
