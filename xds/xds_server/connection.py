@@ -122,6 +122,8 @@ class Connection:
                     Reason.MALFORMED,
                     f"asks for {request.type_url[:200]!r}; this method serves {only} only",
                 )
+        elif not request.type_url:
+            raise Refused(Reason.MALFORMED, "asks for no type; set type_url")
         names = _bound(request, self.stream, self._limits)
         now = self._hub.clock()
         answer = self.stream.receive(request)

@@ -50,11 +50,12 @@ class SotwStream(Stream):
         """Take in a request; returns the answer that it carries, if any.
 
         A request that does not carry the last nonce of its type was overtaken by that response:
-        its names do not count, since the client will answer the response with all of them.
+        its names do not count, since the client will answer the response with all of them. Before
+        there is a response nothing overtakes, whatever nonce a client brings from another stream.
         """
         state = self._state(request.type_url)
         error = request.error_detail.message if request.HasField("error_detail") else None
-        if request.response_nonce != state.last_nonce:
+        if state.last_nonce and request.response_nonce != state.last_nonce:
             self._heard()
             return self._book(state, request.response_nonce, error)
         repeated = self.repeats(request)

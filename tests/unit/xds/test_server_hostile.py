@@ -142,6 +142,18 @@ async def test_long_names_and_many_types_are_refused() -> None:
         assert (await refusal(call))[1] == "asks for more than 32 types"
 
 
+@pytest.mark.parametrize("method", ["DeltaAggregatedResources", "StreamAggregatedResources"])
+async def test_who_asks_for_no_type_is_told(method: str) -> None:
+    async with running() as (_, stub):
+        call = getattr(stub, method)()
+        made = DeltaDiscoveryRequest if method.startswith("Delta") else DiscoveryRequest
+        request = made()
+        request.node.id = NODE
+        await call.write(request)
+        code = grpc.StatusCode.INVALID_ARGUMENT
+        assert await refusal(call) == (code, "asks for no type; set type_url")
+
+
 async def test_who_says_nothing_is_let_go() -> None:
     async with running(limits=Limits(first_request_s=0.1)) as (_, stub):
         silent = stub.DeltaAggregatedResources()

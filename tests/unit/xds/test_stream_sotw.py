@@ -150,6 +150,13 @@ def test_request_with_a_stale_nonce_says_nothing() -> None:
     assert talk.said() == [("endpoints", ("late",))]
 
 
+def test_nonce_of_another_stream_hides_no_first_request() -> None:
+    talk = Talk(world())
+    talk.ask(CLUSTER, nonce="7 of another stream")
+    assert talk.said() == [("cluster", ("web",))]
+    assert talk.ask(CLUSTER, nonce="7 of another stream") is None
+
+
 def test_name_that_does_not_exist_is_sent_when_it_does() -> None:
     talk = Talk(world())
     talk.ask(ENDPOINT, ["late"])
