@@ -5,35 +5,27 @@ was good is left out, but a policy, or what policies select by, refuses everythi
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from xds_server.conditions import ObjectStatus
 from xds_server.errors import Problem
 from xds_server.groups import GATEWAY_GROUP, POLICY_VERSION
-from xds_server.ingest.addresses import Contested, contested
-from xds_server.ingest.attachment import attach, with_traffic
+from xds_server.ingest.attachment import Attached, attach, with_traffic
 from xds_server.ingest.building import build_service, build_workload
-from xds_server.ingest.core import (
-    Pod,
-    RawPort,
-    RawService,
-    Slice,
-    read_node,
-    read_pod,
-    read_service,
-    read_slice,
-)
+from xds_server.ingest.core import Pod, RawPort, RawService, Slice, read_node
 from xds_server.ingest.kinds import Sorted, sort_by_kind
-from xds_server.ingest.lastgood import Forms, Key, readable
-from xds_server.ingest.members import Members, members
-from xds_server.ingest.policies import Origins, PolicyReader, services_aimed_at
+from xds_server.ingest.lastgood import Forms, Key
+from xds_server.ingest.members import Members
+from xds_server.ingest.places import Places, read_places
+from xds_server.ingest.policies import Origins, PolicyReader
 from xds_server.ingest.policy_status import policy_statuses
 from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
 from xds_server.ingest.route_status import judge, protocols_of, settle
-from xds_server.ingest.routes import ROUTE_KINDS, RouteReader, read_grant
+from xds_server.ingest.routes import ROUTE_KINDS, Grant, RouteReader, read_grant
 from xds_server.ingest.scopes import NOTHING, Wishes, read_namespace
 from xds_server.ingest.traffic import read_traffic
-from xds_server.ir import Mesh, Name, Parent, Protocol, Service, Workload
+from xds_server.ir import Mesh, Name, Parent, Policy, Protocol, Route, Service, Workload
 from xds_server.memo import Memo
 from xds_server.sources.objects import KubeObject
 
@@ -93,120 +85,28 @@ class Ingester:
 
 
 def _mesh(found: Sorted, suspects: Collection[str], forms: Forms, defaults: Wishes) -> Mesh:
-    kinds, ignored, memo = found.kinds, found.ignored, forms.memo
-    pod_readings = [forms.read(item, read_pod, ()) for item in kinds["Pod"]]
-    service_readings = [forms.read(item, read_service, ()) for item in kinds["Service"]]
-    slice_readings = [forms.read(item, read_slice, ()) for item in kinds["EndpointSlice"]]
-
-    good_pods = [(one.item, one.value) for one in pod_readings if one.good and one.value]
-    good_services = [one.value for one in service_readings if one.good]
-    claims = _contested(good_pods, good_services, memo)
-    # Policies are for bad pods, too, and for those that a bad service selects.
-    bad_pods = [(one.item, one.value) for one in pod_readings if not one.good and one.value]
-    bad_services = [one for one in service_readings if not one.good]
-    pods = {pod.name: pod for _, pod in good_pods}
-    pods |= {pod.name: memo(Pod.uncertain, pod) for _, pod in bad_pods}
-    services = {raw.name: raw.without(claims.services) for raw in good_services}
-    slices = [one.value for one in slice_readings if one.good and one.value]
-    all_pods, all_services = memo.row(pods.values()), memo.row(services.values())
-    portless = [memo(RawService.without_ports, one.value) for one in bad_services]
-    portless += _gone_services(kinds, forms)
-    behind = members(
-        all_pods,
-        memo.row([*all_services, *portless]),
-        [
-            *slices,
-            *(memo(Slice.without_ports, s.value) for s in slice_readings if not s.good and s.value),
-        ],
-        memo,
-    )
-
-    grants = []
-    for item in kinds["ReferenceGrant"]:
-        granted = forms.read(item, read_grant, ())
-        grants += granted.value if granted.good else []
-    reader = RouteReader(services, grants)
-    beside = (all_services, memo.value(tuple(grants)))
-    judged = []
-    for item in (item for kind in ROUTE_KINDS for item in kinds[kind]):
-        one = judge(item, reader, forms, beside)
-        if one is None:
-            ignored.append(f"{item.subject} (no parent is a Service)")
-        else:
-            judged.append(one)
-    routes, statuses = settle(judged, memo)
-    ignored += (
-        f"{raw.item.subject}: {said} (served as TCP)"
-        for raw in services.values()
-        for said in raw.foreign
-    )
-
-    wanted: dict[Name, set[int]] = defaultdict(set)
-    for route in routes:
-        for rule in route.rules:
-            for name, number in rule.destinations:
-                wanted[name].add(number)
-    services = {
-        name: memo(RawService.reached_at, raw, memo.row(sorted(wanted[name])))
-        if raw.external
-        else raw
-        for name, raw in services.items()
-    }
-    reached = memo.row(services.values())
+    kinds, memo = found.kinds, forms.memo
+    places = read_places(kinds, forms)
+    routes, route_statuses, foreign = _routes(kinds, places, forms)
+    reached = _reached(places.services, routes, memo)
     protocols = memo(_protocols, reached, memo.value(protocols_of(routes)))
-    traffic = [forms.read(item, read_traffic, ()) for item in kinds["TrafficPolicy"]]
-    rules = memo.value(
-        frozenset(
-            (route.kind.value, route.name, name)
-            for route in routes
-            for name in ("", *(rule.name for rule in route.rules))
-        )
-    )
-    raw_traffic = memo.row(one.value for one in traffic if one.good)
-    attached = memo(attach, raw_traffic, reached, protocols, behind, rules)
+    attached = _attached(kinds, places, reached, protocols, routes, forms)
+    found.problems.extend(attached.problems)
     wishes = {
         item.name.name: forms.read(item, read_namespace, ()).value.over(defaults)
         for item in kinds["Namespace"]
     }
-    node_readings = [forms.read(item, read_node, ()) for item in kinds["Node"]]
-    zones = memo.value(
-        frozenset((one.item.name.name, one.value) for one in node_readings if one.good)
-    )
-    found.problems.extend(attached.problems)
-    pieces = defaultdict(list)
-    for piece in slices:
-        pieces[piece.service].append(piece)
-    vague = {
-        one.item.name
-        for one in bad_services
-        if not readable(one.item, lambda item: item.spec["selector"].labels())
-    }
-    opaque = {
-        pod.name
-        for item, pod in bad_pods
-        if not readable(item, lambda item: item.root["metadata"]["labels"].labels())
-    }
-    named = memo.value(frozenset(one.item.name for one in service_readings))
-    origins = memo(Origins, all_pods, memo.value(claims.pods))
-    policies, closed = read_policies(
-        kinds["AuthorizationPolicy"],
-        PolicyReader(pods, named, vague, behind, origins),
-        forms,
-        opaque,
-        suspects,
-        (all_pods, named, memo.value(frozenset(vague)), behind, origins),
-    )
+    nodes = [forms.read(item, read_node, ()) for item in kinds["Node"]]
+    zones = frozenset((one.item.name.name, one.value) for one in nodes if one.good)
+    policies, closed = _policies(kinds, places, suspects, forms)
     return Mesh(
-        services={
-            name: _service(services[name], pieces[name], protocols, memo)
-            for name in memo(_names, reached)
-        },
+        services=_services(reached, places, protocols, memo),
         workloads=memo(
             _workloads,
-            all_pods,
-            behind,
+            places.all_pods,
+            places.behind,
             protocols,
-            zones,
+            memo.value(zones),
             memo.value(frozenset(wishes.items())),
             memo.value(defaults),
         ),
@@ -220,7 +120,7 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms, defaults: Wish
         traffic=memo.by(
             (attach, attached), lambda: tuple(memo.value(policy) for policy in attached.policies)
         ),
-        ignored=tuple(sorted(ignored)),
+        ignored=tuple(sorted([*found.ignored, *foreign])),
         kept=tuple(sorted(forms.kept)),
         left_out=tuple(sorted(set(forms.left_out) - set(closed))),
         closed=tuple(closed),
@@ -229,42 +129,102 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms, defaults: Wish
                 [*kinds["TrafficPolicy"], *kinds["AuthorizationPolicy"]],
                 attached.statuses,
                 forms.kept,
-                {"Pod": pods, "Service": named},
+                {"Pod": places.pods, "Service": places.named},
             ),
-            *statuses,
+            *route_statuses,
         ),
         registry_only=bool(defaults.closed),
         registry_only_in={name: bool(wish.closed) for name, wish in sorted(wishes.items())},
     )
 
 
-def _gone_services(kinds: Mapping[str, Sequence[Item]], forms: Forms) -> list[RawService]:
-    """Services that are no more, but that a policy is for, in its form now or its last good one."""
-    wanted: set[Name] = set()
-    for item in kinds["AuthorizationPolicy"]:
-        former = forms.former(item)
-        wanted |= forms.memo(services_aimed_at, item)
-        wanted |= services_aimed_at(former) if former else set()
-    wanted -= {item.name for item in kinds["Service"]}
-    return [forms.memo(_bare_service, item) for item in forms.gone("Service", wanted)]
+def _routes(
+    kinds: Mapping[str, Sequence[Item]], places: Places, forms: Forms
+) -> tuple[list[Route], list[ObjectStatus], list[str]]:
+    """The routes in force, the status of all, and what is of no use here."""
+    grants: list[Grant] = []
+    for item in kinds["ReferenceGrant"]:
+        granted = forms.read(item, read_grant, ())
+        grants += granted.value if granted.good else []
+    reader = RouteReader(places.services, grants)
+    beside = (places.all_services, forms.memo.value(tuple(grants)))
+    judged, foreign = [], []
+    for item in (item for kind in ROUTE_KINDS for item in kinds[kind]):
+        one = judge(item, reader, forms, beside)
+        if one is None:
+            foreign.append(f"{item.subject} (no parent is a Service)")
+        else:
+            judged.append(one)
+    foreign += (
+        f"{raw.item.subject}: {said} (served as TCP)"
+        for raw in places.services.values()
+        for said in raw.foreign
+    )
+    return *settle(judged, forms.memo), foreign
 
 
-def _bare_service(item: Item) -> RawService:
-    return read_service(item).without_ports()
+def _reached(
+    services: Mapping[Name, RawService], routes: Iterable[Route], memo: Memo
+) -> tuple[RawService, ...]:
+    """The Services, of which those by name have the ports that routes want of them."""
+    wanted: dict[Name, set[int]] = defaultdict(set)
+    for route in routes:
+        for rule in route.rules:
+            for name, number in rule.destinations:
+                wanted[name].add(number)
+    return memo.row(
+        memo(RawService.reached_at, raw, memo.row(sorted(wanted[name]))) if raw.external else raw
+        for name, raw in services.items()
+    )
 
 
-def _contested(
-    pods: Sequence[tuple[Item, Pod]], services: Sequence[RawService], memo: Memo
-) -> Contested:
-    looked: list[Contested] = []
+def _attached(
+    kinds: Mapping[str, Sequence[Item]],
+    places: Places,
+    reached: tuple[RawService, ...],
+    protocols: Mapping[RawPort, Protocol],
+    routes: Iterable[Route],
+    forms: Forms,
+) -> Attached:
+    """The TrafficPolicies, where they hold."""
+    readings = [forms.read(item, read_traffic, ()) for item in kinds["TrafficPolicy"]]
+    rules = frozenset(
+        (route.kind.value, route.name, name)
+        for route in routes
+        for name in ("", *(rule.name for rule in route.rules))
+    )
+    memo = forms.memo
+    good = memo.row(one.value for one in readings if one.good)
+    return memo(attach, good, reached, protocols, places.behind, memo.value(rules))
 
-    def look() -> Contested:
-        looked.append(contested(pods, services))
-        return looked[0]
 
-    found = memo.by((contested, memo.row(pod for _, pod in pods), memo.row(services)), look)
-    # What is contested is to be said each time.
-    return found if looked or not (found.pods or found.services) else look()
+def _policies(
+    kinds: Mapping[str, Sequence[Item]], places: Places, suspects: Collection[str], forms: Forms
+) -> tuple[list[Policy], list[str]]:
+    """The AuthorizationPolicies, and in whose place everything is refused."""
+    memo = forms.memo
+    origins = memo(Origins, places.all_pods, memo.value(places.contested.pods))
+    return read_policies(
+        kinds["AuthorizationPolicy"],
+        PolicyReader(places.pods, places.named, places.vague, places.behind, origins),
+        forms,
+        places.opaque,
+        suspects,
+        (places.all_pods, places.named, places.vague, places.behind, origins),
+    )
+
+
+def _services(
+    reached: tuple[RawService, ...],
+    places: Places,
+    protocols: Mapping[RawPort, Protocol],
+    memo: Memo,
+) -> Mapping[Name, Service]:
+    by_name = {raw.name: raw for raw in reached}
+    return {
+        name: _service(by_name[name], places.pieces.get(name, []), protocols, memo)
+        for name in memo(_names, reached)
+    }
 
 
 def _service(
