@@ -104,6 +104,8 @@ def check(pod: LabPod, peer: LabPod) -> None:
             DIRECT,
         ]
         assert verdicts(pod, here, app, sidecar) == [DIRECT, INBOUND]
+        (arrival,) = peer.call(probes.dial, [probes.Call(ip_address(here), PORT)])
+        assert arrival.verdict == INBOUND
         # The node's own 1337 is nobody there.
         (arrival,) = pod.call(
             probes.dial, [probes.Call(ip_address(there), PORT)], uid=1337, gid=1337
