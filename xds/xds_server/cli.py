@@ -204,10 +204,13 @@ async def _run(
     if not reading.done():
         return 0
     found = reading.result()
-    if found.problems and strict:
-        for problem in found.problems:
+    # Of a file that nobody could read so far there is no last good form either, and it may be the
+    # one with the policies. Sidecars keep what they have while nothing is served.
+    hopeless = [problem for problem in found.problems if strict or problem.opaque]
+    if hopeless:
+        for problem in hopeless:
             print(f"xds-server: {problem}", file=sys.stderr)
-        problems = count(len(found.problems), "problem")
+        problems = count(len(hopeless), "problem")
         print(f"xds-server: {problems} in {reader.source}: nothing to serve", file=sys.stderr)
         return 1
     reader.note(found)

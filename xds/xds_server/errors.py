@@ -16,7 +16,7 @@ class Problem:
     """One mistake. `field` is a path such as `spec.rules[0].backendRefs[1].weight`, and `message`
     says the way out; a part that does not apply is empty. `own` is False where the object is well
     said and only does not fit the others there are. `suspects` are namespaces that policies may be
-    for in what could not be read."""
+    for in what could not be read; of an `opaque` file nothing could, so they may be for any."""
 
     file: str
     object: str
@@ -25,6 +25,7 @@ class Problem:
     message: str
     own: bool = True
     suspects: frozenset[str] = frozenset()
+    opaque: bool = False
 
     def __str__(self) -> str:
         parts = (self.file, self.object, self.field, self.value, self.message)

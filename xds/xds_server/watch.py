@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,10 @@ _DEBOUNCE_MS = 50
 _STEP_MS = 20
 #: How often the directory is compared without any notice (started too late, remote file system).
 _COMPARE_EVERY_MS = 1000
-#: A shorter or missing file may be one that an editor is about to write: wait before believing it.
+#: A shorter or missing file may be one that is about to be written: wait until all has been quiet
+#: for so long before believing it, or for _SETTLE_MOST_S.
 _SETTLE_S = 0.25
+_SETTLE_MOST_S = 3.0
 _RETRY_S = 0.25
 
 
@@ -48,17 +50,23 @@ def listing(directory: Path) -> Listing:
         own = _state(directory)
         for path in directory.iterdir():
             if path.suffix in SUFFIXES and not path.name.startswith("."):
-                try:
-                    files[path.name] = _state(path)
-                except FileNotFoundError:
-                    continue  # renamed away since it was listed
+                with suppress(FileNotFoundError):  # renamed away since it was listed
+                    files[path.name] = _file_state(path)
     except OSError:
         return Listing(None, {})
     return Listing(own, files)
 
 
-def _state(path: Path) -> FileState:
-    found = path.stat()
+def _file_state(path: Path) -> FileState:
+    """A link that leads to nothing that can be looked at is told by itself."""
+    try:
+        return _state(path)
+    except OSError:
+        return _state(path, follow_links=False)
+
+
+def _state(path: Path, *, follow_links: bool = True) -> FileState:
+    found = path.stat(follow_symlinks=follow_links)
     return FileState(
         found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     )
@@ -95,8 +103,10 @@ def unsettled(old: Listing, new: Listing) -> bool:
 async def changes(directory: Path, seen: Listing) -> AsyncGenerator[Change, None]:
     """Every change from `seen` on, as long as the caller asks for more.
 
-    Survives that the directory is removed and made again.
+    Survives that the directory is removed and made again. What is missing of it by then is awaited
+    as any other missing file.
     """
+    whole = seen
     while True:
         try:
             watcher = awatch(
@@ -111,28 +121,31 @@ async def changes(directory: Path, seen: Listing) -> AsyncGenerator[Change, None
             watched = listing(directory).directory
             async with aclosing(watcher):
                 async for _ in watcher:
-                    found = await _settled(directory, seen)
+                    found = await _settled(directory, whole)
                     change = compare(seen, found, time.time())
                     seen = found
+                    whole = found if found.directory else whole
                     if change is not None:
                         yield change
                     if not _same(watched, found.directory):
                         break  # the watch is on a directory that is no longer there
         except (OSError, RuntimeError):
             # No directory, or no watch to be had (the user's inotify limit): look by ourselves.
-            found = listing(directory)
+            found = await _settled(directory, whole)
             change = compare(seen, found, time.time())
             seen = found
+            whole = found if found.directory else whole
             if change is not None:
                 yield change
         await asyncio.sleep(_RETRY_S)
 
 
 async def _settled(directory: Path, seen: Listing) -> Listing:
-    found = listing(directory)
-    if unsettled(seen, found):
+    before, found = None, listing(directory)
+    latest = time.monotonic() + _SETTLE_MOST_S
+    while found != before and unsettled(seen, found) and time.monotonic() < latest:
         await asyncio.sleep(_SETTLE_S)
-        found = listing(directory)
+        before, found = found, listing(directory)
     return found
 
 

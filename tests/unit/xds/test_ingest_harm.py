@@ -322,6 +322,17 @@ def test_a_file_that_cannot_be_read_stays_as_it_was(directory: Path, bad: bytes)
     assert count(manifests) == (3, 0, frozenset())
 
 
+def test_a_file_that_was_emptied_is_about_to_be_written(directory: Path) -> None:
+    """As with `kubectl get ... > FILE`, which may take a while."""
+    manifests = Manifests(directory)
+    (directory / "c.yaml").write_text("")
+    assert count(manifests) == (4, 0, frozenset())
+    (directory / "b.yaml").write_text("")
+    assert count(manifests) == (4, 1, frozenset())
+    (directory / "b.yaml").write_text("# nothing\n")
+    assert count(manifests) == (2, 0, frozenset())
+
+
 async def test_last_good_forms_outlive_an_empty_directory(directory: Path) -> None:
     reader = Reader(Directory(directory))
     before = await reader.read()

@@ -85,6 +85,22 @@ def test_validate_prints_every_problem_at_once(
     assert lines[-1].endswith(f"objects, {len(lines) - 1} problems")
 
 
+def test_a_file_that_nobody_can_read_at_the_start_leaves_nothing_to_serve(
+    manifests: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be the one with the policies. Other mistakes harm only themselves."""
+    (manifests / "policy-web.yaml").unlink()
+    (manifests / "policy-web.yaml").symlink_to("policy-web.yaml")
+    (manifests / "bad.yaml").write_text("{")
+    assert main(["--manifests", str(manifests), "--listen", "127.0.0.1:0"]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("xds-server:")]
+    assert said == [
+        f"xds-server: {manifests}/policy-web.yaml: cannot be read: "
+        "Too many levels of symbolic links",
+        f"xds-server: 1 problem in {manifests}: nothing to serve",
+    ]
+
+
 def test_bad_manifests_at_a_strict_start_leave_nothing_to_serve(
     manifests: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

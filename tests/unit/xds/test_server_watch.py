@@ -42,6 +42,10 @@ def _replace(directory: Path) -> None:
     temporary.rename(directory / "a.yaml")
 
 
+def _refuse(*_: object, **__: object) -> None:
+    raise WatchfilesRustInternalError("Too many open files (os error 24)")
+
+
 def _unlink_and_write(directory: Path) -> None:
     """As other editors save."""
     (directory / "a.yaml").unlink()
@@ -80,6 +84,38 @@ async def test_directory_that_vanishes_and_comes_back(directory: Path) -> None:
         more = await asyncio.wait_for(anext(found), PATIENCE_S)
     assert [gone.reason, back.reason] == ["directory vanished", "added a.yaml b.yaml"]
     assert more.reason == "added c.yaml"
+
+
+@pytest.mark.parametrize("watched", [True, False])
+async def test_what_comes_back_file_by_file_is_not_taken_for_less(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, watched: bool
+) -> None:
+    """A server that took each for all there is would drop policies for a while."""
+    monkeypatch.setattr("xds_server.watch._SETTLE_S", 1.0)
+    if not watched:
+        monkeypatch.setattr("xds_server.watch.awatch", _refuse)
+    async with aclosing(changes(directory, listing(directory))) as found:
+        directory.rename(directory.with_name("aside"))
+        assert (await asyncio.wait_for(anext(found), PATIENCE_S)).reason == "directory vanished"
+        directory.mkdir()
+        back = asyncio.ensure_future(anext(found))
+        for name in ("c.yaml", "d.yaml", "b.yaml", "e.yaml", "a.yaml"):
+            (directory / name).write_text(name)
+            await asyncio.sleep(0.1)
+        change = await asyncio.wait_for(back, PATIENCE_S)
+    assert change.reason == "added a.yaml b.yaml c.yaml d.yaml e.yaml"
+
+
+async def test_a_link_that_leads_nowhere_hides_no_change_of_the_others(directory: Path) -> None:
+    (directory / "loop.yaml").symlink_to("loop.yaml")
+    (directory / "nowhere.yaml").symlink_to("nowhere")
+    change = await after(directory, lambda: (directory / "c.yaml").write_text("c"))
+    assert change.reason == "added c.yaml"
+    before = listing(directory)
+    (directory / "nowhere").write_text("here")
+    changed = compare(before, listing(directory), time.time())
+    assert changed is not None
+    assert changed.reason == "changed nowhere.yaml"
 
 
 def test_what_is_no_manifest_is_not_looked_at(directory: Path) -> None:
@@ -133,9 +169,6 @@ def test_new_mount_of_the_files_by_a_link_is_a_change(tmp_path: Path) -> None:
 async def test_without_a_watch_to_be_had_changes_are_still_noticed(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise WatchfilesRustInternalError("Too many open files (os error 24)")
-
-    monkeypatch.setattr("xds_server.watch.awatch", refuse)
+    monkeypatch.setattr("xds_server.watch.awatch", _refuse)
     change = await after(directory, lambda: (directory / "c.yaml").write_text("c"))
     assert change.reason == "added c.yaml"

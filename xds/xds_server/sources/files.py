@@ -97,6 +97,7 @@ class Manifests:
             text, wrong = _text(path)
             if text is None and wrong is None:
                 continue
+            wrong = wrong or self._emptied(file, text)
             read, unreadable = (
                 ([], [wrong]) if wrong else self._parse(file, text or "", before.get(file))
             )
@@ -111,6 +112,13 @@ class Manifests:
             problems += unreadable
         self._good = good
         return objects, problems
+
+    def _emptied(self, file: str, text: str | None) -> Problem | None:
+        """A shell empties what it is about to write, and a program may take long to write it."""
+        if text or not self._good.get(file):
+            return None
+        message = "is empty, as if about to be written; what it held stays: remove it to drop that"
+        return Problem(file, "", "", "", message)
 
     def _parse(
         self,
@@ -145,8 +153,8 @@ def load(directory: Path) -> tuple[list[KubeObject], list[Problem]]:
 def _text(path: Path) -> tuple[str | None, Problem | None]:
     """A file's text, as far as there is any, and what is wrong; neither for one that is gone."""
 
-    def wrong(message: str, place: str = "") -> Problem:
-        return Problem(str(path), "", place, "", message)
+    def wrong(message: str, place: str = "", *, opaque: bool = False) -> Problem:
+        return Problem(str(path), "", place, "", message, opaque=opaque)
 
     try:
         state = path.stat()
@@ -154,14 +162,14 @@ def _text(path: Path) -> tuple[str | None, Problem | None]:
             # Reading a pipe or a device may never end.
             return None, wrong("is not a regular file; remove it")
         if state.st_size > _MAX_BYTES:
-            return None, wrong(f"is larger than {_MAX_BYTES >> 20} MiB; split it")
+            return None, wrong(f"is larger than {_MAX_BYTES >> 20} MiB; split it", opaque=True)
         data = path.read_bytes()
     except FileNotFoundError:
         if path.is_symlink():
             return None, wrong(f"leads nowhere: {os.readlink(path)}; correct or remove the link")
         return None, None  # renamed away since it was listed, as editors do
     except OSError as error:
-        return None, wrong(f"cannot be read: {error.strerror}")
+        return None, wrong(f"cannot be read: {error.strerror}", opaque=True)
     try:
         return data.decode(), None
     except UnicodeDecodeError as error:
