@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from redirector.errors import InputError, RedirectorError
 from xds_server.admission import Admission, Limits, Reason, Refused
-from xds_server.connection import Connection
+from xds_server.connection import END, Connection
 from xds_server.delta import DeltaStream
 from xds_server.generation import Generation
 from xds_server.hub import REPORT_AFTER_S, Hub
@@ -193,8 +193,8 @@ class Server:
 
     def _handlers(self) -> "Iterator[grpc.GenericRpcHandler[Any, Any]]":
         def handler(method: Method) -> "grpc.RpcMethodHandler[Any, Any]":
-            async def serve(requests: AsyncIterator[Any], context: Any) -> None:
-                await self._serve(method.stream(), requests, context)
+            async def serve(_: AsyncIterator[Any], context: Any) -> None:
+                await self._serve(method.stream(), context)
 
             # Responses are bytes already: resources are encoded once for all clients.
             return grpc.stream_stream_rpc_method_handler(
@@ -207,14 +207,12 @@ class Server:
             handlers = {method.name: handler(method) for method in methods}
             yield grpc.method_handlers_generic_handler(service, handlers)
 
-    async def _serve(
-        self, stream: DeltaStream | SotwStream, requests: AsyncIterator[Any], context: Any
-    ) -> None:
+    async def _serve(self, stream: DeltaStream | SotwStream, context: Any) -> None:
         try:
             with self._admission.place():
-                connection = await self._admitted(stream, requests, context)
+                connection = await self._admitted(stream, context)
                 if connection is not None:
-                    await self._run(connection, requests, context)
+                    await self._run(connection, context)
             return
         except DecodeError as error:
             refused = Refused(Reason.MALFORMED, str(error))
@@ -228,18 +226,16 @@ class Server:
         code = _STATUS.get(refused.reason, grpc.StatusCode.RESOURCE_EXHAUSTED)
         await context.abort(code, str(refused))
 
-    async def _admitted(
-        self, stream: DeltaStream | SotwStream, requests: AsyncIterator[Any], context: Any
-    ) -> Connection | None:
+    async def _admitted(self, stream: DeltaStream | SotwStream, context: Any) -> Connection | None:
         """The client once it has said who it is; None when it went without a word."""
         try:
             async with asyncio.timeout(self._limits.first_request_s):
-                first = await anext(requests, None)
+                first = await context.read()
         except TimeoutError:
             raise Refused(
                 Reason.NO_REQUEST, f"no request within {self._limits.first_request_s:g} s"
             ) from None
-        if first is None or self._admission.draining:
+        if first is END or self._admission.draining:
             return None
         try:
             node = NodeId.parse(first.node.id, first.node.user_agent_name)
@@ -256,13 +252,11 @@ class Server:
         connection.receive(first)
         return connection
 
-    async def _run(
-        self, connection: Connection, requests: AsyncIterator[Any], context: Any
-    ) -> None:
+    async def _run(self, connection: Connection, context: Any) -> None:
         connections = self._hub.connections
         connections.add(connection)
         log.info("%s connected, %s", connection, count(len(connections), "sidecar"))
-        reader = asyncio.create_task(connection.read(requests))
+        reader = asyncio.create_task(connection.read(context))
         age = self._limits.stream_age_s * random.uniform(1 - _AGE_JITTER, 1)
         aged = asyncio.get_running_loop().call_later(age, connection.leave)
         try:
