@@ -213,7 +213,10 @@ def _bootstrap(arguments: argparse.Namespace, context: Context) -> int:
     from redirector.bootstrap import command
 
     def enrolled(name: str) -> str:
-        return str(context.enrollment().get(name).addresses[0])
+        known = context.enrollment().get(name).node_wide
+        if not known:
+            raise InputError(f"pod {name}: had no address of its own when enrolled; give it: --ip")
+        return str(known[0])
 
     return command.run(arguments, enrolled, context.out)
 

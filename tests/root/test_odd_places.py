@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import traces
 
+from redirector import cli
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.errors import InputError, MachineError
@@ -85,6 +86,25 @@ def test_without_room_for_records_nothing_is_begun(
         assert (status.pod.mode, status.missing) == (Mode.EBPF, ())
         enrollment.unenroll("pod")
         assert traces.in_pod(pod) == []
+
+
+def test_a_pod_without_an_address_has_no_bootstrap(
+    enrollment: Enrollment,
+    datapath: Datapath,
+    node: Node,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pod = node.pod("pod")
+    for family in ("-4", "-6"):
+        pod.run(["ip", family, "address", "flush", "dev", "eth0"], check=True)
+    pod.run(["ip", "address", "add", "fe80::7/64", "dev", "eth0"], check=True)
+    enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.IPTABLES)
+    monkeypatch.setenv(cli.STATE_VARIABLE, str(tmp_path / "pods"))
+    monkeypatch.setenv(cli.PINS_VARIABLE, str(datapath.root))
+    assert cli.main(["bootstrap", "pod"]) == 2
+    assert "had no address of its own when enrolled; give it: --ip" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_written_is_told(datapath: Datapath, node: Node, small: Path) -> None:
