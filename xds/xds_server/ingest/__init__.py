@@ -15,9 +15,10 @@ from xds_server.ingest.building import build_service, build_workload
 from xds_server.ingest.core import Pod, RawPort, RawService, Slice, read_node
 from xds_server.ingest.kinds import Sorted, sort_by_kind
 from xds_server.ingest.lastgood import Forms, Key
+from xds_server.ingest.lookup import Lookup, Origins
 from xds_server.ingest.members import Members
 from xds_server.ingest.places import Places, read_places
-from xds_server.ingest.policies import Origins, PolicyReader
+from xds_server.ingest.policies import PolicyReader
 from xds_server.ingest.policy_status import policy_statuses
 from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
@@ -204,13 +205,13 @@ def _policies(
     """The AuthorizationPolicies, and in whose place everything is refused."""
     memo = forms.memo
     origins = memo(Origins, places.all_pods, memo.value(places.contested.pods))
+    lookup = Lookup(places.all_pods, places.named, places.vague, places.behind, origins, memo)
     return read_policies(
         kinds["AuthorizationPolicy"],
-        PolicyReader(places.pods, places.named, places.vague, places.behind, origins),
+        PolicyReader(lookup),
         forms,
         places.opaque,
         suspects,
-        (places.all_pods, places.named, places.vague, places.behind, origins),
     )
 
 

@@ -1,16 +1,13 @@
 """AuthorizationPolicies (manifests/crds/authorizationpolicies.yaml)."""
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 
-from redirector.model import IPAddress, IPNetwork
-from xds_server.ingest.core import Pod, selects
-from xds_server.ingest.members import Members
+from redirector.model import IPNetwork
+from xds_server.ingest.lookup import Lookup, collapsed
 from xds_server.ingest.reader import TOKEN, Field, Item
 from xds_server.ir import (
     Action,
@@ -27,10 +24,6 @@ from xds_server.ir import (
 _NOT_NORMAL = re.compile(r"//|/\.\.?(/|$)|[%\\\x00-\x1f\x7f]")
 
 
-#: Every interface with IPv6 has such an address, and no object tells of it.
-_LINK_LOCAL = IPv6Network("fe80::/10")
-
-
 class _HeaderType(StrEnum):
     EXACT = "Exact"
     PREFIX = "Prefix"
@@ -44,44 +37,11 @@ _HEADER_KINDS = {
 }
 
 
-class Origins:
-    """Which addresses traffic of a namespace or service account comes from.
-
-    A pod in its node's network shares its address with the whole node. So it cannot be allowed by
-    name, which would let all of them in, but it can be denied. So may an address that two pods
-    claim (`shared`), and one that is good on the link only: whose it is nobody tells.
-    """
-
-    def __init__(self, pods: Collection[Pod], shared: Collection[IPAddress]) -> None:
-        nodes = {a for pod in pods if pod.host_network for a in pod.addresses}
-        self._own: dict[tuple[str, ...], set[IPNetwork]] = defaultdict(set)
-        self._any: dict[tuple[str, ...], set[IPNetwork]] = defaultdict(set)
-        for pod in pods:
-            namespace = pod.name.namespace
-            for key in ((namespace,), (namespace, pod.service_account)):
-                self._any[key] |= {ip_network(address) for address in pod.addresses}
-                if not pod.host_network:
-                    own = {*pod.addresses}.difference(shared, nodes)
-                    self._own[key] |= {ip_network(address) for address in own}
-
-    def of(self, keys: Iterable[tuple[str, ...]], action: Action) -> tuple[IPNetwork, ...]:
-        known = self._own if action is Action.ALLOW else self._any
-        found = {network for key in keys for network in known.get(key, ())}
-        if action is Action.DENY and found:
-            found.add(_LINK_LOCAL)
-        return _collapsed(found)
-
-
 @dataclass(frozen=True, eq=False)
 class PolicyReader:
-    """Reads policies against the pods and services there are; whom `vague` services select cannot
-    be read."""
+    """Reads policies against the pods and services there are."""
 
-    pods: Mapping[Name, Pod]
-    services: Collection[Name]
-    vague: Collection[Name]
-    members: Members
-    origins: Origins
+    lookup: Lookup
 
     def read(self, item: Item) -> Policy:
         spec = item.spec
@@ -118,11 +78,7 @@ class PolicyReader:
                 selector["matchLabels"].problem(
                     "must name a label; remove the selector to mean the whole namespace"
                 )
-            return frozenset(
-                pod.name
-                for pod in self.pods.values()
-                if pod.name.namespace == namespace and selects(wanted, pod.labels)
-            )
+            return self.lookup.selected(namespace, wanted)
         return None
 
     def _target(self, namespace: str, reference: Field) -> frozenset[Name]:
@@ -132,21 +88,24 @@ class PolicyReader:
         name = Name(namespace, reference["name"].text())
         match reference["kind"].text():
             case "Service":
-                if name in self.vague:
+                service = self.lookup.service(name)
+                if service.vague:
                     reference["name"].problem("its selector cannot be read; correct the Service")
-                if name in self.services:
-                    return self.members.of(name)
+                if service.there:
+                    return service.pods
+                # Those of one that is gone are known still (services_aimed_at).
+                found = service.pods
             case "Pod":
-                if name in self.pods:
+                if self.lookup.has_pod(name):
                     return frozenset({name})
+                found = frozenset()
             case _:
                 reference["kind"].problem("must be Service or Pod")
                 return frozenset()
         reference["name"].misfit(
             f"there is no {reference['kind'].value} {name}; create it or correct this"
         )
-        # Those of a Service that is gone are known still (services_aimed_at).
-        return self.members.of(name) if reference["kind"].value == "Service" else frozenset()
+        return found
 
     def _rule(self, namespace: str, action: Action, rule: Field) -> PolicyRule:
         rule.complete()
@@ -173,15 +132,15 @@ class PolicyReader:
         namespaces = source["namespaces"]
         if namespaces.present:
             keys = [(field.namespace(),) for field in namespaces.filled(way_out)]
-            groups.append(self.origins.of(keys, action))
+            groups.append(self.lookup.origin(keys, action))
         accounts = source["serviceAccounts"]
         if accounts.present:
             names = [_account(namespace, field) for field in accounts.filled(way_out)]
-            groups.append(self.origins.of(names, action))
+            groups.append(self.lookup.origin(names, action))
         cidrs = source["cidrs"]
         if cidrs.present:
             networks = [field.network() for field in cidrs.filled(way_out)]
-            groups.append(_collapsed(network for network in networks if network is not None))
+            groups.append(collapsed(network for network in networks if network is not None))
         return Source(tuple(groups))
 
 
@@ -269,10 +228,3 @@ def _header(header: Field) -> NamedMatch:
     if kind is _HeaderType.PREFIX and text == "":
         value.problem("must not be empty for a prefix; use the regular expression .* instead")
     return NamedMatch(name, StringMatch(_HEADER_KINDS[kind], text))
-
-
-def _collapsed(networks: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:
-    found = set(networks)
-    four = collapse_addresses(n for n in found if isinstance(n, IPv4Network))
-    six = collapse_addresses(n for n in found if isinstance(n, IPv6Network))
-    return (*four, *six)

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable
 
 from xds_server.ingest.lastgood import Forms
+from xds_server.ingest.lookup import Seen
 from xds_server.ingest.policies import PolicyReader
 from xds_server.ingest.reader import Item
 from xds_server.ir import Name, Policy
@@ -17,16 +18,18 @@ def read_policies(
     forms: Forms,
     opaque: Collection[Name],
     suspects: Collection[str],
-    beside: tuple[object, ...],
 ) -> tuple[list[Policy], list[str]]:
     """The policies, and in whose place everything is refused: of policies that never were good, of
     pods whose labels cannot be read (`opaque`) where there are policies, and in the `suspects`,
-    namespaces whose policies could not even be told from other things. `beside` stands for all that
-    the reader looks at (Forms.read)."""
+    namespaces whose policies could not even be told from other things."""
+    lookup = reader.lookup
     policies: list[Policy] = []
     closed: list[str] = []
     for item in items:
-        reading = forms.read(item, reader.read, beside)
+        seen = forms.memo(_seen, item)
+        lookup.renew(seen)
+        reading = forms.read(item, reader.read, (seen.reading,))
+        lookup.note(seen)
         if reading.good:
             policies.append(reading.value)
         else:
@@ -42,3 +45,8 @@ def read_policies(
         policies.append(Policy.refusal(Name(namespace, _UNREADABLE), None))
         closed.append(f"Namespace {namespace}")
     return policies, closed
+
+
+def _seen(_item: Item) -> Seen:
+    """One for each policy, for as long as it is the same object."""
+    return Seen()
