@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,15 +37,17 @@ class FileState(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """The manifests in a directory; `directory` is None when it cannot be read."""
+    """The manifests in a directory; `directory` is None when it cannot be read. `at` is when it was
+    looked at."""
 
     directory: FileState | None
     files: dict[str, FileState]
+    at: float = field(default=0.0, compare=False)
 
 
 def listing(directory: Path) -> Listing:
     """What the directory holds now."""
-    files = {}
+    files, at = {}, time.time()
     try:
         own = _state(directory)
         for path in directory.iterdir():
@@ -53,8 +55,8 @@ def listing(directory: Path) -> Listing:
                 with suppress(FileNotFoundError):  # renamed away since it was listed
                     files[path.name] = _file_state(path)
     except OSError:
-        return Listing(None, {})
-    return Listing(own, files)
+        return Listing(None, {}, at)
+    return Listing(own, files, at)
 
 
 def _file_state(path: Path) -> FileState:
@@ -88,7 +90,8 @@ def compare(old: Listing, new: Listing, now: float) -> Change | None:
     if removed:
         moments.append(new.directory.modified_ns)
     at = max(moments, default=int(now * 1e9)) / 1e9
-    return Change(reason or "directory is back", min(at, now))
+    # What a link leads to now may have been written long ago.
+    return Change(reason or "directory is back", max(min(at, now), old.at))
 
 
 def unsettled(old: Listing, new: Listing) -> bool:

@@ -158,12 +158,16 @@ def test_new_mount_of_the_files_by_a_link_is_a_change(tmp_path: Path) -> None:
     current.symlink_to("one")
     shown.mkdir()
     (shown / "a.yaml").symlink_to(current / "a.yaml")
+    time.sleep(0.05)
+    looked = time.time()
     before = listing(shown)
     current.unlink()
     current.symlink_to("two")
     change = compare(before, listing(shown), time.time())
     assert change is not None
     assert change.reason == "changed a.yaml"
+    # The files are older than the swap.
+    assert change.at >= looked
 
 
 async def test_without_a_watch_to_be_had_changes_are_still_noticed(
