@@ -71,7 +71,8 @@ class SotwStream(Stream):
         if state.interest is Interest.UNASKED and request.version_info:
             claimed, refused = parse(state.type_url, request.version_info)
             self._claimed[state.type_url] = claimed
-            self._returned[state.type_url] = set(names) - state.due
+            if state.type_url not in WHOLE_TYPES:
+                self._returned[state.type_url] = set(names) - state.due
             self._recall(state, refused)
         self._ask(state, names_something=bool(names), owed=True)
         if state.interest is Interest.NAMED and not repeated:
