@@ -24,11 +24,15 @@ setup: ## Debian packages, .venv, Envoy, kernel headers for bcc
 demo: setup ## steer real pods through real Envoys and show it
 	@$(BIN)/redirector demo
 
-test: setup ## every test, on the real kernel, with real Envoys and real programs
+test: setup ## every test, on the real kernel, with real Envoys and real programs; some on Debian's kernel
 	@bash tests/programs/setup $(STATE)/programs
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+ifeq ($(ARGS),)
+	@bash tests/kernel/setup $(STATE)/kernel
+	@bash tests/kernel/boot $(STATE)/kernel $$(grep -v '^#' tests/kernel/selection)
+endif
 
-test-kernel: setup ## the datapath's tests on Debian's own kernel, in an emulator
+test-kernel: setup ## more of the datapath's tests on Debian's own kernel, in an emulator
 	@bash tests/kernel/setup $(STATE)/kernel$(SUITE:%=-%) $(SUITE)
 	@bash tests/kernel/boot $(STATE)/kernel$(SUITE:%=-%) $(ARGS)
 

@@ -1,12 +1,9 @@
 """What the short-circuit promises: the bytes that TCP would have delivered, in their order."""
 
 import random
-import secrets
 import select
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from accelerated import MIB, OUTBOUND, SERVICE, counted, pair, readable, receive
@@ -18,10 +15,8 @@ from redirector.datapath.pins import Datapath
 from redirector.datapath.trial import resend
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
-from redirector.machine import ensure_bpffs
 from redirector.model import Accelerate, Mode
 from redirector.network import netns_cookie, within
-from redirector.records import Records
 
 pytestmark = pytest.mark.root
 
@@ -216,29 +211,3 @@ def test_a_bare_connection_to_the_sidecars_port_is_refused(pod: LabPod, datapath
     with listener, pod_socket(pod) as client, pytest.raises(ConnectionRefusedError):
         client.connect((pod.ip, OUTBOUND))
     assert counted(datapath, pod)[Counter.REFUSED_NO_FLOW] == 1
-
-
-def test_uninstall_loses_no_byte_of_a_reader_at_work(node: Node, tmp_path: Path) -> None:
-    """Freeing a sockhash discards what is unread in it; a reader that reads must lose nothing."""
-    lab = node.pod("pod")
-    datapath = Datapath(ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}")
-    enrollment = Enrollment(Records(tmp_path / "own"), datapath)
-    enrollment.enroll("pod", lab.netns, lab.cgroup, Mode.EBPF, Accelerate.ON)
-    with pair(lab) as ends, ThreadPoolExecutor(1) as reader:
-        ends.server.getsockopt(socket.SOL_IP, 80, 16)  # answered: nothing to wait for
-        sent = 200
-        received = reader.submit(_read_slowly, ends.server, sent * 4096)
-        for n in range(sent):
-            ends.client.sendall(b"%c" % (n % 256) * 4096)
-            if n == sent // 2:
-                assert enrollment.uninstall() == []
-        data = received.result(20)
-    assert data == b"".join(b"%c" % (n % 256) * 4096 for n in range(sent))
-
-
-def _read_slowly(end: socket.socket, size: int) -> bytes:
-    got = bytearray()
-    while len(got) < size and (chunk := end.recv(8192)):
-        got += chunk
-        time.sleep(0.001)
-    return bytes(got)

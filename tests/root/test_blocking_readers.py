@@ -4,14 +4,21 @@ Woken without data, a blocking recv() of a socket in a sockhash answers EAGAIN, 
 tcp_bpf_recvmsg_parser() waits once: who may be woken so must have left the sockhash.
 """
 
+import secrets
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from accelerated import MIB, pair, receive
 
-from redirector.lab import LabPod
+from redirector.datapath.pins import Datapath
+from redirector.enrollment import Enrollment
+from redirector.lab import LabPod, Node
+from redirector.machine import ensure_bpffs
+from redirector.model import Accelerate, Mode
+from redirector.records import Records
 
 pytestmark = pytest.mark.root
 
@@ -60,4 +67,30 @@ def _serve_half_closed(end: socket.socket) -> bytes:
         got += chunk
     time.sleep(0.2)  # longer than a delayed ACK of the FIN
     end.sendall(b"reply")
+    return bytes(got)
+
+
+def test_uninstall_loses_no_byte_of_a_reader_at_work(node: Node, tmp_path: Path) -> None:
+    """Freeing a sockhash discards what is unread in it; a reader that reads must lose nothing."""
+    lab = node.pod("pod")
+    datapath = Datapath(ensure_bpffs() / f"rdrtest-{secrets.token_hex(3)}")
+    enrollment = Enrollment(Records(tmp_path / "own"), datapath)
+    enrollment.enroll("pod", lab.netns, lab.cgroup, Mode.EBPF, Accelerate.ON)
+    with pair(lab) as ends, ThreadPoolExecutor(1) as reader:
+        ends.server.getsockopt(socket.SOL_IP, 80, 16)  # answered: nothing to wait for
+        sent = 200
+        received = reader.submit(_read_slowly, ends.server, sent * 4096)
+        for n in range(sent):
+            ends.client.sendall(b"%c" % (n % 256) * 4096)
+            if n == sent // 2:
+                assert enrollment.uninstall() == []
+        data = received.result(20)
+    assert data == b"".join(b"%c" % (n % 256) * 4096 for n in range(sent))
+
+
+def _read_slowly(end: socket.socket, size: int) -> bytes:
+    got = bytearray()
+    while len(got) < size and (chunk := end.recv(8192)):
+        got += chunk
+        time.sleep(0.001)
     return bytes(got)
