@@ -133,6 +133,12 @@ def test_node_id(text: str, node: NodeId) -> None:
         "sidecar~10.0.0.1~web~demo.svc.cluster.local",
         "sidecar~10.0.0.1~web.demo~other.svc.cluster.local",
         "sidecar~10.0.0.1~web.demo~demo.svc.cluster.local~",
+        # What would move a terminal's cursor or fill a log.
+        "sidecar~10.0.0.1~web\x1b[2J.demo~demo.svc.cluster.local",
+        "sidecar~10.0.0.1~web\nweb.demo~demo.svc.cluster.local",
+        "sidecar~10.0.0.1~web.de mo~de mo.svc.cluster.local",
+        "sidecar~fe80::1%\x1b[2J~web.demo~demo.svc.cluster.local",
+        f"sidecar~10.0.0.1~{'w' * 254}.demo~demo.svc.cluster.local",
         "x" * 100_000,
     ],
 )

@@ -36,7 +36,9 @@ class Name:
 
 
 _NODE_ID = re.compile(
-    r"sidecar~(?P<ip>[^~]*)~(?P<pod>[^~]+)\.(?P<namespace>[^~.]+)~(?P=namespace)\.svc\.[^~]+"
+    # Names as Kubernetes has them: they stand in logs, in tables and in each state of the mesh.
+    r"sidecar~(?P<ip>[0-9A-Fa-f.:]{2,45})~(?P<pod>[-a-z0-9.]{1,253})\.(?P<namespace>[-a-z0-9]{1,63})"
+    r"~(?P=namespace)\.svc\.[^~]+"
 )
 
 
