@@ -13,6 +13,7 @@ CGROUP_HOOKS: tuple[tuple[str, AttachType], ...] = (
 )
 #: Of pods whose connections are short-circuited, on kernels where it works and is needed.
 SPLICE_HOOK = ("splice", AttachType.LSM_CGROUP)
+PERMISSION_HOOKS = (SPLICE_HOOK, ("zerocopy", AttachType.LSM_CGROUP))
 INBOUND_HOOK = ("inbound", AttachType.SK_LOOKUP)
 CONNECT_HOOKS: tuple[tuple[str, AttachType], ...] = (
     ("connect4", AttachType.CGROUP_INET4_CONNECT),

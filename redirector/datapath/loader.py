@@ -88,6 +88,8 @@ PROGRAMS = (
 )
 #: Loaded where the self-test finds that it is needed, and works: Linux 6.0 with the BPF LSM on.
 SPLICE = Program(*("splice", LSM, _A.LSM_CGROUP), function="file_permission")
+#: Together with it. Whether it is needed cannot be tried: the kernel would fall over.
+ZEROCOPY = Program(*("zerocopy", LSM, _A.LSM_CGROUP), function="socket_getsockopt")
 
 
 def load(root: Path, sizes: Mapping[str, int]) -> None:
@@ -214,7 +216,7 @@ def _tried(module: BPF, maps: Mapping[str, int]) -> tuple[Defect, Sequence[Progr
     kept_out = Defect.ZEROCOPY if zerocopy_flag() is not None else Defect(0)
     found = selftest.run(trial) & ~kept_out
     if Defect.SPLICE_OUT in found and _can_refuse_splice(module, trial):
-        return found & ~Defect.SPLICE_OUT, (SPLICE,)
+        return found & ~Defect.SPLICE_OUT, (SPLICE, ZEROCOPY)
     return found, ()
 
 
@@ -222,7 +224,8 @@ def _can_refuse_splice(module: BPF, trial: TrialMaps) -> bool:
     if not knows_system_calls():
         return False
     try:
-        with _refusing_splice(_load_programs(module, {}, (SPLICE,))[SPLICE.name]):
+        programs = _load_programs(module, {}, (SPLICE, ZEROCOPY))
+        with _refusing_splice(programs[SPLICE.name]):
             return not selftest.run(trial, Defect.SPLICE_OUT)
     except (OSError, MachineError):  # no such hook, or the kernel does not want to be told
         return False

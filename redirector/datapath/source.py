@@ -38,7 +38,7 @@ FILES = (
     "sockops.c",
     "redirect.c",
     "arrive.c",
-    "splice.c",
+    "permission.c",
     "inbound.c",
 )
 INCLUDES = (

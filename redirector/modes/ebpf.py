@@ -17,7 +17,7 @@ from redirector.datapath.hooks import (
     DNS_ANSWER_HOOKS,
     DNS_QUERY_HOOKS,
     INBOUND_HOOK,
-    SPLICE_HOOK,
+    PERMISSION_HOOKS,
 )
 from redirector.datapath.layout import (
     MAX_PROXY_IDS,
@@ -103,7 +103,7 @@ class EbpfMode:
             decide = (INBOUND_HOOK, *DNS_QUERY_HOOKS, *CONNECT_HOOKS)
             hooks = (*CGROUP_HOOKS, *DNS_ANSWER_HOOKS, *decide)
         if self._datapath.refuses_splice() and self._accelerates(pod):
-            return (SPLICE_HOOK, *hooks)
+            return (*PERMISSION_HOOKS, *hooks)
         return hooks
 
     def _publish_listeners(self, pod: Pod) -> None:

@@ -1,5 +1,6 @@
 """splice() from a short-circuited socket, as Go's io.Copy and HAProxy use it."""
 
+import ctypes
 import errno
 import os
 import random
@@ -19,8 +20,8 @@ from redirector.model import Accelerate, Mode
 
 pytestmark = pytest.mark.root
 
-# fcntl.h
-SPLICE_F_MOVE, SPLICE_F_NONBLOCK = 1, 2
+TCP_ZEROCOPY_RECEIVE = 35  # linux/tcp.h; all zero: where to, how much, how much there is
+SPLICE_F_MOVE, SPLICE_F_NONBLOCK = 1, 2  # fcntl.h
 BODY = random.Random(1).randbytes(200_000)
 
 
@@ -82,6 +83,23 @@ def test_what_is_not_short_circuited_is_spliced(node: Node, enrollment: Enrollme
         ends.client.shutdown(socket.SHUT_WR)
         assert pod.call(echo, ends.server, sidecar=True) == How.SPLICED
         assert receive(ends.client, 1000) == BODY[:1000]
+
+
+def test_zerocopy_receive_is_refused_or_sees_nothing(pod: LabPod, datapath: Datapath) -> None:
+    """Of redirected bytes alone: TCP's would make a kernel fall over that does not refuse it."""
+
+    def ask(end: socket.socket) -> int:
+        libc, asked = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(24)
+        size = ctypes.byref(ctypes.c_uint32(24))
+        level, name = socket.IPPROTO_TCP, TCP_ZEROCOPY_RECEIVE
+        failed = libc.getsockopt(end.fileno(), level, name, asked, size)
+        return ctypes.get_errno() if failed else int.from_bytes(asked.raw, "little")
+
+    with pair(pod) as ends:
+        ends.client.sendall(BODY)
+        told = pod.call(ask, ends.server, sidecar=True)
+        assert told == (errno.ENOPROTOOPT if datapath.refuses_splice() else 0)
+        assert receive(ends.server, len(BODY)) == BODY
 
 
 def test_files_and_pipes_are_spliced(pod: LabPod) -> None:
