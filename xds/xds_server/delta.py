@@ -100,7 +100,7 @@ class DeltaStream(Stream):
         if state.type_url == LISTENER:
             absent |= gone
         else:
-            for name in gone - state.stale:
+            for name in lost - state.stale:
                 state.linger(name)
             state.stale |= gone
         if state.stale:
@@ -112,7 +112,7 @@ class DeltaStream(Stream):
             return self._try_apart(state, desired)
         if state.type_url == CLUSTER:
             self._send_endpoints_of(fresh)
-        state.book_absent(told)
+        state.book_absent(told, in_use=True)
         return self._emit(state, desired.version, fresh, told)
 
     def _remove(self, state: TypeState, desired: ResourceSet, names: Iterable[str]) -> Response:

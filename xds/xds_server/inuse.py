@@ -24,17 +24,25 @@ def removable(types: Mapping[str, TypeState], type_url: str) -> list[str]:
 def note_takeovers(types: Mapping[str, TypeState], desired: Snapshot) -> None:
     """What was replaced refers to nothing any more. All has been answered.
 
-    A listener takes over once its routes are taken, too.
+    A listener takes over once its routes are taken, too; until then its predecessor has its own,
+    also one that the client was told is gone.
     """
     for user in (LISTENER, ROUTE, CLUSTER):
         state, entries = types[user], desired.of(user)
         for name in list(state.lingering):
+            if user == ROUTE and name not in entries and _lingers(types[LISTENER], name):
+                continue
             refers = entries[name].refers if user == LISTENER and name in entries else ()
             routes = (target.name for target in refers if target.type_url == ROUTE)
             if state.taken(name, entries) and all(
                 types[ROUTE].taken(route, desired.of(ROUTE)) for route in routes
             ):
                 del state.lingering[name]
+
+
+def _lingers(listeners: TypeState, route: str) -> bool:
+    users = listeners.lingering.values()
+    return any(refers is None or Reference(ROUTE, route) in refers for refers in users)
 
 
 def targets(state: TypeState, desired: ResourceSet) -> Iterable[Reference]:

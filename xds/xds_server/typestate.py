@@ -216,12 +216,16 @@ class TypeState:
                 self.linger(name)
             self.sent[name] = entry.version
 
-    def book_absent(self, names: Iterable[str]) -> None:
-        """Remember what the client was told does not exist (any more)."""
+    def book_absent(self, names: Iterable[str], *, in_use: bool = False) -> None:
+        """Remember what the client was told does not exist (any more).
+
+        `in_use`: whether it may be using the version before all the same.
+        """
         for name in names:
             self.stale.discard(name)
             self.new.discard(name)
-            self.lingering.pop(name, None)
+            if not in_use:
+                self.lingering.pop(name, None)
             if self.doubts:
                 self.doubts.forget(name)
             if name in self.names:

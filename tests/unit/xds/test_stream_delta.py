@@ -350,7 +350,8 @@ def test_what_a_refused_route_left_in_use_is_not_removed() -> None:
     assert talk.said() == [("cluster", (), ("old",))]
 
 
-def test_what_a_refused_listener_left_in_use_is_not_removed() -> None:
+@pytest.mark.parametrize("asks", [False, True])
+def test_what_a_refused_listener_left_in_use_is_not_removed(asks: bool) -> None:
     old = world(
         clusters={"old": 0, "web": 0},
         routes={"to-old": ("old", 0)},
@@ -361,6 +362,12 @@ def test_what_a_refused_listener_left_in_use_is_not_removed() -> None:
     assert talk.said() == [("listener", ("in",), ())]
     talk.nack(LISTENER)
     assert talk.said() == []
+    if asks:
+        # Told that its route is gone, the client keeps it: Envoy's RDS takes no removal.
+        talk.ask(ROUTE, ["to-old"])
+        assert talk.said() == [("route", (), ("to-old",))]
+        talk.ack(ROUTE)
+        assert talk.said() == []
     assert talk.stream.settled
     talk.offer(world(listeners={"in": ("to-web", 2)}))
     assert talk.said() == [("listener", ("in",), ())]
