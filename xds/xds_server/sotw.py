@@ -9,7 +9,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, Discovery
 
 from xds_server.claims import Refused, parse, suffix
 from xds_server.exchange import Ack, Nack, Response
-from xds_server.quarantine import Quarantined
+from xds_server.quarantine import Quarantined, named
 from xds_server.references import CLUSTER, ENDPOINT
 from xds_server.snapshot import EMPTY, Encoded, ResourceSet, set_version, version_of_marks
 from xds_server.stream import MAX_RESPONSE_BYTES, WHOLE_TYPES, WILDCARD, Stream
@@ -124,21 +124,30 @@ class SotwStream(Stream):
         if offered is not None and isinstance(answer, Ack):
             self._taken[state.type_url] = offered
             self._unknown.discard(state.type_url)
-        elif state.doubts.quarantined != before and not state.doubts.open:
+        elif (
+            state.doubts.quarantined != before
+            and not state.doubts.open
+            and self._may_try_apart(state)
+        ):
             # What it has once more, for the version that it is to come back with.
             state.owed = state.type_url in WHOLE_TYPES
         return answer
 
+    def _may_try_apart(self, state: TypeState) -> bool:
+        """To leave something out of a complete response deletes it: not before it is known what the
+        client has."""
+        return state.type_url not in self._unknown
+
     def _suspects(self, state: TypeState, contents: Mapping[str, str]) -> Mapping[str, str]:
         """In a complete response, only what the client has not taken before.
 
-        To leave something out of one deletes it; so nothing is tried apart as long as it is not
-        known what the client has.
+        As long as it is not known what the client has, only what its words name.
         """
         if state.type_url not in WHOLE_TYPES:
             return contents
-        if state.type_url in self._unknown:
-            return {}
+        if not self._may_try_apart(state):
+            names = named(state.rejected.error, contents) if state.rejected else ()
+            return {name: contents[name] for name in names}
         taken = self._taken[state.type_url]
         return {n: v for n, v in contents.items() if n not in taken or taken[n].version != v}
 
@@ -193,6 +202,9 @@ class SotwStream(Stream):
             state.sent.update((entry.name, entry.version) for entry in wanted)
             state.due -= returned
             self._greeting = state
+        else:
+            # If only to be told what it has: a name that it dropped is not had any more.
+            state.owed = True
 
     def _version(self, state: TypeState, desired: ResourceSet) -> str:
         """Of all that the client has once it took what it was sent."""
@@ -297,6 +309,9 @@ class SotwStream(Stream):
             if name not in part and state.doubts.holds(name, entry.version):
                 if name in taken:
                     entries.append(taken[name])
+                elif not self._may_try_apart(state):
+                    # It may have an earlier version, and takes the others (Envoy, gRPC).
+                    entries.append(entry)
             else:
                 entries.append(entry)
         return entries + [taken[name] for name in sorted(state.stale)]
@@ -311,7 +326,7 @@ class SotwStream(Stream):
                 for entry in entries
                 if entry.name not in taken or taken[entry.name].version != entry.version
             )
-        known = suffix(self._refused(state, desired))
+        known = suffix(self._refused(state, desired)) if self._may_try_apart(state) else ""
         response = self._emit(state, set_version(entries), entries, suffix=known)
         self._offered[response.nonce] = _by_name(entries, desired)
         return response

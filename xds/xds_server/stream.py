@@ -281,7 +281,8 @@ class Stream(ABC):
             state.rejected = nack
             suspects = self._suspects(state, contents)
             current = state.current(suspects)
-            state.doubts.refuse(state.type_url, current, error, alone=len(suspects) == 1)
+            alone = len(suspects) == 1 or not self._may_try_apart(state)
+            state.doubts.refuse(state.type_url, current, error, alone=alone)
             if state.stuck:
                 state.sent.update(dict.fromkeys(state.current(contents), UNSURE))
         return nack
@@ -289,6 +290,10 @@ class Stream(ABC):
     def _suspects(self, state: TypeState, contents: Mapping[str, str]) -> Mapping[str, str]:  # noqa: ARG002
         """Those parts of a refused response that may be what was wrong with it."""
         return contents
+
+    def _may_try_apart(self, state: TypeState) -> bool:  # noqa: ARG002
+        """Whether what was refused may be sent again in parts."""
+        return True
 
     def _may_go(self, state: TypeState, entry: Encoded) -> bool:
         """A route that the client has in an earlier version waits until its clusters are taken."""

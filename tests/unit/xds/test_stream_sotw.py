@@ -255,6 +255,15 @@ def test_part_of_what_there_is_is_another_version() -> None:
     assert again.said() == [("endpoints", ("a", "web"))]
 
 
+def test_who_drops_a_name_as_it_comes_back_is_told_what_it_has_then() -> None:
+    before = connected()
+    talk = Talk(world())
+    for names in (["to-web"], []):
+        talk.ask(ROUTE, names, version=before.last[ROUTE].version)
+    assert talk.said() == [("route", ())]
+    assert talk.last[ROUTE].version != before.last[ROUTE].version
+
+
 def test_forgetful_client_is_sent_what_it_names() -> None:
     before = connected()
     talk = Talk(world())
@@ -372,6 +381,26 @@ def test_nothing_is_left_out_for_a_try_while_it_is_not_known_what_the_client_has
     assert len(talk.stream.rejected) == 1
     talk.offer(world(clusters={"a": 2, "web": 1}))
     assert talk.said() == [("cluster", ("a", "web"))]
+
+
+def test_what_a_client_in_an_unknown_state_names_is_told_and_not_left_out() -> None:
+    talk = Talk(world(clusters={"a": 1, "b": 1, "web": 1}))
+    talk.ask(CLUSTER, version="from an earlier stream")
+    talk.said()
+    talk.ask(CLUSTER, error="Error adding/updating cluster(s) b: no such filter")
+    assert talk.said() == []
+    (found,) = talk.stream.quarantined
+    assert (found.name, found.error) == ("b", talk.stream.rejected[0].error)
+    # It may have an earlier version of it, which to leave it out would delete.
+    talk.offer(world(clusters={"a": 2, "b": 1, "web": 1}))
+    assert talk.said() == [("cluster", ("a", "b", "web"))]
+    talk.ask(CLUSTER, error="Error adding/updating cluster(s) b: no such filter, 2nd time")
+    assert talk.said() == []
+    talk.offer(world(clusters={"a": 2, "b": 2, "web": 1}))
+    assert talk.said() == [("cluster", ("a", "b", "web"))]
+    talk.ack()
+    assert not talk.stream.rejected
+    assert not talk.stream.quarantined
 
 
 def wire_version(talk: Talk, type_url: str) -> str:
