@@ -163,6 +163,7 @@ def test_a_kernel_that_is_wrong_about_redirected_bytes(good: Environment) -> Non
     (limit,) = [line for line in lines if line.startswith("warn")]
     assert "splice() out of it" in limit
     assert "--accelerate off for pods with programs that splice" in limit
+    assert "TCP_ZEROCOPY_RECEIVE on such a socket crashes the kernel" in limit
 
 
 def test_programs_that_do_not_load(good: Environment) -> None:
