@@ -333,7 +333,7 @@ LINES: tuple[Line, ...] = (
         "splice() does not see redirected bytes",
         _splice_out,
         passes="works, or is refused so that programs copy",
-        # What refuses one refuses the other, and TCP_ZEROCOPY_RECEIVE cannot be tried: it is an oops.
+        # Whatever refuses it refuses TCP_ZEROCOPY_RECEIVE, which is an oops and cannot be tried.
         limit="programs that splice between connections (Go's io.Copy, HAProxy's splice-auto), and "
         "for pods that are not trusted: TCP_ZEROCOPY_RECEIVE on such a socket crashes the kernel",
     ),
