@@ -248,7 +248,7 @@ class TypeState:
     def taken(self, name: str, desired: ResourceSet) -> bool:
         """Whether the client, having answered everything, uses the version that it should."""
         version = desired.version_of(name)
-        return self.sent.get(name) == version and not self.doubts.holds(name, version)
+        return self.sent.get(name, ABSENT) == version and not self.doubts.holds(name, version)
 
     def current(self, contents: Mapping[str, str]) -> dict[str, str]:
         """Those parts of a response that the client still wants and nothing has overtaken."""
