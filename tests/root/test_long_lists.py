@@ -69,7 +69,8 @@ def test_ten_thousand_ranges_steer_as_the_rules_say(
         + tuple(map(ip_network, (others[2].ip, others[2].ip6)))
     )
     enrollment.update("pod", steering=third)
-    assert entries(datapath) == before + len(third.include_outbound_cidrs)
+    ranges = (*third.include_outbound_cidrs, *enrollment.get("pod").of_links)
+    assert entries(datapath) == before + len(ranges)
     calls = [probes.Call(ip_address(each.ip), PORT) for each in others]
     verdicts = [arrival.verdict for arrival in lab.call(probes.dial, calls)]
     assert verdicts == [Verdict.DIRECT, Verdict.DIRECT, Verdict.OUTBOUND]
