@@ -143,8 +143,11 @@ ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
 	return value ? *value : 0;
 }
 
-ALWAYS bool is_own_of_link(struct address *ip, __u64 netns)
+// `owner` is what pods_by_address has for the address.
+ALWAYS bool is_owned(__u64 *owner, struct address *ip, __u64 netns)
 {
+	if (owner)
+		return *owner == netns;
 	return is_link_local(ip) && cidr_listed(netns, ip, CIDR_OWN);
 }
 
@@ -152,7 +155,7 @@ ALWAYS bool is_own(struct address *ip, __u64 netns)
 {
 	__u64 *owner = pods_by_address.lookup(ip);
 
-	return owner ? *owner == netns : is_own_of_link(ip, netns);
+	return is_owned(owner, ip, netns);
 }
 
 ALWAYS bool is_member(__u64 netns, __u32 value, __u32 set)

@@ -22,7 +22,7 @@ ALWAYS void look_around(struct bpf_sock_addr *ctx, struct attempt *a)
 
 	a->ids = owner_ids(ctx);
 	a->neighbour = owner;
-	a->own = owner ? *owner == a->netns : is_own_of_link(&a->dst.ip, a->netns);
+	a->own = is_owned(owner, &a->dst.ip, a->netns);
 	if (sk)
 		a->device = sk->bound_dev_if;
 }

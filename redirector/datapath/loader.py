@@ -87,9 +87,9 @@ PROGRAMS = (
     Program("inbound", SK_LOOKUP, _A.SK_LOOKUP),
 )
 #: Loaded where the self-test finds that it is needed, and works: Linux 6.0 with the BPF LSM on.
-SPLICE = Program(*("splice", LSM, _A.LSM_CGROUP), function="file_permission")
+SPLICE = Program("splice", LSM, _A.LSM_CGROUP, "file_permission")
 #: Together with it. Whether it is needed cannot be tried: the kernel would fall over.
-ZEROCOPY = Program(*("zerocopy", LSM, _A.LSM_CGROUP), function="socket_getsockopt")
+ZEROCOPY = Program("zerocopy", LSM, _A.LSM_CGROUP, "socket_getsockopt")
 
 
 def load(root: Path, sizes: Mapping[str, int]) -> None:
