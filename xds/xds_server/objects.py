@@ -47,7 +47,7 @@ def complaints(statuses: Iterable[ObjectStatus]) -> Iterator[tuple[str, Conditio
 
 def as_json(status: ObjectStatus) -> dict[str, object]:
     """An object's status as Kubernetes writes it."""
-    found: dict[str, object] = {
+    return {
         "apiVersion": status.api_version,
         "kind": status.kind,
         "namespace": status.namespace,
@@ -61,7 +61,6 @@ def as_json(status: ObjectStatus) -> dict[str, object]:
             for each in status.parents
         ],
     }
-    return found
 
 
 def _as_json(condition: Condition) -> dict[str, str]:

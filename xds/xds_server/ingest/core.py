@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from redirector.model import IPAddress
+from redirector.model import IPAddress, Steering
 from xds_server.ingest.reader import DNS_NAME, Field, Item
 from xds_server.ingest.scopes import NOTHING, Wishes, read_pod_wishes
 from xds_server.ir import (
@@ -35,9 +35,15 @@ _PROTOCOLS = {
 }
 
 
+_ADMIN_PORT = 15000
 #: Where a sidecar serves its administration, its listeners, its health and its metrics. Nobody
 #: outside of the mesh is meant by them, and a name may resolve to the client itself.
-_SIDECAR_PORTS = frozenset({15000, OUTBOUND_PORT, INBOUND_PORT, 15020, 15021, 15053, 15090})
+_SIDECAR_PORTS = Steering.exclude_inbound_ports | {
+    _ADMIN_PORT,
+    OUTBOUND_PORT,
+    INBOUND_PORT,
+    Steering.dns_port,
+}
 _SAME_NODE = "PreferSameNode"
 _SAME_ZONE = ("PreferClose", "PreferSameZone", _SAME_NODE)
 _EXTERNAL = re.compile(rf"(?i:{DNS_NAME.pattern}\.?)")
