@@ -1,5 +1,6 @@
 """Certificates for tests of TLS: trustme's authority, and leaves with SPIFFE names."""
 
+import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,6 +10,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+
+def serving(authority: trustme.CA) -> ssl.SSLContext:
+    """For a server at 127.0.0.1 whose certificate this authority has signed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    return context
 
 
 @dataclass(frozen=True)

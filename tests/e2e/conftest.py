@@ -1,11 +1,11 @@
 """What the end-to-end tests run in: pods made by hand, and a folder that sidecars can read."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from folders import open_folder
 from running import DEMO, Sidecar, XdsServer
 
 from redirector.lab import Node
@@ -14,10 +14,8 @@ from redirector.lab import Node
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder that uid 1337 may enter, which pytest's own tmp_path is not."""
-    path = Path(tempfile.mkdtemp(prefix="rdrtest-"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    with open_folder() as path:
+        yield path
 
 
 @pytest.fixture

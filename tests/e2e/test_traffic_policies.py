@@ -2,9 +2,7 @@
 
 import json
 import secrets
-import shutil
 import socket
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ import grpc
 import pytest
 import yaml
 from apps import PATIENCE_S, Answer, Request, ask, start_app
+from folders import open_folder
 from running import Sidecar, XdsServer
 from sockets import pod_socket
 from waiting import eventually
@@ -105,9 +104,7 @@ def get(path: str = "/", **headers: str) -> Request:
 @pytest.fixture(scope="module")
 def world(pins: Path) -> Iterator[World]:
     with ExitStack() as stack:
-        place = Path(tempfile.mkdtemp(prefix="rdrtest-"))
-        stack.callback(shutil.rmtree, place)
-        place.chmod(0o755)
+        place = stack.enter_context(open_folder())
         manifests = place / "manifests"
         manifests.mkdir()
         (manifests / "mesh.yaml").write_text(

@@ -1,9 +1,6 @@
 """A folder for what stands outside of the containers, and a clean machine after them."""
 
 import contextlib
-import shutil
-import ssl
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,8 +8,10 @@ from pathlib import Path
 import pytest
 import trustme
 from apiserver import ApiServer
+from certificates import serving
 from containers import PODMAN
 from deployments import Site
+from folders import open_folder
 
 from redirector.datapath.pins import Datapath
 from redirector.lab import Node
@@ -35,10 +34,8 @@ def _machine() -> Iterator[None]:
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder that any user may enter."""
-    path = Path(tempfile.mkdtemp(prefix="rdrtest-", dir="/var/tmp"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    with open_folder("/var/tmp") as path:
+        yield path
 
 
 @pytest.fixture
@@ -54,10 +51,8 @@ def account(place: Path) -> Path:
 def cluster(account: Path) -> Iterator[ApiServer]:
     """Not up yet: it is to listen in the network of whom it serves."""
     authority = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(str(account / "ca.crt"))
-    made = ApiServer(tls=context)
+    made = ApiServer(tls=serving(authority))
     yield made
     made.down()
 

@@ -1,12 +1,11 @@
 """Two pods with sidecars and, one after the other, the ways that traffic can take between them."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from folders import open_folder
 from mesh import WAYS, Mesh
 from programs import Route
 from sidecars import Passthrough, start_sidecar
@@ -20,10 +19,8 @@ from redirector.records import Records
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     """A folder that every user may enter, which pytest's own are not."""
-    path = Path(tempfile.mkdtemp(prefix="rdrtest-"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    with open_folder() as path:
+        yield path
 
 
 @pytest.fixture(scope="module")

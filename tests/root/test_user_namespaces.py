@@ -4,7 +4,6 @@ import ctypes
 import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import probes
 import pytest
+from folders import open_folder
 from xtables import FLAVOURS, PROGRAMS
 
 from redirector import users
@@ -142,12 +142,10 @@ def test_in_iptables_mode(
 ) -> None:
     program = shutil.which(FLAVOURS[flavour], path="/usr/sbin:/sbin")
     assert program, f"{FLAVOURS[flavour]} is not installed: apt-get install iptables"
-    # Not pytest's folder, which the pod's root may not read.
-    with tempfile.TemporaryDirectory(prefix="rdrtest-") as folder:
-        Path(folder).chmod(0o755)
+    with open_folder() as folder:
         for name in PROGRAMS:
-            (Path(folder) / name).symlink_to(program)
-        monkeypatch.setenv("PATH", folder, prepend=":")
+            (folder / name).symlink_to(program)
+        monkeypatch.setenv("PATH", str(folder), prepend=":")
         enrolled(node, enrollment, Mode.IPTABLES)
 
 

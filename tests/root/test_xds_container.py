@@ -2,11 +2,8 @@
 
 import os
 import re
-import shutil
-import ssl
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +12,9 @@ import apiserver
 import pytest
 import trustme
 from apiserver import ApiServer, Object
+from certificates import serving
 from deployed import XDS_SERVER
+from folders import open_folder
 from waiting import PATIENCE_S, eventually
 from xds_server.sources.files import load
 
@@ -51,20 +50,16 @@ RESOURCES = {
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder that any user may enter."""
-    path = Path(tempfile.mkdtemp(prefix="rdrtest-", dir="/var/tmp"))
-    path.chmod(0o755)
-    yield path
-    shutil.rmtree(path)
+    with open_folder("/var/tmp") as path:
+        yield path
 
 
 @pytest.fixture
 def cluster(place: Path) -> Iterator[ApiServer]:
     authority = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(str(place / "ca.crt"))
     (place / "token").write_text("secret")
-    with ApiServer(tls=context) as made:
+    with ApiServer(tls=serving(authority)) as made:
         made.apply(*(each.data for each in load(DEMO)[0]), *more())
         yield made
 

@@ -1,6 +1,5 @@
 """The table of objects follows the API server, and survives whatever it does wrong."""
 
-import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import trustme
 from apiserver import ApiServer, Fault, namespace, pod
+from certificates import serving
 
 from redirector.apiserver.client import Access, ApiError, Client, elsewhere, in_cluster
 from redirector.apiserver.reflector import Backoff, Reflector, Resource
@@ -310,10 +310,8 @@ def test_the_token_is_read_anew_and_kept_to_safe_places(server: ApiServer, tmp_p
 
 def test_only_the_clusters_own_authority_is_believed(tmp_path: Path) -> None:
     authority, stranger = trustme.CA(), trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("127.0.0.1").configure_cert(context)
     (tmp_path / "token").write_text("secret")
-    with ApiServer(tls=context) as server:
+    with ApiServer(tls=serving(authority)) as server:
         access = Access(server.url, tmp_path / "token", tmp_path / "ca.crt")
         client = Client(access)
         stranger.cert_pem.write_to_path(str(tmp_path / "ca.crt"))

@@ -30,7 +30,7 @@ from xds_server.delta import DeltaStream
 from xds_server.exchange import Response
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, references
 from xds_server.snapshot import Encoder, Snapshot
-from xds_server.stream import MAX_RESPONSE_BYTES, ORDER
+from xds_server.stream import MAX_RESPONSE_BYTES, ORDER, Stream
 
 BAD = 9
 CLUSTERS, ROUTES, LISTENERS = "abcd", "rst", "lm"
@@ -164,10 +164,39 @@ class Config:
                 assert is_bad(message) or has == message or (has and doubtful)
 
 
-class DeltaClient(RuleBasedStateMachine):
-    """The incremental variant. Messages wait in both directions until a rule moves them."""
+class Client(RuleBasedStateMachine):
+    """What changes for a client of either variant."""
 
     bad = True
+    resources: Resources
+    stream: Stream
+
+    @rule(data=st.data())
+    def change(self, data: st.DataObject) -> None:
+        self.resources = data.draw(worlds(bad=self.bad))
+        self.stream.offer(self.snapshot())
+
+    @rule(data=st.data(), rested=st.booleans())
+    def tweak(self, data: st.DataObject, rested: bool) -> None:
+        if rested:
+            self.rest()
+        self.resources = tweaked(data.draw, self.resources, bad=self.bad)
+        self.stream.offer(self.snapshot())
+
+    def snapshot(self) -> Snapshot:
+        snapshot = Encoder().snapshot(self.resources)
+        assert snapshot.consistent() == ()
+        return snapshot
+
+    def rest(self) -> None:
+        """Move messages until none is left."""
+        raise NotImplementedError
+
+
+class DeltaClient(Client):
+    """The incremental variant. Messages wait in both directions until a rule moves them."""
+
+    stream: DeltaStream
 
     @initialize(
         first=worlds(bad=False), whole=st.booleans(), names_it=st.booleans(), small=st.booleans()
@@ -203,11 +232,6 @@ class DeltaClient(RuleBasedStateMachine):
             )
         self.subscribe(first=True)
 
-    def snapshot(self) -> Snapshot:
-        snapshot = Encoder().snapshot(self.resources)
-        assert snapshot.consistent() == ()
-        return snapshot
-
     def subscribe(self, *, first: bool = False) -> None:
         """Ask for what the configuration came to need, give up what it does not any more."""
         for type_url, names in self.subscribed.items():
@@ -226,18 +250,6 @@ class DeltaClient(RuleBasedStateMachine):
                     self.versions[type_url].pop(name, None)
                     self.config.drop(type_url, name)
                 self.subscribed[type_url] = wanted
-
-    @rule(data=st.data())
-    def change(self, data: st.DataObject) -> None:
-        self.resources = data.draw(worlds(bad=self.bad))
-        self.stream.offer(self.snapshot())
-
-    @rule(data=st.data(), rested=st.booleans())
-    def tweak(self, data: st.DataObject, rested: bool) -> None:
-        if rested:
-            self.rest()
-        self.resources = tweaked(data.draw, self.resources, bad=self.bad)
-        self.stream.offer(self.snapshot())
 
     @rule()
     def reconnect(self) -> None:

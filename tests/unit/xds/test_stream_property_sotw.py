@@ -6,19 +6,18 @@ from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, Discovery
 from google.protobuf.message import Message
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from test_stream_property import MESSAGES, REST, SMALL, Config, is_bad, tweaked, worlds
+from hypothesis.stateful import initialize, rule
+from test_stream_property import MESSAGES, REST, SMALL, Client, Config, is_bad, worlds
 from worlds import Resources, world
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
-from xds_server.snapshot import Encoder, Snapshot
 from xds_server.sotw import SotwStream
 from xds_server.stream import MAX_RESPONSE_BYTES, ORDER, WHOLE_TYPES
 
 
-class SotwClient(RuleBasedStateMachine):
+class SotwClient(Client):
     """Messages wait in both directions until a rule moves them."""
 
-    bad = True
+    stream: SotwStream
 
     @initialize(first=worlds(bad=False), names_it=st.booleans(), small=st.booleans())
     def start(self, first: Resources, names_it: bool, small: bool) -> None:
@@ -50,9 +49,6 @@ class SotwClient(RuleBasedStateMachine):
             self.request(type_url)
         self.subscribe()
 
-    def snapshot(self) -> Snapshot:
-        return Encoder().snapshot(self.resources)
-
     def request(self, type_url: str, error: str = "") -> None:
         request = DiscoveryRequest(
             type_url=type_url,
@@ -72,18 +68,6 @@ class SotwClient(RuleBasedStateMachine):
                     self.config.drop(type_url, name)
                 self.names[type_url] = wanted
                 self.request(type_url)
-
-    @rule(data=st.data())
-    def change(self, data: st.DataObject) -> None:
-        self.resources = data.draw(worlds(bad=self.bad))
-        self.stream.offer(self.snapshot())
-
-    @rule(data=st.data(), rested=st.booleans())
-    def tweak(self, data: st.DataObject, rested: bool) -> None:
-        if rested:
-            self.rest()
-        self.resources = tweaked(data.draw, self.resources, bad=self.bad)
-        self.stream.offer(self.snapshot())
 
     @rule()
     def reconnect(self) -> None:
