@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from redirector import network
 from redirector.errors import InputError
-from redirector.model import IPAddress, Mode, Pod
+from redirector.model import IPAddress, Mode, Pod, without_links
 from redirector.steering import Connection, Direction, Protocol, Verdict, decide, unmapped
 
 # The one above means "no id" to the kernel (user_namespaces(7)).
@@ -133,8 +133,7 @@ def _unreachable(pod: Pod, connection: Connection, verdict: Verdict) -> str:
     if to.is_multicast or to == _ALL_OF_THE_LINK:
         return "no TCP connection leads to many"
     # Where the programs would aim at (take_aim, connect.c): one of a link cannot be told to them.
-    known = [ip for ip in pod.addresses if ip.version == to.version]
-    aimed = known if to.version == 4 else [ip for ip in known if not ip.is_link_local]
+    aimed = any(ip.version == to.version for ip in without_links(pod.addresses))
     if pod.mode is Mode.EBPF and verdict is Verdict.OUTBOUND and not connection.local and not aimed:
         return f"the pod has no IPv{to.version} address"
     return ""

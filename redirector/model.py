@@ -1,5 +1,6 @@
 """The values that every room of the node side shares. Pure: no I/O, nothing imported but types."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -111,6 +112,11 @@ def _mapped(ranges: tuple[IdRange, ...], number: int) -> int:
         (outside + number - inside for inside, outside, n in ranges if 0 <= number - inside < n),
         NO_ID,
     )
+
+
+def without_links(addresses: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
+    """Those that need no link beside them to be reached, as IPv6 link-local ones do."""
+    return tuple(ip for ip in addresses if ip.version == 4 or not ip.is_link_local)
 
 
 @dataclass(frozen=True)

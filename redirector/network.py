@@ -31,7 +31,8 @@ _SO_NETNS_COOKIE = 71  # Linux 5.14; Python has no name for it
 
 def require_netns(path: Path) -> None:
     """Raise InputError unless `path` is a network namespace (a file of nsfs)."""
-    os.close(_open(path))
+    with opened(path):
+        pass
 
 
 @contextlib.contextmanager
@@ -149,7 +150,6 @@ def run_in(
 
 def within(netns: Path, function: Callable[[], T]) -> T:
     """Return `function()` as called in the namespace; its exception passes through."""
-    fd = _open(netns)
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -160,12 +160,10 @@ def within(netns: Path, function: Callable[[], T]) -> T:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=enter_and_call, name=f"netns {netns}")
-    try:
+    with opened(netns) as fd:
+        thread = threading.Thread(target=enter_and_call, name=f"netns {netns}")
         thread.start()
         thread.join()
-    finally:
-        os.close(fd)
     if errors:
         raise errors[0]
     return results[0]

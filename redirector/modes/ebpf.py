@@ -33,7 +33,7 @@ from redirector.datapath.listeners import listening_sockets
 from redirector.datapath.maps import Lists
 from redirector.datapath.pins import Datapath
 from redirector.errors import DatapathError, InputError
-from redirector.model import EVERYWHERE, IPAddress, IPNetwork, Mode, Pod
+from redirector.model import EVERYWHERE, IPNetwork, Mode, Pod, without_links
 from redirector.modes.base import DNS_GRACE_SECONDS
 from redirector.status import Tally, tallies
 
@@ -208,16 +208,11 @@ class EbpfMode:
 def _unknown_addresses(pod: Pod) -> list[str]:
     """What the namespace has by now and the programs do not know; nothing while it has none."""
     # The kernel makes those of IPv6 links, which hardly anybody uses, a moment after the link.
-    found = [ip for ip in network.addresses(pod.netns) if not _of_ip6_link(ip)]
-    known = {ip for ip in pod.addresses if not _of_ip6_link(ip)}
+    found, known = without_links(network.addresses(pod.netns)), set(without_links(pod.addresses))
     if not found or set(found) == known:
         return []
     new = [f"its address {ip}" for ip in found if ip not in known]
     return new or ["addresses as they are by now"]
-
-
-def _of_ip6_link(ip: IPAddress) -> bool:
-    return ip.version == 6 and ip.is_link_local
 
 
 def _target(pod: Pod, hook: str) -> Path:
@@ -278,9 +273,10 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
                 "interface a connection comes in (Linux 5.17 does); use --mode iptables"
             )
         flags |= PodFlag.INTERFACES
-    ip4 = [ip for ip in pod.addresses if isinstance(ip, IPv4Address)]
-    # One of a link would need the link beside it, which no hook can tell.
-    ip6 = [ip for ip in pod.node_wide if isinstance(ip, IPv6Address)]
+    # One of an IPv6 link would need the link beside it, which no hook can tell.
+    aims = without_links(pod.addresses)
+    ip4 = [ip for ip in aims if isinstance(ip, IPv4Address)]
+    ip6 = [ip for ip in aims if isinstance(ip, IPv6Address)]
     if not ip4 and not ip6:
         raise DatapathError(
             f"pod {pod.name}: {pod.netns} has no address but loopback; enroll it once its "
