@@ -109,7 +109,7 @@ async def changes(directory: Path, seen: Listing) -> AsyncGenerator[Change, None
     Survives that the directory is removed and made again. What is missing of it by then is awaited
     as any other missing file.
     """
-    whole = seen
+    look = _Look(directory, seen)
     while True:
         try:
             watcher = awatch(
@@ -124,23 +124,32 @@ async def changes(directory: Path, seen: Listing) -> AsyncGenerator[Change, None
             watched = listing(directory).directory
             async with aclosing(watcher):
                 async for _ in watcher:
-                    found = await _settled(directory, whole)
-                    change = compare(seen, found, time.time())
-                    seen = found
-                    whole = found if found.directory else whole
-                    if change is not None:
+                    if change := await look.again():
                         yield change
-                    if not _same(watched, found.directory):
+                    if not _same(watched, look.seen.directory):
                         break  # the watch is on a directory that is no longer there
         except (OSError, RuntimeError):
             # No directory, or no watch to be had (the user's inotify limit): look by ourselves.
-            found = await _settled(directory, whole)
-            change = compare(seen, found, time.time())
-            seen = found
-            whole = found if found.directory else whole
-            if change is not None:
+            if change := await look.again():
                 yield change
         await asyncio.sleep(_RETRY_S)
+
+
+class _Look:
+    """What was seen of a directory last, and when it could last be read."""
+
+    def __init__(self, directory: Path, seen: Listing) -> None:
+        self._directory = directory
+        self.seen = self._whole = seen
+
+    async def again(self) -> Change | None:
+        """What has changed since."""
+        found = await _settled(self._directory, self._whole)
+        change = compare(self.seen, found, time.time())
+        self.seen = found
+        if found.directory:
+            self._whole = found
+        return change
 
 
 async def _settled(directory: Path, seen: Listing) -> Listing:
