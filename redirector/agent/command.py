@@ -17,7 +17,7 @@ from redirector.errors import InputError
 from redirector.kubernetes.cluster import Cluster
 from redirector.kubernetes.desired import NONE
 from redirector.kubernetes.places import Places
-from redirector.model import Mode
+from redirector.model import Accelerate, Mode
 from redirector.serving import Server
 
 NODE_VARIABLE = "NODE_NAME"
@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=NONE,
         help="for pods that neither their own annotations nor their namespace's say anything of "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--default-accelerate",
+        choices=[*map(str, Accelerate)],
+        default=str(Accelerate.AUTO),
+        help="for pods whose annotations do not say it (default: %(default)s)",
     )
     parser.add_argument(
         "--no-kubernetes",
@@ -76,7 +82,8 @@ def run(
     """Run until SIGTERM or SIGINT; what is steered stays so."""
     set_up(Format(arguments.log))
     default = None if arguments.default_mode == NONE else Mode(arguments.default_mode)
-    settings = Settings(default, arguments.resync)
+    accelerate = Accelerate(arguments.default_accelerate)
+    settings = Settings(default, accelerate, arguments.resync)
     places = Places(arguments.cgroup_root or machine.cgroup2_mount())
     changed = threading.Event()
     cluster = None if arguments.no_kubernetes else _cluster(arguments, environment, changed.set)

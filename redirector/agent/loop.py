@@ -17,7 +17,7 @@ from redirector.kubernetes.cluster import View
 from redirector.kubernetes.desired import Refusal, Verdict, Wish, desired
 from redirector.kubernetes.objects import PodObject
 from redirector.kubernetes.places import Place, Places, populated
-from redirector.model import IPAddress, Mode, Pod, Steering
+from redirector.model import Accelerate, IPAddress, Mode, Pod, Steering
 from redirector.resolvers import lacks_resolvers, with_resolvers
 
 #: Seconds between two looks, however much changes; and while a pod that is asked for is not there.
@@ -43,6 +43,8 @@ class Settings:
 
     #: For pods that neither their own annotations nor their namespace's say anything of.
     default: Mode | None = None
+    #: For pods whose annotations do not say it.
+    accelerate: Accelerate = Accelerate.AUTO
     #: How often what is enrolled is compared with the kernel.
     resync: float = 30.0
 
@@ -136,7 +138,9 @@ class Agent:
 
     def _follow(self, view: View, resyncing: bool) -> bool:
         """Return whether a pod that is asked for has no process yet."""
-        verdicts = desired(view.pods, view.namespaces, self._settings.default)
+        verdicts = desired(
+            view.pods, view.namespaces, self._settings.default, self._settings.accelerate
+        )
         records = self._enrollment.readable()
         by_hand = {record.name for record in records if not record.uid}
         for name, verdict in verdicts.items():

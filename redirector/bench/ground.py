@@ -17,7 +17,7 @@ from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
 from redirector.lab.closing import Closing
-from redirector.model import Mode
+from redirector.model import Accelerate, Mode
 from redirector.records import Records
 
 #: A bridge has 1,024 ports (net/bridge, BR_MAX_PORTS).
@@ -57,7 +57,7 @@ class Side:
     def enroll(self, pod: LabPod, mode: Mode) -> float:
         """Enrol; how long it took, in ms."""
         began = time.perf_counter()
-        self.enrollment.enroll(pod.name, pod.netns, pod.cgroup, mode)
+        self.enrollment.enroll(pod.name, pod.netns, pod.cgroup, mode, Accelerate.ON)
         return (time.perf_counter() - began) * 1000
 
     def command(self, *arguments: str | Path) -> float:

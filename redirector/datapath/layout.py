@@ -176,8 +176,6 @@ class Defect(IntFlag):
 
 #: Makes the loader only try the kernel, and print the defects as a number.
 SELF_TEST = "--self-test"
-#: What harms few programs, known beforehand, and all others not at all: `auto` stays on.
-LIMITS = Defect.SPLICE_OUT
 
 
 class About(Struct):

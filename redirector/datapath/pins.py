@@ -20,7 +20,7 @@ from redirector.datapath.hooks import (
     SPLICE_HOOK,
 )
 from redirector.datapath.instructions import for_pod
-from redirector.datapath.layout import LIMITS, Defect
+from redirector.datapath.layout import Defect
 from redirector.datapath.libbpf import AttachType, Kind, LinkInfo
 from redirector.datapath.loading import run_loader
 from redirector.datapath.maps import Maps
@@ -110,8 +110,8 @@ class Datapath:
             os.close(fd)
 
     def defects(self) -> Defect:
-        """What the running kernel does wrong with redirected bytes; mere limits left out."""
-        return Defect(self.maps.about().defects) & ~LIMITS
+        """What the running kernel does wrong with redirected bytes."""
+        return Defect(self.maps.about().defects)
 
     def refuses_splice(self) -> bool:
         """Whether pods that are short-circuited need the hook for that, and the kernel has it."""

@@ -1,7 +1,7 @@
 """What the running kernel does with redirected bytes: a line for each thing that programs rely on.
 
 The loader runs the lines through its own programs before any pod uses them. `--accelerate auto`
-steers without short-circuit where one fails that is no mere limit; `redirector check` prints all.
+steers without short-circuit where one fails; `redirector check` prints all.
 """
 
 import array
@@ -27,17 +27,13 @@ _SPLICE_F_NONBLOCK = 2  # fcntl.h
 
 @dataclass(frozen=True)
 class Line:
-    """One thing to try, and what it means for programs when it fails.
-
-    For one of `layout.LIMITS`, `limit` names who must do without acceleration then.
-    """
+    """One thing to try, and what it means for programs when it fails."""
 
     defect: Defect
     name: str
     meaning: str
     holds: Callable[[Trial], bool]
     deferred: bool = False
-    limit: str = ""
     passes: str = "as with TCP"
 
 
@@ -330,12 +326,12 @@ LINES: tuple[Line, ...] = (
     Line(
         Defect.SPLICE_OUT,
         "splice() out of it",
-        "splice() does not see redirected bytes",
+        # Whatever refuses it refuses TCP_ZEROCOPY_RECEIVE, which is an oops and cannot be tried.
+        "splice() does not see redirected bytes (Go's io.Copy and HAProxy's splice-auto would wait "
+        "for ever), and TCP_ZEROCOPY_RECEIVE would crash the kernel; it can refuse both with "
+        "its BPF LSM on (`bpf` in lsm= of its command line)",
         _splice_out,
         passes="works, or is refused so that programs copy",
-        # Whatever refuses it refuses TCP_ZEROCOPY_RECEIVE, which is an oops and cannot be tried.
-        limit="programs that splice between connections (Go's io.Copy, HAProxy's splice-auto), and "
-        "for pods that are not trusted: TCP_ZEROCOPY_RECEIVE on such a socket crashes the kernel",
     ),
     Line(
         Defect.ZEROCOPY,

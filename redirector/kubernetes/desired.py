@@ -57,13 +57,24 @@ Verdict = Wish | Refusal | Rest | None
 
 
 def desired(
-    pods: Iterable[PodObject], namespaces: Mapping[str, NamespaceObject], default: Mode | None
+    pods: Iterable[PodObject],
+    namespaces: Mapping[str, NamespaceObject],
+    default: Mode | None,
+    accelerate: Accelerate = Accelerate.AUTO,
 ) -> dict[str, Verdict]:
-    """Return each pod's verdict, by the pod's full name."""
-    return {pod.full_name: _judge(pod, namespaces.get(pod.namespace), default) for pod in pods}
+    """Return each pod's verdict, by the pod's full name; the last two where nothing is said."""
+    return {
+        pod.full_name: _judge(pod, namespaces.get(pod.namespace), default, accelerate)
+        for pod in pods
+    }
 
 
-def _judge(pod: PodObject, namespace: NamespaceObject | None, default: Mode | None) -> Verdict:
+def _judge(
+    pod: PodObject,
+    namespace: NamespaceObject | None,
+    default: Mode | None,
+    default_accelerate: Accelerate,
+) -> Verdict:
     if pod.finished:
         return Rest.FINISHED
     # The way out holds whatever else is written beside it.
@@ -93,7 +104,7 @@ def _judge(pod: PodObject, namespace: NamespaceObject | None, default: Mode | No
             )
     except InputError as error:
         return Refusal(pod, str(error))
-    return Wish(pod, mode, Accelerate(accelerate or Accelerate.AUTO), steering)
+    return Wish(pod, mode, Accelerate(accelerate or default_accelerate), steering)
 
 
 def _mode(pod: PodObject, namespace: NamespaceObject | None, default: Mode | None) -> Mode | None:

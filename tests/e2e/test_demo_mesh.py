@@ -16,7 +16,7 @@ from waiting import eventually
 
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
-from redirector.model import Mode
+from redirector.model import Accelerate, Mode
 
 pytestmark = pytest.mark.root
 
@@ -80,7 +80,7 @@ def demo(
     for one in sidecars:
         eventually("listeners", partial(_configured, one))
         pod = one._pod
-        enrollment.enroll(pod.name, pod.netns, pod.cgroup, request.param)
+        enrollment.enroll(pod.name, pod.netns, pod.cgroup, request.param, Accelerate.ON)
     return Demo(pods["client"], pods["plain"], pods["web-v1"], server)
 
 

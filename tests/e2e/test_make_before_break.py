@@ -15,7 +15,7 @@ from waiting import eventually
 
 from redirector.enrollment import Enrollment
 from redirector.lab import Node
-from redirector.model import Mode
+from redirector.model import Accelerate, Mode
 
 pytestmark = pytest.mark.root
 
@@ -80,7 +80,7 @@ def test_renaming_and_weighing_backends_under_load_loses_no_request(
     changed: dict[str, Any] = {"api_type": variant}
     sidecar = Sidecar(pod, place, "client", "demo", xds, changed)
     eventually("listeners", lambda: sidecar.listeners() == ["inbound", "outbound"])
-    enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF)
+    enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF, Accelerate.ON)
 
     load = pod.popen(
         [sys.executable, "-c", LOAD, WEB],

@@ -13,7 +13,7 @@ from waiting import eventually
 
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
-from redirector.model import Mode
+from redirector.model import Accelerate, Mode
 
 pytestmark = pytest.mark.root
 
@@ -118,7 +118,7 @@ def world(
                 app.popen([sys.executable, "-c", DNS, *where], stdout=log, stderr=log)
     sidecar = Sidecar(pod, place, "client", "demo", f"unix:{server.socket}", more=_RESOLVER)
     eventually("listeners", lambda: sidecar.listeners() == ["inbound", "outbound"])
-    enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF)
+    enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF, Accelerate.ON)
     return World(pod, sidecar, server, manifests / "services.yaml")
 
 

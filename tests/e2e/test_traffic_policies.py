@@ -25,7 +25,7 @@ from waiting import eventually
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
-from redirector.model import Mode
+from redirector.model import Accelerate, Mode
 from redirector.records import Records
 
 pytestmark = pytest.mark.root
@@ -123,7 +123,7 @@ def world(pins: Path) -> Iterator[World]:
         for name, sidecar in sidecars.items():
             eventually("listeners", lambda s=sidecar: s.listeners() == ["inbound", "outbound"])
             pod = pods[name]
-            enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF)
+            enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF, Accelerate.ON)
             stack.callback(enrollment.unenroll, pod.name)
         yield World(sidecars, pods, server, manifests)
 

@@ -39,12 +39,14 @@ def test_pods_are_steered_as_annotated(field: Ground) -> None:
     field.tell("one", 1, mode="ebpf", accelerate="off", excludeOutboundPorts="81")
     field.tell("two", 2)
     field.tell("three", 3, mode="none")
-    agent = field.start()
+    agent = field.start("--default-accelerate", "on")
     field.until_mode("one", Mode.EBPF)
     field.until_mode("two", Mode.IPTABLES)
-    record = field.record("one")
+    record, other = field.record("one"), field.record("two")
     assert record is not None
+    assert other is not None
     assert (record.uid, record.accelerate) == (UID % 1, Accelerate.OFF)
+    assert other.accelerate is Accelerate.ON
     assert record.steering.exclude_outbound_ports == {81}
     assert field.verdict("one", peer) is Verdict.OUTBOUND
     assert field.verdict("two", peer) is Verdict.OUTBOUND

@@ -11,7 +11,7 @@ import pytest
 
 from redirector import check
 from redirector.datapath import libbpf, selftest
-from redirector.datapath.layout import LIMITS, Defect
+from redirector.datapath.layout import Defect
 from redirector.datapath.loading import run_self_test
 from redirector.datapath.pins import Datapath
 from redirector.datapath.source import SIZES
@@ -65,12 +65,11 @@ def detach(datapath: Datapath, program: str, kind: libbpf.AttachType) -> None:
 def test_the_same_defects_at_load_and_when_asked(own: Datapath) -> None:
     found = run_self_test()
     assert found == Defect(own.maps.about().defects)
-    assert own.defects() == found & ~LIMITS
+    assert own.defects() == found
 
 
-def test_every_defect_is_a_line_and_every_limit_names_whom(own: Datapath) -> None:
+def test_every_defect_is_a_line(own: Datapath) -> None:
     assert sorted(line.defect for line in selftest.LINES) == sorted(Defect)
-    assert {line.defect for line in selftest.LINES if line.limit} == set(LIMITS)
     known = tried(own) & ~Defect.ZEROCOPY  # kept out by the programs
     assert known == Defect(own.maps.about().defects)
 
@@ -95,5 +94,5 @@ def test_check_says_it_in_lines(datapath: Datapath) -> None:
     assert said.keys() == {line.name for line in selftest.LINES}
     found = Defect(datapath.maps.about().defects)
     for line in selftest.LINES:
-        failed = "warn" if line.limit else "FAILED"
-        assert said[line.name].startswith(failed if found & line.defect else "ok"), said[line.name]
+        status = "FAILED" if found & line.defect else "ok"
+        assert said[line.name].startswith(status), said[line.name]
