@@ -245,6 +245,7 @@ AUTHORIZATION_BAD: list[tuple[str, Any]] = [
     ("rules", [{"when": {"headers": [{"name": "a b", "value": "c"}]}}]),
     ("rules", [{"when": {"headers": [{"name": "Host", "value": "c"}]}}]),
     ("rules", [{"when": {"headers": [{"name": "a", "type": "Prefix", "value": ""}]}}]),
+    ("rules", [{"when": {"headers": [{"name": "a", "type": "RegularExpression", "value": ""}]}}]),
     ("rules", [{"when": {"headers": [{"name": "a", "type": "Suffix", "value": "x"}]}}]),
     ("rules", [{"until": {}}]),
 ]

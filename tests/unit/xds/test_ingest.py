@@ -231,6 +231,7 @@ def test_a_mistake_is_named(kind: str, path: str, value: Any, problem: str) -> N
 @pytest.mark.parametrize(
     "expression",
     [
+        "",
         "(",
         "[a",
         "a(?=b)",

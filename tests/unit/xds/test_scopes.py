@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from envoy_static import as_json
 from test_ingest import ROUTE, SERVICE, SLICE
 from xds_server.errors import Problem
 from xds_server.ingest import Ingester
@@ -130,6 +131,46 @@ spec:
     assert told(mesh, node("client", "demo"))["clusters"] == {WEB}
 
 
+@pytest.mark.parametrize(
+    ("kind", "spoken"), [("HTTPRoute", set()), ("GRPCRoute", {WEB, "outbound|80|web.shop"})]
+)
+def test_what_a_route_says_of_others_ports_is_for_its_own_clients(
+    kind: str, spoken: set[str]
+) -> None:
+    """A port of bytes (a database's) is not taken away from everybody else."""
+    undeclared = SERVICE.replace("name: http, port", "name: sql, port")
+    route = f"""
+apiVersion: gateway.networking.k8s.io/v1
+kind: {kind}
+metadata: {{name: web, namespace: shop}}
+spec:
+  parentRefs: [{{group: "", kind: Service, name: web, namespace: demo}}]
+  rules: [{{backendRefs: [{{name: web, port: 80}}]}}]
+"""
+    mesh, problems = read(
+        POD % ("web-v1", "demo", "", "10.77.0.1"),
+        POD % ("guest", "shop", "", "10.77.0.2"),
+        undeclared,
+        SLICE.replace("name: http", "name: sql"),
+        FAR.replace("far", "shop").replace("name: http, port", "name: sql, port"),
+        route,
+    )
+    assert problems == []
+    home, guest = told(mesh, node("web-v1", "demo")), told(mesh, node("guest", "shop"))
+    # Its own Service's port, for which it speaks, is HTTP/2 to all.
+    own = {"outbound|80|web.shop"} & spoken
+    assert (home["routes"], guest["routes"]) == (own, {WEB} | own)
+    inbound: Any = Translator(mesh).resources(node("web-v1", "demo"))[LISTENER]["inbound"]
+    assert [chain.name for chain in inbound.filter_chains if "inbound" in chain.name] == []
+    clusters = Translator(mesh).resources(node("guest", "shop"))[CLUSTER]
+    http2 = {
+        name
+        for name, cluster in clusters.items()
+        if "|" in name and "explicit_http_config" in as_json(cluster)
+    }
+    assert http2 == spoken
+
+
 def test_sidecars_of_one_scope_share_and_a_change_elsewhere_concerns_nobody() -> None:
     def pods(name: str, namespace: str, ip: str) -> str:
         return POD % (name, namespace, "redirector.io/imports: .", ip)
@@ -210,3 +251,15 @@ def test_a_closed_pod_reaches_what_is_behind_headless_services() -> None:
         SLICE.replace("web", "twin"),
     )
     assert told(mesh, node("client", "demo"))["chains"] == {"passthrough|8080|10.77.0.1"}
+
+
+def test_no_endpoint_takes_a_services_place_in_a_closed_pod() -> None:
+    """Envoy refuses a listener with two chains for one address and port, and all of it with it."""
+    headless = FAR.replace("clusterIP: 10.96.77.2", "clusterIP: None")
+    mesh, _ = read(
+        POD % ("client", "demo", "redirector.io/outboundPolicy: registry-only", "10.77.0.9"),
+        SERVICE,
+        headless,
+        SLICE.replace("demo", "far").replace("10.77.0.1", "10.96.77.1").replace("8080", "80"),
+    )
+    assert told(mesh, node("client", "demo"))["chains"] == {WEB}

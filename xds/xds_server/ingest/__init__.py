@@ -22,11 +22,21 @@ from xds_server.ingest.policies import PolicyReader
 from xds_server.ingest.policy_status import policy_statuses
 from xds_server.ingest.reader import Item
 from xds_server.ingest.refusals import read_policies
-from xds_server.ingest.route_status import judge, protocols_of, settle
+from xds_server.ingest.route_status import judge, settle
 from xds_server.ingest.routes import ROUTE_KINDS, Grant, RouteReader, read_grant
 from xds_server.ingest.scopes import NOTHING, Wishes, read_namespace
 from xds_server.ingest.traffic import read_traffic
-from xds_server.ir import Mesh, Name, Parent, Policy, Protocol, Route, Service, Workload
+from xds_server.ir import (
+    Mesh,
+    Name,
+    Parent,
+    Policy,
+    Protocol,
+    Route,
+    Service,
+    Workload,
+    protocols_of,
+)
 from xds_server.memo import Memo
 from xds_server.sources.objects import KubeObject
 

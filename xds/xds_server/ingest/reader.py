@@ -247,8 +247,11 @@ class Field:
         parts = re.findall(r"([0-9]+)(ms|[hms])", text)
         return timedelta(milliseconds=sum(int(number) * _UNITS[unit] for number, unit in parts))
 
-    def regex(self) -> str:
-        text = self.text()
+    def regex(self, default: str | None = None) -> str:
+        text = self.text(default)
+        if self.value == "":
+            self.problem("must not be empty, which Envoy refuses; use .* to match everything")
+            return ""
         if len(text) > 1024 or text.count("(") > _MOST_GROUPS:
             self.problem(
                 "is too long for a regular expression; keep it within 1024 characters and "

@@ -70,7 +70,7 @@ def _path(path: Field) -> StringMatch:
     kind = path["type"].choice(_PathType, _PathType.PREFIX)
     value = path["value"]
     if kind is _PathType.REGEX:
-        return StringMatch(MatchKind.REGEX, value.regex())
+        return StringMatch(MatchKind.REGEX, value.regex("/"))
     text = value.text("/")
     if not text.startswith("/") or len(text) > 1024:
         value.problem("must begin with / and have at most 1024 characters")

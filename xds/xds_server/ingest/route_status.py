@@ -16,7 +16,7 @@ from xds_server.ingest.lastgood import Forms
 from xds_server.ingest.object_status import object_status
 from xds_server.ingest.reader import Item
 from xds_server.ingest.routes import Attachment, RouteReader, RouteReading
-from xds_server.ir import Parent, Protocol, Route, RouteKind
+from xds_server.ir import Parent, Route, RouteKind
 from xds_server.memo import Memo
 
 #: A service port and the namespace whose clients it is for: "" is every client.
@@ -72,21 +72,6 @@ def settle(judged: Iterable[Judged], memo: Memo) -> tuple[list[Route], list[Obje
                     attachment.field.misfit(text)
         routes.append(route)
     return routes, [memo(_status, one.now, one.force, taken) for one in judged]
-
-
-def protocols_of(routes: Iterable[Route]) -> frozenset[tuple[Parent, Protocol]]:
-    """What routes say of the service ports that they are for. A GRPCRoute says it of its backends,
-    too, which HTTP/1.1 would be no use to."""
-    found: dict[Parent, Protocol] = {}
-    for route in routes:
-        if route.kind is RouteKind.GRPC:
-            found |= dict.fromkeys(route.parents, Protocol.HTTP2)
-            for rule in route.rules:
-                found |= {Parent(*place): Protocol.HTTP2 for place in rule.destinations}
-    for route in routes:
-        for parent in route.parents:
-            found.setdefault(parent, Protocol.HTTP)
-    return frozenset(found.items())
 
 
 def _under(route: Route, parents: tuple[Parent, ...]) -> Route:

@@ -32,6 +32,7 @@ from xds_server.ir.routes import (
     RouteKind,
     RouteMatch,
     RouteRule,
+    protocols_of,
 )
 from xds_server.ir.services import (
     EVERYTHING,
@@ -114,6 +115,7 @@ __all__ = [
     "StringMatch",
     "TrafficPolicy",
     "Workload",
+    "protocols_of",
 ]
 
 

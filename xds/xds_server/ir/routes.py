@@ -1,13 +1,13 @@
 """Routes of requests."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 
 from xds_server.ir.limits import Fault, RateLimit
 from xds_server.ir.matches import MatchKind, NamedMatch, StringMatch
-from xds_server.ir.names import Name
+from xds_server.ir.names import Name, Protocol
 
 EVERY_PATH = StringMatch(MatchKind.PREFIX, "/")
 
@@ -233,3 +233,36 @@ class Route:
     hostnames: tuple[str, ...]
     rules: tuple[RouteRule, ...]
     kind: RouteKind = RouteKind.HTTP
+
+    @property
+    def own_parents(self) -> tuple[Parent, ...]:
+        """Those of its own namespace. Under the others it is for clients of its namespace only."""
+        return tuple(p for p in self.parents if p.service.namespace == self.name.namespace)
+
+
+def protocols_of(
+    routes: Iterable[Route], consumer: str | None = None
+) -> frozenset[tuple[Parent, Protocol]]:
+    """What routes say of service ports: to everybody, or what those of the namespace `consumer` say
+    to its clients. A GRPCRoute speaks of its backends, too, which HTTP/1.1 would be no use to.
+
+    A route in another namespace than the service says nothing to everybody, or who may write routes
+    somewhere could have anybody's database spoken to in HTTP."""
+    found: dict[Parent, Protocol] = {}
+    for route in routes:
+        if consumer is None:
+            parents, led = route.own_parents, bool(route.own_parents)
+        elif route.name.namespace == consumer:
+            parents, led = route.parents, True
+        else:
+            continue
+        if route.kind is RouteKind.HTTP:
+            for parent in parents:
+                found.setdefault(parent, Protocol.HTTP)
+            continue
+        found |= dict.fromkeys(parents, Protocol.HTTP2)
+        for rule in route.rules:
+            for service, port in rule.destinations:
+                if led or service.namespace == route.name.namespace:
+                    found[Parent(service, port)] = Protocol.HTTP2
+    return frozenset(found.items())

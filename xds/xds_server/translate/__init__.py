@@ -21,6 +21,7 @@ from xds_server.ir import (
     Service,
     TrafficPolicy,
     Workload,
+    protocols_of,
 )
 from xds_server.memo import Memo
 from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
@@ -37,7 +38,7 @@ from xds_server.translate.policies import connection_rules
 from xds_server.translate.proxyless import Proxyless
 from xds_server.translate.routes import route_configuration
 from xds_server.translate.traffic import configure, for_requests
-from xds_server.translate.views import View, Views
+from xds_server.translate.views import Row, View, Views
 
 __all__ = [
     "CLUSTER",
@@ -103,12 +104,12 @@ class Translator:
         for route in mesh.routes:
             for parent in route.parents:
                 self._routes[parent].append(route)
-        self._consumers = {
-            route.name.namespace
-            for parent, routes in self._routes.items()
-            for route in routes
-            if route.name.namespace != parent.service.namespace
-        }
+        consuming: dict[str, list[Route]] = defaultdict(list)
+        for route in mesh.routes:
+            if route.own_parents != route.parents:
+                consuming[route.name.namespace].append(route)
+        #: What routes say of ports to the clients of their own namespace.
+        self._consumers = {name: protocols_of(own, name) for name, own in consuming.items()}
         self._traffic = {parent: policy for policy in mesh.traffic for parent in policy.services}
         self._arrivals: dict[Name, dict[int, TrafficPolicy]] = defaultdict(dict)
         for traffic in mesh.traffic:
@@ -147,7 +148,12 @@ class Translator:
             # Of whatever name clients make up nothing is to be kept.
             namespace = node.namespace if node.namespace in self._views.namespaces else ""
             return memo(
-                self._proxyless.resources, view.bare, clusters, endpoints, routes, namespace
+                self._proxyless.resources,
+                self._heard(view.bare, consumer),
+                clusters,
+                endpoints,
+                routes,
+                namespace,
             )
         if (
             known is None
@@ -191,10 +197,11 @@ class Translator:
 
     def _outward_of(self, view: View, consumer: str | None, workload: Workload) -> Outward:
         memo = self.memo
+        services = self._heard(view.bare, consumer)
         outbound = (
-            memo(_closed_listener, view.bare, memo(self._headless, view.services))
+            memo(_closed_listener, services, memo(self._headless, view.services))
             if workload.closed
-            else memo(_listener, view.bare)
+            else memo(_listener, services)
         )
         clusters, endpoints = self._upstream(view, consumer, workload)
         return clusters, endpoints, outbound, self._outbound_routes(view, consumer)
@@ -209,7 +216,7 @@ class Translator:
             led = self.memo(self._led_to, view.bare, self._all_routes, consumer)
             view = self._views.with_more(view, led)
         return (
-            self.memo(self._clusters, view.bare, self._all_traffic),
+            self.memo(self._clusters, self._heard(view.bare, consumer), self._all_traffic),
             self.memo(self._endpoints, view.services, zone, node),
         )
 
@@ -320,7 +327,11 @@ class Translator:
         return dict(sorted(found.items()))
 
     def _outbound_routes(self, view: View, consumer: str | None) -> Mapping[str, Message]:
-        return self.memo(self._routes_for, view.bare, self._all_routes, self._all_traffic, consumer)
+        services = self._heard(view.bare, consumer)
+        return self.memo(self._routes_for, services, self._all_routes, self._all_traffic, consumer)
+
+    def _heard(self, services: Row, consumer: str | None) -> Row:
+        return self._views.heard(services, self._consumers.get(consumer or "", frozenset()))
 
     def _routes_for(
         self,

@@ -26,6 +26,7 @@ def outbound_listener(
 ) -> listener_pb2.Listener:
     """A filter chain for each port of each service that has an address; the rest passes through, or
     if the mesh is closed nowhere, but for the endpoints of `headless` services."""
+    services = tuple(services)
     return listener(
         OUTBOUND,
         OUTBOUND_PORT,
@@ -36,7 +37,7 @@ def outbound_listener(
                 if service.addresses
                 for port in service.ports
             ),
-            *_endpoint_chains(headless),
+            *_endpoint_chains(headless, services),
         ],
         chain(BLACKHOLE, None, [tcp_proxy(BLACKHOLE)])
         if closed
@@ -44,13 +45,21 @@ def outbound_listener(
     )
 
 
-def _endpoint_chains(services: Iterable[Service]) -> Iterable[Chain]:
-    """One for each place, so that connections to the others survive a change."""
+def _endpoint_chains(headless: Iterable[Service], services: Iterable[Service]) -> Iterable[Chain]:
+    """One for each place, so that connections to the others survive a change. What is a service's
+    own has a chain already, and Envoy would refuse the listener for a second."""
+    taken = {
+        (address, port.number)
+        for service in services
+        for address in service.addresses
+        for port in service.ports
+    }
     places = {
         (str(endpoint.address), endpoint.port): endpoint
-        for service in services
+        for service in headless
         for port in service.ports
         for endpoint in port.endpoints
+        if (endpoint.address, endpoint.port) not in taken
     }
     for (address, port), endpoint in sorted(places.items()):
         made = chain(f"{PASSTHROUGH}|{port}|{address}", port, [tcp_proxy(PASSTHROUGH)])

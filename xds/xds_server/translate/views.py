@@ -4,10 +4,12 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from xds_server.ir import Name, Scope, Service
+from xds_server.ir import Name, Parent, Protocol, Scope, Service
 from xds_server.memo import Memo
 
 Row = tuple[Service, ...]
+#: What some clients are told of service ports, for which nothing was said to all.
+Said = frozenset[tuple[Parent, Protocol]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,25 @@ class Views:
     def with_more(self, view: View, names: Iterable[Name]) -> View:
         """The same and these services, too, as far as they are there."""
         return self._joined([view, *self._singles(names)])
+
+    def heard(self, services: Row, said: Said) -> Row:
+        """The same services, as clients see them who are told this of ports, too."""
+        return self._memo(self._heard, services, self._memo.value(said)) if said else services
+
+    def _heard(self, services: Row, said: Said) -> Row:
+        told = dict(said)
+        return self._memo.row(self._told(service, told) for service in services)
+
+    def _told(self, service: Service, told: Mapping[Parent, Protocol]) -> Service:
+        ports = tuple(
+            replace(port, protocol=told.get(Parent(service.name, port.number), port.protocol))
+            if port.protocol is Protocol.TCP
+            else port
+            for port in service.ports
+        )
+        if ports == service.ports:
+            return service
+        return self._memo.value(replace(service, ports=ports))
 
     def _singles(self, names: Iterable[Name]) -> list[View]:
         found = [self._services[name] for name in sorted(names) if name in self._services]
