@@ -2,7 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 
-from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE, Reference
+from xds_server.references import (
+    CLUSTER,
+    ENDPOINT,
+    FILTER,
+    LISTENER,
+    REFERRING,
+    ROUTE,
+    Reference,
+)
 from xds_server.snapshot import ResourceSet, Snapshot
 from xds_server.typestate import TypeState
 
@@ -27,7 +35,7 @@ def note_takeovers(types: Mapping[str, TypeState], desired: Snapshot) -> None:
     A listener takes over once its routes are taken, too; until then its predecessor has its own,
     also one that the client was told is gone.
     """
-    for user in (LISTENER, ROUTE, CLUSTER):
+    for user in REFERRING:
         state, entries = types[user], desired.of(user)
         for name in list(state.lingering):
             if user == ROUTE and name not in entries and _lingers(types[LISTENER], name):

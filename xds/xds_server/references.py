@@ -22,6 +22,9 @@ ROUTE = _PREFIX + RouteConfiguration.DESCRIPTOR.full_name
 #: A filter of a listener, when it comes on its own.
 FILTER = _PREFIX + TypedExtensionConfig.DESCRIPTOR.full_name
 
+#: Types whose resources name others.
+REFERRING = (LISTENER, ROUTE, CLUSTER)
+
 _KIND = {
     CLUSTER: "cluster",
     ENDPOINT: "endpoints",

@@ -89,9 +89,15 @@ class Stream(ABC):
         )
 
     @property
+    def level(self) -> bool:
+        """The client took what was offered, and nothing of the way there is left to be known: it
+        may take the next step together with all others."""
+        return self._level is not None and self._level is self._desired
+
+    @property
     def settled(self) -> bool:
         """Nothing is left to send, and the client answered all that was sent."""
-        if self._level is not None and self._level is self._desired:
+        if self.level:
             return True
         return (
             self._drained

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from xds_server.exchange import Nack
 from xds_server.quarantine import Doubts
-from xds_server.references import Reference
+from xds_server.references import REFERRING, Reference
 from xds_server.sent import Sent
 from xds_server.snapshot import ABSENT, EMPTY, Encoded, ResourceSet
 from xds_server.step import Step
@@ -185,7 +185,7 @@ class TypeState:
         To be called before `base` moves on.
         """
         version = self.sent.get(name)
-        if not version:
+        if not version or self.type_url not in REFERRING:
             return
         before = (EMPTY if self.base is None else self.base).get(name)
         if before is None or before.version != version:

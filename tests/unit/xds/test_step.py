@@ -76,6 +76,19 @@ def taken(stream: DeltaStream | SotwStream) -> Response:
     return response
 
 
+@pytest.mark.parametrize(("variant", "answer"), [(delta, ack), (sotw, sotw_ack)])
+def test_who_took_a_larger_change_takes_the_next_step_with_all_others(
+    variant: Callable[[Snapshot], Any], answer: Callable[[Any, Response], Ack | Nack | None]
+) -> None:
+    larger = world(clusters={"web": 1}, ports={"web": 9000})
+    before, after = snapshots(BEFORE, larger)
+    stream = variant(before)
+    stream.offer(after)
+    while response := stream.next_response():
+        answer(stream, response)
+    assert stream.level
+
+
 @pytest.mark.parametrize(("after", "type_url"), [(MOVED, ENDPOINT), (ROUTED, ROUTE)])
 @pytest.mark.parametrize("variant", [delta, sotw])
 def test_clients_that_are_up_to_date_share_the_response(

@@ -382,6 +382,7 @@ class DeltaClient(Client):
             self.rest()
         assert self.stream.rejected == ()
         assert self.stream.quarantined == ()
+        assert self.stream.level
         for type_url in (CLUSTER, LISTENER):
             assert self.config.has[type_url] == self.resources[type_url]
         for type_url in (ENDPOINT, ROUTE):

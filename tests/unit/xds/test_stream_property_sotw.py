@@ -158,6 +158,7 @@ class SotwClient(Client):
             self.stream.offer(self.snapshot())
             self.rest()
         assert not self.stream.rejected
+        assert self.stream.level
         for type_url in (CLUSTER, LISTENER):
             assert self.config.has[type_url] == self.resources[type_url]
         for type_url in (ENDPOINT, ROUTE):
