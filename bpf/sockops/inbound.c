@@ -92,6 +92,18 @@ ALWAYS __u64 own_netns(void)
 	return netns;
 }
 
+// A loopback address is not the pod's alone: a neighbour reaches ::6, which every enrolled pod has,
+// and 127/8 where route_localnet is set. Where the kernel does not tell the interface, the client's
+// address tells.
+ALWAYS bool stays_inside(struct bpf_sk_lookup *ctx, const struct address *server)
+{
+#if HAS_INGRESS_IFINDEX
+	return is_loopback(server) && ctx->ingress_ifindex == LOOPBACK_INDEX;
+#else
+	return false;
+#endif
+}
+
 ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 {
 	__u64 netns = own_netns();
@@ -109,8 +121,7 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 		COPY_WORDS(key.server.word, ctx->local_ip6);
 		COPY_WORDS(key.client.word, ctx->remote_ip6);
 	}
-	// Nobody outside gets there.
-	if (is_loopback(&key.server))
+	if (stays_inside(ctx, &key.server))
 		return SK_PASS;
 	pod = pods.lookup(&netns);
 	if (!pod)
@@ -131,7 +142,7 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	    !is_own(&key.client, netns))
 		return from_outside(ctx, pod, netns, &key);
 	// A sidecar that is told of no original destination leads it nowhere.
-	if (!sidecars || pod->flags & POD_TAKEOVER)
+	if (!sidecars || is_loopback(&key.server) || pod->flags & POD_TAKEOVER)
 		return SK_PASS;
 	// Who dialled tells of it (sockops.c), and knows the process.
 	count(netns, REFUSED_NO_FLOW);

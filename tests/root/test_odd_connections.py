@@ -146,6 +146,31 @@ def test_a_low_ipv6_source_leads_not_past_the_sidecar(node: Node, pod: LabPod) -
             assert source[0] == LOW6
 
 
+@pytest.mark.parametrize("address", ["::6", "127.0.0.9"])
+def test_a_loopback_address_leads_nobody_from_outside_past_the_sidecar(
+    node: Node, pod: LabPod, address: str
+) -> None:
+    """The ::6 that enrolment gives the pod, and 127/8 where it is routed: any neighbour can ask."""
+    peer = node.pod("peer")
+    v6 = ":" in address
+    for each in (pod, peer):
+        each.run(["sysctl", "-q", "net.ipv4.conf.all.route_localnet=1"], check=True)
+    if not v6:
+        peer.run(["ip", "route", "del", "local", "127.0.0.0/8", "table", "local"], check=True)
+    way = [address, "via", pod.ip6] if v6 else [address, "via", pod.ip, "src", peer.ip]
+    peer.run(["ip", "route", "add", *way], check=True)
+    with (
+        listen(pod, APP, v6=v6),
+        listen(pod, INBOUND, v6=v6, sidecar=True) as sidecar,
+        pod_socket(peer, family=socket.AF_INET6 if v6 else socket.AF_INET) as client,
+    ):
+        client.connect((address, APP))
+        sidecar.settimeout(10)
+        server, _ = sidecar.accept()
+        with server:
+            assert server.getsockname()[:2] == (address, APP)
+
+
 def test_any_source_address_leads_to_the_outbound_listener(pod: LabPod) -> None:
     """A source that enrolment did not know must not pass for somebody outside."""
     pod.run(["ip", "addr", "add", f"{ADDED}/24", "dev", "eth0"], check=True)
