@@ -158,8 +158,13 @@ def test_a_port_that_is_not_http_takes_so_many_connections(world: World) -> None
 def test_a_clients_requests_by_a_rule_are_limited(world: World) -> None:
     limit = {"requests": 1, "interval": "24h", "burst": 2}
     with world.policy(ROUTE | {"sectionName": "teapot"}, rateLimit=limit):
-        assert world.statuses(ONE, *[get("/teapot")] * 5) == [200, 200, 429, 429, 429]
+        both = get("/teapot"), get("/kettle")
+        assert world.statuses(ONE, *both * 2, get("/teapot")) == [200, 200, 429, 429, 429]
         assert world.statuses(ONE, *[get("/coffee")] * 5) == [200] * 5
+    # All rules of a route share its limit.
+    with world.policy(ROUTE, rateLimit=limit):
+        mixed = get("/coffee"), get("/kettle"), get("/tea")
+        assert world.statuses(ONE, *mixed) == [200, 200, 429]
 
 
 def test_faults(world: World) -> None:

@@ -83,7 +83,13 @@ def with_traffic(route: Route, kind: str, attached: Attached) -> Route:
         policy = named or everywhere
         if policy is None:
             return rule
-        return replace(rule, rate_limit=policy.rate_limit, fault=policy.fault)
+        part = f" {rule.name}" if named else ""
+        return replace(
+            rule,
+            rate_limit=policy.rate_limit,
+            limited_as=f"{kind} {route.name}{part}" if policy.rate_limit else "",
+            fault=policy.fault,
+        )
 
     rules = tuple(map(given, route.rules))
     return route if rules == route.rules else replace(route, rules=rules)

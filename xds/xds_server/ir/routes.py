@@ -181,8 +181,8 @@ class Retry:
 class RouteRule:
     """`timeout` bounds a request, `backend_timeout` one try of it; None or zero is no bound. A
     `broken` rule takes the requests that match and fails them. `rate_limit` and `fault` are a
-    traffic policy's, and each client's sidecar has them for itself; `name` is what a policy calls
-    the rule, or empty."""
+    traffic policy's, and each client's sidecar has them for itself; rules that are `limited_as` the
+    same share one limit. `name` is what a policy calls the rule, or empty."""
 
     matches: tuple[RouteMatch | GrpcMatch, ...]
     backends: tuple[Backend, ...]
@@ -193,6 +193,7 @@ class RouteRule:
     broken: bool = False
     name: str = ""
     rate_limit: RateLimit | None = None
+    limited_as: str = ""
     fault: Fault | None = None
 
     @property

@@ -37,7 +37,7 @@ from xds_server.translate.outbound import OUTBOUND, outbound_listener
 from xds_server.translate.policies import connection_rules
 from xds_server.translate.proxyless import Proxyless
 from xds_server.translate.routes import route_configuration
-from xds_server.translate.traffic import configure, for_requests
+from xds_server.translate.traffic import configure, faults
 from xds_server.translate.views import Row, View, Views
 
 __all__ = [
@@ -419,5 +419,5 @@ def _port_routes(
     service: Service, port: int, routes: tuple[Route, ...], policy: TrafficPolicy | None
 ) -> Message:
     made: Message = route_configuration(Parent(service.name, port), routes)
-    configure(made, for_requests(policy.fault if policy else None, None))
+    configure(made, faults(policy.fault if policy else None))
     return made

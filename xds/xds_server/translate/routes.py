@@ -20,7 +20,7 @@ from xds_server.translate.actions import routes_of
 from xds_server.translate.clusters import cluster_name
 from xds_server.translate.listeners import catch_all
 from xds_server.translate.messages import regex, string_matcher
-from xds_server.translate.traffic import configure, for_requests
+from xds_server.translate.traffic import configure, faults, limit_as, limits
 
 _PATH_RANK = {MatchKind.EXACT: 2, MatchKind.REGEX: 1, MatchKind.PREFIX: 0}
 
@@ -84,9 +84,17 @@ def route_configuration(parent: Parent, routes: Sequence[Route]) -> route_pb2.Ro
         for place, match in enumerate(rule.matches)
     ]
     hostnames = {hostname for route in routes for hostname in route.hostnames or ("*",)}
-    return _configuration(
+    made = _configuration(
         name, [_virtual_host(hostname, candidates, parent.port) for hostname in sorted(hostnames)]
     )
+    shared = {
+        rule.limited_as: rule.rate_limit
+        for route in routes
+        for rule in route.rules
+        if rule.rate_limit is not None
+    }
+    configure(made, limits(shared))
+    return made
 
 
 def _configuration(
@@ -132,9 +140,11 @@ def _specificity(hostname: str) -> tuple[int, int]:
 def _routes(one: _Candidate, port: int) -> Iterator[route_components_pb2.Route]:
     name = f"{one.route.name}/{one.place[0]}/{one.place[1]}"
     path = _path(one.match)
-    kind, policy = one.route.kind, for_requests(one.rule.fault, one.rule.rate_limit)
+    kind, fault = one.route.kind, faults(one.rule.fault)
     for route in routes_of(name, _match(one.match, path), path, one.rule, kind, port):
-        configure(route, policy)
+        configure(route, fault)
+        if one.rule.rate_limit is not None:
+            limit_as(route, one.rule.limited_as)
         yield route
 
 

@@ -13,6 +13,7 @@ goes, and a rate limit begins anew, with a full bucket, when the configuration a
 """
 
 from collections.abc import Mapping
+from datetime import timedelta
 
 from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
@@ -44,6 +45,9 @@ _FAULT = "fault"
 _RATE_LIMIT = "rate_limit"
 _CONNECTION_LIMIT = "connection_limit"
 _MILLION = percent_pb2.FractionalPercent.DenominatorType.MILLION
+#: The namespace of what we put into metadata.
+_OURS = "redirector"
+_UNLIMITED = RateLimit(2**32 - 1, timedelta(seconds=1), 2**32 - 1)
 _ALWAYS = base_pb2.RuntimeFractionalPercent(
     default_value=percent_pb2.FractionalPercent(numerator=100)
 )
@@ -65,14 +69,35 @@ def inbound_filters(policy: TrafficPolicy | None) -> list[hcm_pb2.HttpFilter]:
     return [hcm_pb2.HttpFilter(name=_RATE_LIMIT, typed_config=packed(_limit(policy.rate_limit)))]
 
 
-def for_requests(fault: Fault | None, limit: RateLimit | None) -> dict[str, Any]:
-    """The configuration of these filters where requests are routed, by name."""
-    found = {}
-    if fault:
-        found[_FAULT] = packed(_fault(fault))
-    if limit:
-        found[_RATE_LIMIT] = packed(_limit(limit))
-    return found
+def faults(fault: Fault | None) -> dict[str, Any]:
+    """The filter's configuration where requests are routed, by its name; nothing without one."""
+    return {_FAULT: packed(_fault(fault))} if fault else {}
+
+
+def limits(shared: Mapping[str, RateLimit]) -> dict[str, Any]:
+    """The configuration of a whole table of routes, each of which says with `limit_as` which limit
+    it is under. One of a route's own would be counted for each of the many that a rule comes to:
+    for its matches, its backends, and for each host name."""
+    if not shared:
+        return {}
+    result = _enforced()
+    # Of what is under no limit.
+    result.token_bucket.CopyFrom(_bucket(_UNLIMITED))
+    for name, limit in sorted(shared.items()):
+        descriptor = result.descriptors.add(token_bucket=_bucket(limit))
+        descriptor.entries.add(key=_RATE_LIMIT, value=name)
+    said = result.rate_limits.add().actions.add().metadata
+    said.descriptor_key = _RATE_LIMIT
+    said.source = route_components_pb2.RateLimit.Action.MetaData.Source.ROUTE_ENTRY
+    said.skip_if_absent = True
+    said.metadata_key.key = _OURS
+    said.metadata_key.path.add(key=_RATE_LIMIT)
+    return {_RATE_LIMIT: packed(result)}
+
+
+def limit_as(route: route_components_pb2.Route, name: str) -> None:
+    """Puts a route under one of its table's limits."""
+    route.metadata.filter_metadata[_OURS].update({_RATE_LIMIT: name})
 
 
 def connection_filters(
@@ -111,9 +136,14 @@ def _bucket(limit: RateLimit) -> token_bucket_pb2.TokenBucket:
 
 
 def _limit(limit: RateLimit) -> local_rate_limit_pb2.LocalRateLimit:
+    result = _enforced()
+    result.token_bucket.CopyFrom(_bucket(limit))
+    return result
+
+
+def _enforced() -> local_rate_limit_pb2.LocalRateLimit:
     return local_rate_limit_pb2.LocalRateLimit(
         stat_prefix=_RATE_LIMIT,
-        token_bucket=_bucket(limit),
         filter_enabled=_ALWAYS,
         filter_enforced=_ALWAYS,
         rate_limited_as_resource_exhausted=True,
