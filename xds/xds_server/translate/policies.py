@@ -40,13 +40,18 @@ _NOBODY = rbac_pb2.Principal(not_id=_ANYONE)
 _NETWORK_RBAC = f"type.googleapis.com/{network_rbac_pb2.RBAC.DESCRIPTOR.full_name}"
 
 _UNRESERVED = re.compile(r"[A-Za-z0-9\-._~/]*")
+#: What begins a segment's parameters. Some applications decode before they look for it.
+_SEMICOLON = "(?:;|%3[bB])"
 #: What normalizing leaves in no path: an empty or a dot segment (of parameters alone is empty, too,
 #: to those who take them off), a backslash, an encoded slash, backslash or unreserved character.
 _UNNORMALIZED = (
-    r".*(?:/[/;]|/\.\.?[/;]|\\|%(?:2[d-fD-F]|3[0-9]|[46][1-9a-fA-F]|5[0-9acfACF]|7[0-9aeAE])).*"
+    rf".*(?:/\.{{0,2}}(?:/|{_SEMICOLON})"
+    r"|\\|%(?:2[d-fD-F]|3[0-9]|[46][1-9a-fA-F]|5[0-9acfACF]|7[0-9aeAE])).*"
     r"|.*/\.\.?"
 )
-_PARAMETERS = "(?:;[^/]*)?"
+_PARAMETERS = f"(?:{_SEMICOLON}[^/]*)?"
+#: What no host name is made of.
+_NOT_HOST = "[^-a-z0-9._]"
 _ORDER = (Action.DENY, Action.ALLOW)
 
 
@@ -223,11 +228,12 @@ def _header(match: NamedMatch) -> rbac_pb2.Permission:
 
 def _any_value(match: NamedMatch) -> NamedMatch:
     """A header that is sent twice reaches the matcher as one, with a comma between the values: a
-    DENY looks at each of them, so that none hides behind another."""
+    DENY looks at each of them, so that none hides behind another. Nor behind spaces, which HTTP/2
+    forbids around a value (RFC 9113, 8.2.1) and Envoy lets through."""
     value = match.value
     body = f"(?:{value.value})" if value.kind is MatchKind.REGEX else re.escape(value.value)
-    end = ".*" if value.kind is MatchKind.PREFIX else r"(?:[ \t]*,.*)?"
-    return NamedMatch(match.name, StringMatch(MatchKind.REGEX, rf"(?:.*,[ \t]*)?{body}{end}"))
+    end = ".*" if value.kind is MatchKind.PREFIX else r"[ \t]*(?:,.*)?"
+    return NamedMatch(match.name, StringMatch(MatchKind.REGEX, rf"(?:.*,)?[ \t]*{body}{end}"))
 
 
 def _path(match: StringMatch, *, deny: bool) -> rbac_pb2.Permission:
@@ -266,10 +272,23 @@ def _method(method: str, *, deny: bool) -> StringMatch:
 def _authority(host: StringMatch, *, deny: bool) -> StringMatch:
     """A host in any case, with any port, with the colon of a port that is not told (RFC 3986,
     3.2.3), and also with the dot that ends a complete name. A DENY looks at each of several Host
-    headers, which arrive as one with commas, and past a user's name and any number of dots."""
+    headers, which arrive as one with commas, past a user's name, past what is no port and past any
+    number of dots; and it knows a name with encoded characters (RFC 3986, 3.2.2)."""
     before = ".*" if host.kind is MatchKind.SUFFIX else ""
     after = ".*" if host.kind is MatchKind.PREFIX else ""
-    body = f"{before}{re.escape(host.value)}{after}"
     if deny:
-        return StringMatch(MatchKind.REGEX, rf"(?i)(?:.*[,@])?{body}\.*(:[0-9]*)?(?:,.*)?")
+        body = f"{before}{''.join(map(_encoded, host.value))}{after}"
+        expression = rf"(?i)(?:.*{_NOT_HOST})?{body}\.*(?:{_NOT_HOST}.*)?"
+        return StringMatch(MatchKind.REGEX, expression)
+    body = f"{before}{re.escape(host.value)}{after}"
     return StringMatch(MatchKind.REGEX, rf"(?i){body}\.?(:[0-9]*)?")
+
+
+def _encoded(character: str) -> str:
+    """A character of a name, in the spellings of a URL; what is beyond ASCII has only those."""
+    spellings = {
+        "".join(f"%{byte:02x}" for byte in one.encode())
+        for one in (character.lower(), character.upper())
+    }
+    raw = [re.escape(character)] if character.isascii() else []
+    return f"(?:{'|'.join([*raw, *sorted(spellings)])})"
