@@ -53,12 +53,11 @@ class Connection:
         self.node = node
         self.stream = stream
         self.peer = peer
-        self.wake = asyncio.Event()
         #: The client ended its side.
         self.closed = False
         self._leaving = False
-        #: The writer has nothing to do; what it is to send next, if that is known already.
-        self._idle = False
+        #: While the writer has nothing to do; what it is to send next, if that is known already.
+        self._idle: asyncio.Future[None] | None = None
         self._planned: Response | None = None
         self._hub = hub
         self._limits = limits
@@ -99,13 +98,13 @@ class Connection:
         way to take it back.
         """
         self._leaving = True
-        self.wake.set()
+        self._wake()
 
     async def read(self, context: Any) -> None:
         """Take in requests until the client ends its side."""
         try:
             while (request := await context.read()) is not END:
-                names = self.receive(request)
+                names = self._take(request)
                 # Until the next one comes it would be kept, which gRPC's own iterator does.
                 del request
                 if wait := self._pace.owe(1 + names / _NAMES_A_REQUEST):
@@ -113,7 +112,16 @@ class Connection:
                     await asyncio.sleep(wait)
         finally:
             self.closed = True
-            self.wake.set()
+            self._wake()
+
+    def _take(self, request: bytes) -> int:
+        """Take in one request; how many names it holds."""
+        answer = self.stream.take_plain_ack(request)
+        if answer is None:
+            return self.receive(self.stream.parse(request))
+        self._book(answer, self._hub.clock())
+        self._go_on()
+        return 0
 
     def receive(self, request: Any) -> int:
         """Take in one request and book the answer that it carries, if any; how many names it holds.
@@ -160,12 +168,18 @@ class Connection:
         """Have the writer send what the request asks for. Most requests are answers after which
         there is nothing to say: then it need not wake up, which would cost more than the rest."""
         current = self._generation is self._hub.generation
-        if self._idle and current and not self.wake.is_set() and self._may_send():
+        if self._idle is not None and current and self._may_send():
             self._planned = self.stream.next_response()
             if self._planned is None:
                 self._settle()
                 return
-        self.wake.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the writer look again whether there is anything to do."""
+        idle, self._idle = self._idle, None
+        if idle is not None and not idle.done():
+            idle.set_result(None)
 
     def stays(self, old: Generation, new: Generation) -> bool:
         """Take over a generation that has nothing new for this client, if it has come as far as the
@@ -180,7 +194,7 @@ class Connection:
         if snapshot is not None:
             self._generation = generation
             self.stream.offer(snapshot)
-        self.wake.set()
+        self._wake()
 
     async def write(self, context: Any) -> None:
         """Send what the client lacks, whenever anything changed.
@@ -188,24 +202,24 @@ class Connection:
         Each message is worked out only when the one before it was taken: a slow client is never
         sent a state that was overtaken meanwhile.
         """
-        while not (self.closed or self._leaving):
-            self._idle = True
-            await self.wake.wait()
-            self._idle = False
-            self.wake.clear()
-            while not self._leaving:
-                if self._generation is not self._hub.generation:
-                    await self.refresh()
-                response = self._next()
-                if response is None:
-                    break
-                self._note_sent(response)
-                if self._hub.room.passes(response.size):
+        idle = asyncio.get_running_loop().create_future
+        while not self._leaving:
+            if self._generation is not self._hub.generation:
+                await self.refresh()
+            response = self._next()
+            if response is None:
+                self._settle()
+                if self.closed:
+                    return
+                self._idle = idle()
+                await self._idle
+                continue
+            self._note_sent(response)
+            if self._hub.room.passes(response.size):
+                await context.write(response.body)
+            else:
+                async with self._hub.room.for_(response.size):
                     await context.write(response.body)
-                else:
-                    async with self._hub.room.for_(response.size):
-                        await context.write(response.body)
-            self._settle()
 
     def _next(self) -> Response | None:
         planned, self._planned = self._planned, None

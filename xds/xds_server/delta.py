@@ -1,6 +1,7 @@
 """The incremental ADS variant. Source: "Incremental xDS" in Envoy's API documentation."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from envoy.service.discovery.v3.discovery_pb2 import (
     DeltaDiscoveryRequest,
@@ -10,12 +11,16 @@ from envoy.service.discovery.v3.discovery_pb2 import (
 from xds_server.exchange import Ack, Nack, Response
 from xds_server.references import CLUSTER, ENDPOINT, LISTENER
 from xds_server.snapshot import Encoded, ResourceSet
+from xds_server.step import Frame
 from xds_server.stream import HEAD_BYTES, WILDCARD, Stream
 from xds_server.typestate import Interest, TypeState
 
 
 class DeltaStream(Stream):
     """A client that subscribes and unsubscribes by name and is sent single resources."""
+
+    def parse(self, request: bytes) -> Any:
+        return DeltaDiscoveryRequest.FromString(request)
 
     def receive(self, request: DeltaDiscoveryRequest) -> Ack | Nack | None:
         """Take in a request; returns the answer that it carries, if any.
@@ -119,6 +124,14 @@ class DeltaStream(Stream):
         _, names = self._fit(state, (), names)
         state.book_absent(names)
         return self._emit(state, desired.version, (), names)
+
+    @staticmethod
+    def _ack(response: Response) -> Frame:
+        request = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
+        return Frame(b"", request.SerializeToString())
+
+    def _asked_before(self, type_url: str, asked: bytes) -> bool:  # noqa: ARG002
+        return not asked
 
     @staticmethod
     def _frame(entry: Encoded) -> bytes:

@@ -41,9 +41,9 @@ class Response:
         """Its encoding's bytes."""
         return sum(map(len, self.frames))
 
-    @property
+    @cached_property
     def body(self) -> bytes:
-        """Its encoding."""
+        """Its encoding; to be asked for on its way to the wire only."""
         return b"".join(self.frames)
 
     def versions(self) -> dict[str, str]:

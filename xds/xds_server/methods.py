@@ -6,9 +6,6 @@ route/v3/rds,extension/v3/config_discovery}.proto.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DiscoveryRequest
 
 from xds_server.delta import DeltaStream
 from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
@@ -26,13 +23,6 @@ class Method:
     name: str
     variant: Variant
     only: str = ""
-
-    @property
-    def request(self) -> type[Any]:
-        """The message that a client sends."""
-        if self.variant is DeltaStream:
-            return DeltaDiscoveryRequest  # type: ignore[no-any-return]
-        return DiscoveryRequest  # type: ignore[no-any-return]
 
     def stream(self) -> DeltaStream | SotwStream:
         """The state machine of a new call."""

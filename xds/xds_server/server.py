@@ -196,12 +196,9 @@ class Server:
             async def serve(_: AsyncIterator[Any], context: Any) -> None:
                 await self._serve(method.stream(), context)
 
-            # Responses are bytes already: resources are encoded once for all clients.
-            return grpc.stream_stream_rpc_method_handler(
-                serve,
-                request_deserializer=method.request.FromString,
-                response_serializer=None,
-            )
+            # Messages are bytes: resources are encoded once for all clients, and most of what they
+            # answer is told without reading it.
+            return grpc.stream_stream_rpc_method_handler(serve)
 
         for service, methods in groupby(METHODS, lambda method: method.service):
             handlers = {method.name: handler(method) for method in methods}
@@ -237,8 +234,9 @@ class Server:
             ) from None
         if first is END or self._admission.draining:
             return None
+        request = stream.parse(first)
         try:
-            node = NodeId.parse(first.node.id, first.node.user_agent_name)
+            node = NodeId.parse(request.node.id, request.node.user_agent_name)
         except InputError as error:
             raise Refused(Reason.NODE_ID, str(error)) from None
         peer = Peer.of(context.auth_context())
@@ -249,7 +247,7 @@ class Server:
             stream.forgetful = node.client is not Client.ENVOY
         # How much it may ask for is told by what there is for it.
         await connection.refresh()
-        connection.receive(first)
+        connection.receive(request)
         return connection
 
     async def _run(self, connection: Connection, context: Any) -> None:

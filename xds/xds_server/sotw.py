@@ -4,6 +4,7 @@ Source: "The xDS transport protocol" in Envoy's API documentation.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
 
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, DiscoveryResponse
 
@@ -12,6 +13,7 @@ from xds_server.exchange import Ack, Nack, Response
 from xds_server.quarantine import Quarantined, named
 from xds_server.references import CLUSTER, ENDPOINT
 from xds_server.snapshot import EMPTY, Encoded, ResourceSet, set_version, version_of_marks
+from xds_server.step import Frame
 from xds_server.stream import MAX_RESPONSE_BYTES, WHOLE_TYPES, WILDCARD, Stream
 from xds_server.typestate import Interest, TypeState
 
@@ -45,6 +47,9 @@ class SotwStream(Stream):
         self._taken: dict[str, Mapping[str, Encoded]] = {url: {} for url in WHOLE_TYPES}
         #: By type, what the list of names looked like that made `names` what they are.
         self._listed: dict[str, int] = {}
+
+    def parse(self, request: bytes) -> Any:
+        return DiscoveryRequest.FromString(request)
 
     def receive(self, request: DiscoveryRequest) -> Ack | Nack | None:
         """Take in a request; returns the answer that it carries, if any.
@@ -330,6 +335,14 @@ class SotwStream(Stream):
         response = self._emit(state, set_version(entries), entries, suffix=known)
         self._offered[response.nonce] = _by_name(entries, desired)
         return response
+
+    @staticmethod
+    def _ack(response: Response) -> Frame:
+        head = DiscoveryRequest(version_info=response.version).SerializeToString()
+        return Frame(head, DiscoveryRequest(response_nonce=response.nonce).SerializeToString())
+
+    def _asked_before(self, type_url: str, asked: bytes) -> bool:
+        return self._listed.get(type_url) == hash(asked)
 
     @staticmethod
     def _frame(entry: Encoded) -> bytes:

@@ -1,7 +1,7 @@
 """The step from one state to the next that all clients take together. Pure.
 
 Most changes are of the content of some endpoints or routes, and most clients are up to date when
-one comes: then what they are sent differs in the nonce alone, and so does what is booked for them.
+one comes: then all are sent the same message, and the same is booked for them.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,27 @@ from xds_server.snapshot import Encoded, ResourceSet, Snapshot
 
 #: Others lead to more: clusters to their endpoints, listeners to routes.
 _TYPES = frozenset({ENDPOINT, ROUTE})
-#: Nonces tell how many messages a client was sent; so many different ones share theirs.
-_NONCES = 256
+
+
+class Frame(NamedTuple):
+    """What the request that takes a response begins and ends with; between is what it asks for."""
+
+    head: bytes
+    tail: bytes
+
+    def between(self, request: bytes) -> bytes | None:
+        """What a request asks for, if it is framed so."""
+        if not (request.startswith(self.head) and request.endswith(self.tail)):
+            return None
+        return request[len(self.head) : len(request) - len(self.tail)]
+
+
+class Shared(NamedTuple):
+    """A message that clients have in common; `number` is its nonce."""
+
+    number: int
+    response: Response
+    ack: Frame
 
 
 @dataclass(frozen=True)
@@ -29,15 +48,17 @@ class Step:
     contents: Mapping[str, str]
     #: What their versions before refer to, by name, where it is anything.
     lingering: Mapping[str, frozenset[Reference]]
-    _responses: dict[tuple[type, str], Response] = field(default_factory=dict, repr=False)
+    _messages: dict[type, Shared] = field(default_factory=dict, repr=False)
 
-    def response(self, variant: type, nonce: str, make: Callable[[], Response]) -> Response:
-        """The message to clients of this variant that have come to this nonce."""
-        found = self._responses.get((variant, nonce))
-        if found is None:
-            found = make()
-            if len(self._responses) < _NONCES:
-                self._responses[variant, nonce] = found
+    def message(self, variant: type, last: int, make: Callable[[int], Shared]) -> Shared:
+        """The message to clients of this variant; `last` is the nonce that this one has come to.
+
+        All that a nonce has to do is to rise. So whoever is behind takes over the nonce that others
+        have come to, and clients with a past of their own are sent the same bytes.
+        """
+        found = self._messages.get(variant)
+        if found is None or found.number <= last:
+            found = self._messages[variant] = make(last + 1)
         return found
 
 
@@ -46,6 +67,7 @@ class Stride(NamedTuple):
 
     type_url: str
     nonce: str
+    ack: Frame
     to: Snapshot
 
 

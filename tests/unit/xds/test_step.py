@@ -110,17 +110,94 @@ def test_clients_that_are_up_to_date_share_the_response(
         assert stream.next_response() is None
 
 
-def test_what_is_sent_is_what_changed_under_the_clients_own_nonce() -> None:
+def test_clients_with_different_pasts_come_to_the_same_nonce() -> None:
     old, between, new = snapshots(BEFORE, MOVED, MOVED_AGAIN)
     late, early = delta(between), delta(old)
     early.offer(between)
-    ack(early, taken(early))
-    for stream in (late, early):
+    before = taken(early)
+    ack(early, before)
+    for stream in (early, late):
         stream.offer(new)
-    messages = [DeltaDiscoveryResponse.FromString(taken(s).body) for s in (late, early)]
-    assert [len(message.resources) for message in messages] == [1, 1]
-    assert messages[0].resources[0] == messages[1].resources[0]
-    assert messages[0].nonce != messages[1].nonce
+    first = taken(early)
+    assert taken(late) is first
+    message = DeltaDiscoveryResponse.FromString(first.body)
+    assert [resource.name for resource in message.resources] == ["web"]
+    assert message.nonce == first.nonce != before.nonce
+
+
+def test_a_nonce_comes_only_once_in_a_stream() -> None:
+    old, new = snapshots(BEFORE, MOVED)
+    short, long = delta(old), delta(old)
+    nonces = []
+    for snapshot in (new, old, new, old):
+        long.offer(snapshot)
+        response = taken(long)
+        nonces.append(response.nonce)
+        ack(long, response)
+    assert len(set(nonces)) == len(nonces)
+    # The other way round, too: the message that is there is too old for one of them.
+    short.offer(new)
+    ack(short, taken(short))
+    long.offer(new)
+    assert taken(long).nonce not in nonces
+
+
+def plain(response: Response) -> DeltaDiscoveryRequest:
+    return DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
+
+
+def plain_sotw(response: Response) -> DiscoveryRequest:
+    return DiscoveryRequest(
+        type_url=response.type_url,
+        response_nonce=response.nonce,
+        version_info=response.version,
+        resource_names=NAMES[response.type_url],
+    )
+
+
+@pytest.mark.parametrize(("variant", "answer"), [(delta, plain), (sotw, plain_sotw)])
+def test_an_answer_that_says_nothing_else_is_told_by_its_bytes(
+    variant: Callable[[Snapshot], Any], answer: Callable[[Response], Any]
+) -> None:
+    old, new = snapshots(BEFORE, MOVED)
+    stream = variant(old)
+    stream.offer(new)
+    response = taken(stream)
+    request = answer(response).SerializeToString()
+    assert stream.take_plain_ack(request) == Ack(ENDPOINT, response.nonce)
+    assert stream.settled
+    # It answers only once.
+    assert stream.take_plain_ack(request) is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "request_"),
+    [
+        (delta, DeltaDiscoveryRequest(resource_names_subscribe=["more"])),
+        (delta, DeltaDiscoveryRequest(resource_names_unsubscribe=["web"])),
+        (delta, DeltaDiscoveryRequest(initial_resource_versions={"web": "1"})),
+        (delta, DeltaDiscoveryRequest(error_detail={"message": "no"})),
+        (delta, DeltaDiscoveryRequest(type_url=ROUTE)),
+        (delta, DeltaDiscoveryRequest(response_nonce="1")),
+        (sotw, DiscoveryRequest(resource_names=["web", "more"])),
+        (sotw, DiscoveryRequest(error_detail={"message": "no"})),
+        (sotw, DiscoveryRequest(type_url=ROUTE)),
+        (sotw, DiscoveryRequest(version_info="1")),
+        (sotw, DiscoveryRequest(response_nonce="1")),
+    ],
+)
+def test_an_answer_that_says_more_is_read(
+    variant: Callable[[Snapshot], Any], request_: DeltaDiscoveryRequest | DiscoveryRequest
+) -> None:
+    old, new = snapshots(BEFORE, MOVED)
+    stream = variant(old)
+    stream.offer(new)
+    response = taken(stream)
+    request = plain(response) if variant is delta else plain_sotw(response)
+    request.MergeFrom(request_)
+    assert stream.take_plain_ack(request.SerializeToString()) is None
+    assert stream.take_plain_ack(b"") is None
+    assert not stream.settled
 
 
 def test_a_client_that_has_not_answered_yet_is_sent_what_it_lacks_then() -> None:

@@ -301,7 +301,9 @@ class DeltaClient(Client):
         # What went with a refused resource may be sent again once that changes; without an end,
         # the client would never come to rest.
         self.may_repeat[request.type_url] |= self.refusals.pop(request.response_nonce, set())
-        self.stream.receive(request)
+        as_bytes = request.SerializeToString()
+        if self.stream.take_plain_ack(as_bytes) is None:
+            self.stream.receive(self.stream.parse(as_bytes))
 
     def send(self) -> None:
         response = self.stream.next_response()

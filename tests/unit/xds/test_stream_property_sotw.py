@@ -84,12 +84,17 @@ class SotwClient(Client):
         self.rest()
         assert self.resources_sent == 0
 
+    def deliver(self) -> None:
+        request = self.to_server.popleft().SerializeToString()
+        if self.stream.take_plain_ack(request) is None:
+            self.stream.receive(self.stream.parse(request))
+
     @rule(moves=st.lists(st.sampled_from(["deliver", "send", "handle"]), min_size=1, max_size=12))
     def move(self, moves: list[str]) -> None:
         """Let some messages go their way, in any order between the two directions."""
         for each in moves:
             if each == "deliver" and self.to_server:
-                self.stream.receive(self.to_server.popleft())
+                self.deliver()
             elif each == "send":
                 self.send()
             elif each == "handle" and self.to_client:
@@ -100,7 +105,7 @@ class SotwClient(Client):
         """Move messages until none is left."""
         for _ in range(REST):
             if self.to_server:
-                self.stream.receive(self.to_server.popleft())
+                self.deliver()
             elif self.to_client:
                 self.handle()
             elif not self.send():
