@@ -3,14 +3,13 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from redirector.bench.ground import Ground, Line, environment, line
+from redirector.bench.ground import COMMAND, Ground, Line, line
 from redirector.model import Mode
 
 _PATIENCE_S = 60.0
@@ -33,11 +32,9 @@ def agent(ground: Ground, mode: Mode) -> Iterator[Line]:
 @contextmanager
 def _running(ground: Ground) -> Iterator[tuple[int, int]]:
     """An agent of the full side, ready: its pid and its endpoint's port."""
-    argv = [sys.executable, "-P", "-m", "redirector.cli", "run", "--no-kubernetes", "--log", "json"]
-    argv += ["--metrics", "127.0.0.1:0"]
-    places = {"REDIRECTOR_STATE": ground.many.state, "REDIRECTOR_PINS": ground.many.pins}
-    named = environment({name: str(place) for name, place in places.items()})
-    with subprocess.Popen(argv, env=named, stderr=subprocess.PIPE, text=True) as process:
+    argv = [*COMMAND, "run", "--no-kubernetes", "--log", "json", "--metrics", "127.0.0.1:0"]
+    places = ground.many.environment()
+    with subprocess.Popen(argv, env=places, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
             port = json.loads(process.stderr.readline())["metrics_port"]

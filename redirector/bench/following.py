@@ -1,23 +1,32 @@
 """What it costs new connections that somebody follows the flows.
 
-The rate of connections tells it only on a machine that does nothing else; the time that the kernel
-measures in the programs tells it on any.
+Two things may slow them: what the programs do for each event, and that another CPU works on these
+events, where CPUs share what makes them fast (caches, a core of the host's). So turn by turn nobody
+follows, `redirector flows --follow` does, and nobody does while something else works as much.
+The rates tell it only on a machine that does nothing else; the time that the kernel measures in the
+programs tells it on any.
 """
 
 import contextlib
-import io
+import os
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from redirector.bench.ground import Ground, Line, Side, line
+from redirector.bench.ground import COMMAND, Ground, Line, Side, line
 from redirector.compare.cases import Load
 from redirector.compare.topology import LOAD_SCRIPT
 from redirector.datapath import libbpf
-from redirector.datapath.layout import Counter
+from redirector.datapath.followers import Followers
+from redirector.datapath.layout import Counter, EventRecord
 from redirector.flows.command import PERIOD
 from redirector.flows.event import Clock, from_event, to_line
 from redirector.lab import LabPod
@@ -27,32 +36,72 @@ from redirector.network import netns_cookie
 #: Nobody has it: TEST-NET-2.
 _SERVICE = "198.51.100.7:80"
 _WARMUP = 0.2
+_PATIENCE_S = 60.0
+
+
+class _Turn(StrEnum):
+    ALONE = "nobody follows"
+    FOLLOWED = "followed"
+    BESIDE = "as much work beside it"
 
 
 def following(ground: Ground, mode: Mode) -> Iterator[Line]:
-    """One load all the time; turn by turn somebody follows, on another CPU, and nobody does."""
+    """One load all the time, and on other CPUs, turn by turn, nothing, a follower, other work."""
     if mode is not Mode.EBPF:
         return
     pod, side = ground.alone, ground.few
-    pairs: list[dict[bool, _Price]] = []
+    followers = side.datapath.followers()
+    assert followers is not None
+    rounds: list[dict[_Turn, _Price]] = []
     with libbpf.timing_programs(), _load(ground, pod):
         time.sleep(_WARMUP)
+        turns: dict[_Turn, Callable[[], AbstractContextManager[int]]] = {
+            _Turn.ALONE: lambda: contextlib.nullcontext(os.getpid()),
+            _Turn.FOLLOWED: partial(_followed, side, followers),
+            _Turn.BESIDE: partial(_busy, _some_events(followers)),
+        }
         for number in range(ground.rounds):
-            found: dict[bool, _Price] = {}
-            for followed in (False, True) if number % 2 else (True, False):
-                with _followed(side) if followed else contextlib.nullcontext():
-                    found[followed] = _measure(ground, side, pod)
-            pairs.append(found)
-    for followed, text in ((False, "nobody follows"), (True, "followed")):
-        programs = [pair[followed].programs_us for pair in pairs]
-        yield line(f"ebpf: a new connection's time in the programs, {text}", programs, "us")
+            found: dict[_Turn, _Price] = {}
+            for turn in turns if number % 2 else reversed(turns):
+                with turns[turn]() as pid:
+                    found[turn] = _measure(ground, side, pod, pid)
+            rounds.append(found)
+    yield from _lines(rounds)
+
+
+def _lines(rounds: "list[dict[_Turn, _Price]]") -> Iterator[Line]:
+    def ratios(over: _Turn, under: _Turn) -> list[float]:
+        return [each[over].rate / each[under].rate for each in rounds]
+
+    for turn in (_Turn.ALONE, _Turn.FOLLOWED):
+        programs = [each[turn].programs_us for each in rounds]
+        yield line(f"ebpf: a new connection's time in the programs, {turn}", programs, "us")
     extra = [
-        100 * (pair[True].programs_us - pair[False].programs_us) / pair[False].cpu_us
-        for pair in pairs
+        100
+        * (each[_Turn.FOLLOWED].programs_us - each[_Turn.ALONE].programs_us)
+        / each[_Turn.ALONE].cpu_us
+        for each in rounds
     ]
     yield line("ebpf: what following adds to a new connection's CPU time", extra, "%", "<= 3")
-    rates = [pair[True].rate / pair[False].rate for pair in pairs]
-    yield line("ebpf: new connections a second, followed to not", rates, "", ">= 0.97")
+    for turn in (_Turn.FOLLOWED, _Turn.BESIDE):
+        busy = [100 * each[turn].busy for each in rounds]
+        yield line(f"ebpf: work on other CPUs, {turn}", busy, "%")
+    yield line(
+        "ebpf: new connections a second, followed to not",
+        ratios(_Turn.FOLLOWED, _Turn.ALONE),
+        "",
+        ">= 0.97",
+    )
+    yield line(
+        "ebpf: new connections a second, such work beside to none",
+        ratios(_Turn.BESIDE, _Turn.ALONE),
+        "",
+    )
+    yield line(
+        "ebpf: new connections a second, followed to such work",
+        ratios(_Turn.FOLLOWED, _Turn.BESIDE),
+        "",
+    )
 
 
 @contextlib.contextmanager
@@ -69,26 +118,33 @@ def _load(ground: Ground, pod: LabPod) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Price:
-    """New connections a second; for each, the pod's CPU time and the programs' part of it."""
+    """New connections a second; for each, the pod's CPU time and the programs' part of it.
+
+    `busy`: CPU seconds that the process beside it took, a second.
+    """
 
     rate: float
     cpu_us: float
     programs_us: float
+    busy: float
 
 
-def _measure(ground: Ground, side: Side, pod: LabPod) -> _Price:
+def _measure(ground: Ground, side: Side, pod: LabPod, beside: int) -> _Price:
     cookie = netns_cookie(pod.netns)
+    # MAKE_PROCESS_CPUCLOCK, CPUCLOCK_SCHED: linux/posix-timers.h
+    clock = (~beside << 3) | 2
 
-    def now() -> tuple[float, int, int, float]:
+    def now() -> tuple[float, int, int, float, float]:
         made = side.datapath.maps.counted(cookie).counters()[Counter.STEERED_OUTBOUND]
-        return time.monotonic(), made, pod.cpu_usec(), _in_programs(side)
+        work = time.clock_gettime(clock)
+        return time.monotonic(), made, pod.cpu_usec(), _in_programs(side), work
 
     began = now()
     time.sleep(ground.seconds)
-    seconds, made, cpu, programs = (
+    seconds, made, cpu, programs, work = (
         after - before for before, after in zip(began, now(), strict=True)
     )
-    return _Price(made / seconds, cpu / made, programs / made)
+    return _Price(made / seconds, cpu / made, programs / made, work / seconds)
 
 
 def _in_programs(side: Side) -> float:
@@ -101,23 +157,46 @@ def _in_programs(side: Side) -> float:
 
 
 @contextlib.contextmanager
-def _followed(side: Side) -> Iterator[None]:
-    """As `redirector flows --follow -o json` does it, into memory."""
-    followers = side.datapath.followers()
-    assert followers is not None
-    over = threading.Event()
+def _followed(side: Side, followers: Followers) -> Iterator[int]:
+    """By the command; its pid."""
+    argv = [*COMMAND, "flows", "--follow", "-o", "json"]
+    command = subprocess.Popen(argv, env=side.environment(), stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not followers.sweep():
+            if time.monotonic() > deadline or command.poll() is not None:
+                raise TimeoutError("redirector flows --follow does not come up")
+            time.sleep(0.02)
+        time.sleep(_WARMUP)
+        yield command.pid
+    finally:
+        command.send_signal(signal.SIGINT)
+        command.wait(timeout=_PATIENCE_S)
+
+
+def _some_events(followers: Followers) -> list[EventRecord]:
+    """What comes between two looks of a follower's."""
     with followers.follow() as follower:
+        time.sleep(PERIOD)
+        return list(chain.from_iterable(follower.read()))
 
-        def read() -> None:
+
+@contextlib.contextmanager
+def _busy(events: list[EventRecord]) -> Iterator[int]:
+    """A follower's work on these, again and again, while nobody follows; the pid of who does it."""
+    over = threading.Event()
+
+    def work() -> None:
+        with open(os.devnull, "w") as out:
             while not over.wait(PERIOD):
-                out, clock = io.StringIO(), Clock(time.time_ns(), time.monotonic_ns())
-                for event in follower.read():
-                    print(to_line(from_event(event, clock, {})), file=out)
+                clock = Clock(time.time_ns(), time.monotonic_ns())
+                out.writelines(f"{to_line(from_event(event, clock, {}))}\n" for event in events)
 
-        reader = threading.Thread(target=read)
-        reader.start()
-        try:
-            yield
-        finally:
-            over.set()
-            reader.join()
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        time.sleep(_WARMUP)
+        yield os.getpid()
+    finally:
+        over.set()
+        worker.join()

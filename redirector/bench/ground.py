@@ -23,6 +23,8 @@ from redirector.records import Records
 #: A bridge has 1,024 ports (net/bridge, BR_MAX_PORTS).
 MOST_PODS = 1000
 OUTBOUND_PORT = 15001
+#: `redirector`, by this interpreter.
+COMMAND = (sys.executable, "-P", "-m", "redirector.cli")
 _PATIENCE_S = 30.0
 
 
@@ -60,18 +62,20 @@ class Side:
         self.enrollment.enroll(pod.name, pod.netns, pod.cgroup, mode, Accelerate.ON)
         return (time.perf_counter() - began) * 1000
 
+    def environment(self) -> dict[str, str]:
+        """That of a command: this interpreter's own way to its modules, and this side's places."""
+        return {
+            "PYTHONPATH": ":".join(path for path in sys.path if path),
+            "REDIRECTOR_STATE": str(self.state),
+            "REDIRECTOR_PINS": str(self.pins),
+        }
+
     def command(self, *arguments: str | Path) -> float:
         """Run a command as users do, its interpreter's start included; ms."""
-        argv = [sys.executable, "-P", "-m", "redirector.cli", *arguments]
-        places = {"REDIRECTOR_STATE": str(self.state), "REDIRECTOR_PINS": str(self.pins)}
+        argv = [*COMMAND, *arguments]
         began = time.perf_counter()
-        subprocess.run(argv, env=environment(places), check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(argv, env=self.environment(), check=True, stdout=subprocess.DEVNULL)
         return (time.perf_counter() - began) * 1000
-
-
-def environment(more: dict[str, str]) -> dict[str, str]:
-    """That of a command: this interpreter's own way to its modules, and `more`."""
-    return {"PYTHONPATH": ":".join(path for path in sys.path if path), **more}
 
 
 class Ground(Closing):

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from redirector.datapath import libbpf
-from redirector.datapath.layout import MAX_FOLLOWERS, Event
+from redirector.datapath.layout import MAX_FOLLOWERS, Event, EventRecord, packed
+from redirector.datapath.ring import RingBuffer
 from redirector.errors import DatapathError, InputError
 
 #: Bytes of a follower's ring buffer: some 30,000 events.
@@ -112,7 +113,7 @@ class Followers:
 
     def _start(self, number: int) -> "Follower":
         try:
-            ring = libbpf.RingBuffer(RING_SIZE)
+            ring = RingBuffer(RING_SIZE, packed(Event))
         except OSError as error:
             raise DatapathError(f"following: {error.strerror}") from error
         try:
@@ -160,16 +161,20 @@ class Followers:
 class Follower:
     """One reader of events. Made by `Followers.follow`."""
 
-    def __init__(self, number: int, ring: libbpf.RingBuffer, lost_events: int) -> None:
+    def __init__(self, number: int, ring: RingBuffer, lost_events: int) -> None:
         """`lost_events`: a descriptor of the map, which may be unpinned meanwhile."""
         self._number = number
         self._ring = ring
         self._lost_events = lost_events
         self._lost = _lost(lost_events, number)
 
-    def read(self) -> list[Event]:
-        """The events since the last call, oldest first; the programs do not wake who waits."""
-        return [Event.from_buffer_copy(record) for record in self._ring.read()]
+    def read(self) -> Iterator[list[EventRecord]]:
+        """The events since the last call, oldest first, some at a time.
+
+        The programs do not wake who waits for them.
+        """
+        for records in self._ring.read():
+            yield [EventRecord._make(record) for record in records]
 
     def lost(self) -> int:
         """How many events found no room in this follower's buffer since the last call."""

@@ -8,7 +8,9 @@ import ctypes
 import re
 from collections.abc import Iterator
 from enum import IntEnum, IntFlag
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any, NamedTuple
 
 from redirector.model import IPAddress
 from redirector.steering import RULES
@@ -27,6 +29,13 @@ def unmapped(raw: bytes) -> IPAddress:
     """The inverse of `mapped`."""
     ip = IPv6Address(raw)
     return ip.ipv4_mapped or ip
+
+
+@lru_cache(4096)
+def host(raw: bytes) -> str:
+    """The address that `mapped` made so, as it stands before a port."""
+    ip = unmapped(raw)
+    return str(ip) if isinstance(ip, IPv4Address) else f"[{ip}]"
 
 
 class Struct(ctypes.Structure):
@@ -58,8 +67,7 @@ class Endpoint(Struct):
     _fields_ = (("ip", Address), ("port", ctypes.c_uint16), ("pad", ctypes.c_uint16))
 
     def __str__(self) -> str:
-        ip = self.ip.ip()
-        return f"{ip}:{self.port}" if isinstance(ip, IPv4Address) else f"[{ip}]:{self.port}"
+        return f"{host(bytes(self.ip))}:{self.port}"
 
 
 class FlowKey(Struct):
@@ -381,6 +389,46 @@ class Event(Struct):
         ("sides", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
     )
+
+
+class EventRecord(NamedTuple):
+    """The members of struct event, those of its endpoints and its process one by one."""
+
+    at_ns: int
+    opened_ns: int
+    id: int
+    netns: int
+    sent: int
+    received: int
+    redirected: int
+    #: 16 bytes, as `mapped` makes them.
+    client: bytes
+    client_port: int
+    server: bytes
+    server_port: int
+    pid: int
+    #: 16 bytes, with a NUL behind it.
+    comm: bytes
+    connect_us: int
+    flags: int
+    rule: int
+    kind: int
+    reason: int
+    sides: int
+
+
+def packed(kind: type[Any]) -> str:
+    """The members of a struct as the `struct` module has them, padding without a value."""
+    if issubclass(kind, Address):
+        return f"{ctypes.sizeof(kind)}s"
+    if issubclass(kind, Struct):
+        return "".join(
+            f"{ctypes.sizeof(field[1])}x" if field[0] == "pad" else packed(field[1])
+            for field in kind._fields_
+        )
+    if issubclass(kind, ctypes.Array):
+        return f"{ctypes.sizeof(kind)}s"
+    return {8: "Q", 4: "I", 2: "H", 1: "B"}[ctypes.sizeof(kind)]
 
 
 MAX_FOLLOWERS = 8

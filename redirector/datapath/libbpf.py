@@ -427,46 +427,13 @@ def map_info(fd: int) -> MapInfo:
 
 
 _BPF_MAP_TYPE_RINGBUF = 27
-_RECORD = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
-class RingBuffer:
-    """A ring buffer of this process's own: programs write, `read` takes what has come.
-
-    `fd` is the map's descriptor. OSError when the kernel or libbpf refuses.
-    """
-
-    def __init__(self, size: int) -> None:
-        """`size` in bytes, a power of two and a multiple of the page size."""
-        self._records: list[bytes] = []
-        lib = _lib()
-        lib.ring_buffer__new.restype = ctypes.c_void_p
-        self.fd = _check(
-            lib.bpf_map_create(_BPF_MAP_TYPE_RINGBUF, b"events", 0, 0, size, None), "ring buffer"
-        )
-        # Kept, because libbpf does not: the callback must live as long as the buffer.
-        self._callback = _RECORD(self._take)
-        ring = lib.ring_buffer__new(self.fd, self._callback, None, None)
-        if not ring:
-            code = ctypes.get_errno()
-            os.close(self.fd)
-            raise OSError(code, f"ring buffer: {os.strerror(code)}")
-        self._ring = ctypes.c_void_p(ring)
-
-    def _take(self, _context: object, data: int, size: int) -> int:
-        self._records.append(ctypes.string_at(data, size))
-        return 0
-
-    def read(self) -> list[bytes]:
-        """The records that have come since the last call; [] when none has."""
-        self._records = []
-        _check(_lib().ring_buffer__consume(self._ring), "ring buffer")
-        return self._records
-
-    def close(self) -> None:
-        """Give the buffer back; the kernel frees it when no map holds it either."""
-        _lib().ring_buffer__free(self._ring)
-        os.close(self.fd)
+def ring_buffer_create(size: int) -> int:
+    """A descriptor of a new ring buffer of so many bytes (bpf_map_create)."""
+    return _check(
+        _lib().bpf_map_create(_BPF_MAP_TYPE_RINGBUF, b"events", 0, 0, size, None), "ring buffer"
+    )
 
 
 @cache

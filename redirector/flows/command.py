@@ -11,7 +11,6 @@ from typing import TextIO
 
 from redirector import network, tcp_diag
 from redirector.datapath.followers import Follower
-from redirector.datapath.layout import Event
 from redirector.enrollment import Enrollment
 from redirector.errors import DatapathError, InputError, RedirectorError
 from redirector.flows.event import Clock, FlowEvent, from_event, from_flow, to_line
@@ -171,18 +170,19 @@ def _follow(
 ) -> None:
     names = _Names(enrollment)
 
-    def write(events: list[Event], lost: int) -> None:
-        if events:
-            names.refresh()
+    def write(follower: Follower) -> None:
+        names.refresh()
         clock = Clock(time.time_ns(), time.monotonic_ns())
-        for event in events:
-            told = from_event(event, clock, names.names)
-            if name is None or told.pod == name:
-                print(show(told), file=out)
-        if lost:
-            print(_lost(lost, show), file=out)
-        if events or lost:
+        for events in follower.read():
+            told = (from_event(event, clock, names.names) for event in events)
+            lines = [show(event) for event in told if name is None or event.pod == name]
+            out.write("".join(f"{line}\n" for line in lines))
             out.flush()
+
+    def write_lost(follower: Follower) -> None:
+        lost = follower.lost()
+        if lost:
+            print(_lost(lost, show), file=out, flush=True)
 
     while not stopping():
         # No pod may be in eBPF mode yet, and another version may take over.
@@ -194,29 +194,18 @@ def _follow(
         try:
             with followers.follow() as follower:
                 while not stopping() and enrollment.datapath.followers() == followers:
-                    _read(follower, write, stopping)
+                    due = time.monotonic() + CHECKS
+                    while time.monotonic() < due and not stopping():
+                        write(follower)
+                        time.sleep(PERIOD)
+                    write_lost(follower)
                     unseen.look()
-                write(follower.read(), follower.lost())
+                write(follower)
+                write_lost(follower)
         except DatapathError:
             # Not when the programs have gone just now.
             if enrollment.datapath.followers() == followers:
                 raise
-
-
-def _read(
-    follower: Follower,
-    write: Callable[[list[Event], int], None],
-    stopping: Callable[[], bool],
-) -> None:
-    """For a while."""
-    due = time.monotonic() + CHECKS
-    while time.monotonic() < due and not stopping():
-        events = follower.read()
-        if events:
-            write(events, 0)
-        else:
-            time.sleep(PERIOD)
-    write([], follower.lost())
 
 
 def _lost(count: int, show: Callable[[FlowEvent], str]) -> str:

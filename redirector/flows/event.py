@@ -1,24 +1,25 @@
 """What is told of a connection, as a value; its text and JSON forms. Pure.
 
-The JSON's schema is in docs/operations.md.
+The JSON's schema is in docs/operations.md. Tens of thousands of these may be told a second, on the
+CPUs that the connections themselves are made on: what many events share is worked out once.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 from redirector.datapath.layout import (
     Counter,
     Endpoint,
-    Event,
     EventKind,
+    EventRecord,
     FlowFlag,
     FlowKey,
-    Process,
     Side,
+    host,
 )
 from redirector.datapath.layout import Flow as FlowEntry
 from redirector.steering import RULES
@@ -34,21 +35,17 @@ class What(StrEnum):
     REFUSED = "refused"
 
 
-_WHAT = {
-    EventKind.OPEN: What.OPEN,
-    EventKind.CLOSE: What.CLOSE,
-    EventKind.FAILED: What.FAILED,
-    EventKind.REFUSED: What.REFUSED,
-}
 REFUSED = "refused"
 
+_SECOND = 10**9
 
-@dataclass(frozen=True)
-class FlowEvent:
+
+class FlowEvent(NamedTuple):
     """A connection at one moment, as its pod sees it. Bytes are those of the application."""
 
     what: What
-    time: datetime
+    #: Nanoseconds since 1970, UTC.
+    at_ns: int
     pod: str
     #: The same in all events of a connection, also in those of the pod at its other end.
     id: int
@@ -73,43 +70,15 @@ class FlowEvent:
     #: Seconds from its SYN until it was established, where the pod opened it.
     connect_seconds: float | None
 
-    def json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {
-            "event": self.what.value,
-            "time": self.time.isoformat(timespec="microseconds").replace("+00:00", "Z"),
-            "pod": self.pod,
-            "id": f"{self.id:x}",
-            "pid": self.pid,
-            "process": self.comm,
-            "source": self.source,
-            "destination": self.destination,
-            "verdict": self.verdict,
-            "rule": self.rule,
-            "reason": self.reason,
-            "accelerated": self.accelerated,
-            "bytes_sent": self.sent,
-            "bytes_received": self.received,
-            "bytes_short_circuited": self.short_circuited,
-            "seconds": self.seconds,
-            "connect_seconds": self.connect_seconds,
-        }
-
     def text(self) -> str:
         """In one line, without its end."""
-        process = f"{_visible(self.comm or '')}[{self.pid}]" if self.pid else "-"
+        seconds, rest = divmod(self.at_ns, _SECOND)
         decided = self.verdict if self.rule is None else f"{self.verdict} by {self.rule}"
-        local = self.time.astimezone()
-        words = [
-            local.strftime("%H:%M:%S.") + f"{local.microsecond // 1000:03}",
-            f"{self.what:7}",
-            f"{self.pod:20}",
-            f"{process:20}",
-            f"{self.source} -> {self.destination}",
-            f" {decided}",
-            f" {self._ending()}",
-        ]
-        return " ".join(words).rstrip()
+        return (
+            f"{_local_time(seconds)}.{rest // 10**6:03} {self.what:7} {self.pod:20} "
+            f"{_process(self.comm, self.pid):20} {self.source} -> {self.destination}  {decided}  "
+            f"{self._ending()}"
+        ).rstrip()
 
     def _ending(self) -> str:
         if self.what is What.REFUSED:
@@ -128,7 +97,20 @@ class FlowEvent:
 
 def to_line(event: FlowEvent) -> str:
     """Its JSON, in one line without its end."""
-    return json.dumps(event.json())
+    seconds, rest = divmod(event.at_ns, _SECOND)
+    return (
+        f'{{"event": "{event.what}", "time": "{_utc_time(seconds)}.{rest // 1000:06}Z", '
+        f'"pod": {_quoted(event.pod)}, "id": "{event.id:x}", '
+        f'"pid": {_number(event.pid)}, "process": {_quoted(event.comm)}, '
+        f'"source": "{event.source}", "destination": "{event.destination}", '
+        f'"verdict": "{event.verdict}", "rule": {_quoted(event.rule)}, '
+        f'"reason": {_quoted(event.reason)}, '
+        f'"accelerated": {"true" if event.accelerated else "false"}, '
+        f'"bytes_sent": {event.sent}, "bytes_received": {event.received}, '
+        f'"bytes_short_circuited": {event.short_circuited}, '
+        f'"seconds": {_number(event.seconds)}, '
+        f'"connect_seconds": {_number(event.connect_seconds)}}}'
+    )
 
 
 class Clock:
@@ -137,32 +119,31 @@ class Clock:
     def __init__(self, wall_ns: int, monotonic_ns: int) -> None:
         self._offset = wall_ns - monotonic_ns
 
-    def at(self, monotonic_ns: int) -> datetime:
-        """The time of day, UTC."""
-        return datetime.fromtimestamp((monotonic_ns + self._offset) / 1e9, UTC)
+    def at(self, monotonic_ns: int) -> int:
+        """Since 1970, UTC."""
+        return monotonic_ns + self._offset
 
 
-def from_event(event: Event, clock: Clock, pods: Mapping[int, str]) -> FlowEvent:
+def from_event(event: EventRecord, clock: Clock, pods: Mapping[int, str]) -> FlowEvent:
     """`pods` names the pods by their netns cookie; one that is not enrolled any more has none."""
-    what = _WHAT[EventKind(event.kind)]
-    refused = what is What.REFUSED
+    what, verdict, rule, reason = _decided(event.kind, event.rule, event.reason)
     return FlowEvent(
         what=what,
-        time=clock.at(event.at_ns),
-        pod=pods.get(event.netns, f"netns-cookie-{event.netns}"),
+        at_ns=clock.at(event.at_ns),
+        pod=pods.get(event.netns) or _unknown(event.netns),
         id=event.id,
-        pid=_pid(event.process),
-        comm=_comm(event.process),
-        source=str(event.client),
-        destination=str(event.server),
-        verdict=REFUSED if refused else RULES[event.rule].verdict,
-        rule=None if refused else RULES[event.rule].name,
-        reason=_reason(event.reason),
+        pid=event.pid or None,
+        comm=_comm(event.comm) if event.pid else None,
+        source=f"{host(event.client)}:{event.client_port}",
+        destination=f"{host(event.server)}:{event.server_port}",
+        verdict=verdict,
+        rule=rule,
+        reason=reason,
         accelerated=event.sides >= (2 if what is What.CLOSE else 1),
         sent=event.sent,
         received=event.received,
         short_circuited=event.redirected,
-        seconds=None if refused else (event.at_ns - event.opened_ns) / 1e9,
+        seconds=None if what is What.REFUSED else (event.at_ns - event.opened_ns) / 1e9,
         connect_seconds=event.connect_us / 1e6 if event.connect_us else None,
     )
 
@@ -178,18 +159,19 @@ def from_flow(
     """A connection that is open now; `tcp` are the bytes that went and came by TCP."""
     steered = flow.flags & FlowFlag.STEERED
     server = flow.original if steered else Endpoint(ip=key.server, port=key.server_port)
+    what, verdict, rule, reason = _decided(EventKind.OPEN, flow.rule, flow.passed)
     return FlowEvent(
-        what=What.OPEN,
-        time=clock.at(flow.opened_ns),
-        pod=pods.get(flow.client_netns, f"netns-cookie-{flow.client_netns}"),
+        what=what,
+        at_ns=clock.at(flow.opened_ns),
+        pod=pods.get(flow.client_netns) or _unknown(flow.client_netns),
         id=flow.id,
-        pid=_pid(flow.process),
-        comm=_comm(flow.process),
+        pid=flow.process.pid or None,
+        comm=_comm(flow.process.comm) if flow.process.pid else None,
         source=str(Endpoint(ip=key.client, port=key.client_port)),
         destination=str(server),
-        verdict=RULES[flow.rule].verdict,
-        rule=RULES[flow.rule].name,
-        reason=_reason(flow.passed),
+        verdict=verdict,
+        rule=rule,
+        reason=reason,
         accelerated=all(flow.socket),
         sent=flow.bytes[Side.CLIENT] + tcp[0],
         received=flow.bytes[Side.SERVER] + tcp[1],
@@ -199,19 +181,55 @@ def from_flow(
     )
 
 
-def _pid(process: Process) -> int | None:
-    return process.pid or None
+def _unknown(netns: int) -> str:
+    return f"netns-cookie-{netns}"
 
 
-def _comm(process: Process) -> str | None:
-    return process.comm.decode(errors="replace") if process.pid else None
+@cache
+def _decided(kind: int, rule: int, reason: int) -> tuple[What, str, str | None, str | None]:
+    """What happened, its verdict, by which rule, and for which reason.
+
+    The reason is the counter's name without what it counts: `passed-unread` is `unread`.
+    """
+    what = What[EventKind(kind).name]
+    why = Counter(reason).name.lower().partition("_")[2].replace("_", "-") if reason else None
+    if what is What.REFUSED:
+        return what, REFUSED, None, why
+    return what, RULES[rule].verdict, RULES[rule].name, why
+
+
+# Few of these are in use at a time. All are bounded: a client can make up many.
+
+
+@lru_cache(1024)
+def _comm(raw: bytes) -> str:
+    return raw.partition(b"\0")[0].decode(errors="replace")
+
+
+@lru_cache(1024)
+def _quoted(text: str | None) -> str:
+    return json.dumps(text)
+
+
+@lru_cache(1024)
+def _process(comm: str | None, pid: int | None) -> str:
+    return f"{_visible(comm or '')}[{pid}]" if pid else "-"
+
+
+@lru_cache(16)
+def _utc_time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+@lru_cache(16)
+def _local_time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%H:%M:%S")
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _visible(text: str) -> str:
     """What a process calls itself must neither begin a line of its own nor reach the terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
-def _reason(counter: int) -> str | None:
-    """The counter's name without what it counts: `passed-unread` is `unread`."""
-    return Counter(counter).name.lower().partition("_")[2].replace("_", "-") if counter else None

@@ -5,6 +5,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,8 @@ def test_events_say_why(stormed: Stormed) -> None:
     assert followers is not None
     with followers.follow() as follower:
         stormed.pod.call(talk, SERVICE, 1, 1)
-        events = [from_event(event, Clock(0, 0), {}) for event in follower.read()]
+        read = chain.from_iterable(follower.read())
+        events = [from_event(event, Clock(0, 0), {}) for event in read]
     assert [(event.what, event.reason) for event in events] == [
         ("open", "brief"),
         ("close", "brief"),

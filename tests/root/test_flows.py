@@ -7,11 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import probes
 import pytest
@@ -19,7 +19,7 @@ from sockets import pod_socket
 
 from redirector import cli
 from redirector.datapath.followers import Follower, Followers
-from redirector.datapath.layout import MAX_FOLLOWERS, Event, EventKind
+from redirector.datapath.layout import MAX_FOLLOWERS, EventKind, EventRecord
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.errors import InputError
@@ -71,18 +71,23 @@ def following(datapath: Datapath) -> Iterator[Follower]:
         yield follower
 
 
-def told(events: list[Event], enrollment: Enrollment) -> list[FlowEvent]:
+def told(events: list[EventRecord], enrollment: Enrollment) -> list[FlowEvent]:
     clock = Clock(time.time_ns(), time.monotonic_ns())
     names = {pod.netns_cookie: pod.name for pod in enrollment.pods()}
     return [from_event(event, clock, names) for event in events]
 
 
-def eventually(read: Callable[[], list[Any]], count: int) -> list[Any]:
+def events_of(follower: Follower) -> list[EventRecord]:
+    """Those that have come by now."""
+    return list(chain.from_iterable(follower.read()))
+
+
+def eventually(follower: Follower, count: int) -> list[EventRecord]:
     """What has been read once there is as much of it: a close is told by the last ACK."""
-    found: list[Any] = []
+    found: list[EventRecord] = []
     deadline = time.monotonic() + 10
     while len(found) < count and time.monotonic() < deadline:
-        found += read()
+        found += events_of(follower)
         time.sleep(0.01)
     return found
 
@@ -122,7 +127,7 @@ def test_a_steered_connection_opens_and_closes(
         first.close()
         assert last.recv(1) == b""
         last.close()
-        opened, closed = told(eventually(follower.read, 2), enrollment)
+        opened, closed = told(eventually(follower, 2), enrollment)
     assert (opened.what, closed.what) == (What.OPEN, What.CLOSE)
     assert opened.id == closed.id != 0
     for event in (opened, closed):
@@ -150,7 +155,7 @@ def test_a_direct_connection_is_told_with_the_rule_and_its_bytes(
     outside = node.pod("outside")
     with following(datapath) as follower, listen(outside, DIRECT_PORT) as listener:
         exchange(pod, (outside.ip, DIRECT_PORT), listener)
-        opened, closed = told(eventually(follower.read, 2), enrollment)
+        opened, closed = told(eventually(follower, 2), enrollment)
     assert (opened.what, closed.what) == (What.OPEN, What.CLOSE)
     for event in (opened, closed):
         assert (event.verdict, event.rule) == ("direct", "outbound.excluded-port")
@@ -183,7 +188,7 @@ def test_a_connection_from_outside_is_told_by_the_pod_it_came_to(
         listen(pod, listens, sidecar=verdict == "inbound") as listener,
     ):
         exchange(outside, (pod.ip, port), listener)
-        opened, closed = told(eventually(follower.read, 2), enrollment)
+        opened, closed = told(eventually(follower, 2), enrollment)
     assert (opened.what, closed.what) == (What.OPEN, What.CLOSE)
     assert opened.id == closed.id != 0
     for event in (opened, closed):
@@ -204,7 +209,7 @@ def test_between_two_pods_of_a_node_each_tells_its_own_end(
         client = pod.call(_as_sidecar, (other.ip, 8080), sidecar=True)
         other_end, _ = listener.accept()
         other_end.close()
-        events = told(eventually(follower.read, 4), enrollment)
+        events = told(eventually(follower, 4), enrollment)
     assert client == "closed"
     ends = {(event.pod, event.what): event for event in events}
     assert len(ends) == len(events) == 4
@@ -228,7 +233,7 @@ def test_a_connection_that_nobody_takes_has_failed(
     with following(datapath) as follower:
         with pod_socket(plain) as client, pytest.raises(ConnectionRefusedError):
             client.connect(SERVICE)
-        (failed,) = told(eventually(follower.read, 1), enrollment)
+        (failed,) = told(eventually(follower, 1), enrollment)
     assert (failed.what, failed.verdict, failed.destination) == (
         What.FAILED,
         "outbound",
@@ -246,8 +251,8 @@ def test_what_is_refused_says_why(
         assert outside.call(probes.dial, [call]) == ["ECONNREFUSED"]
         by_hand = probes.Call(ip_address(plain.ip), 15001)
         assert plain.call(probes.dial, [by_hand]) == ["ECONNREFUSED"]
-        events = told(eventually(follower.read, 2), enrollment)
-        assert follower.read() == []
+        events = told(eventually(follower, 2), enrollment)
+        assert events_of(follower) == []
     refused = {event.reason: event for event in events if event.what is What.REFUSED}
     assert set(refused) == {"no-listener", "no-flow"}
     assert refused["no-listener"].destination == f"{plain.ip}:8080"
@@ -265,17 +270,17 @@ def test_nobody_follows_and_nothing_is_kept(plain: LabPod, datapath: Datapath) -
         pass
     plain.call(probes.dial, calls)
     with following(datapath) as follower:
-        assert follower.read() == []
+        assert events_of(follower) == []
         plain.call(probes.dial, calls)
-        assert len(eventually(follower.read, 1)) == 1
+        assert len(eventually(follower, 1)) == 1
 
 
 def test_two_followers_see_everything(plain: LabPod, datapath: Datapath) -> None:
     calls = [probes.Call(ip_address(SERVICE[0]), SERVICE[1])] * 20
     with following(datapath) as one, following(datapath) as two:
         plain.call(probes.dial, calls)
-        first, second = eventually(one.read, 20), eventually(two.read, 20)
-    assert [bytes(event) for event in first] == [bytes(event) for event in second]
+        first, second = eventually(one, 20), eventually(two, 20)
+    assert first == second
     assert {event.kind for event in first} == {EventKind.FAILED}
 
 
@@ -303,9 +308,9 @@ def test_a_follower_that_does_not_read_loses_events_and_is_told_how_many(
         monkeypatch.undo()
         with following(datapath) as busy:
             plain.call(probes.dial, calls)
-            assert len(eventually(busy.read, 100)) == 100
+            assert len(eventually(busy, 100)) == 100
             assert busy.lost() == 0
-        kept, lost = len(idle.read()), idle.lost()
+        kept, lost = len(events_of(idle)), idle.lost()
         assert kept
         assert lost == 100 - kept
         assert idle.lost() == 0
@@ -379,7 +384,7 @@ def test_a_killed_follower_leaves_its_slot_to_the_next(
         assert followers.sweep() == 0
     with following(datapath) as follower:
         plain.call(probes.dial, [probes.Call(ip_address(SERVICE[0]), SERVICE[1])])
-        assert len(eventually(follower.read, 1)) == 1
+        assert len(eventually(follower, 1)) == 1
 
 
 def test_what_is_open_now(pod: LabPod, enrollment: Enrollment) -> None:
