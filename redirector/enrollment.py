@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from redirector import machine, network, routes, users
-from redirector.datapath.layout import ConnectKind, Counter, Defect
+from redirector.datapath.layout import ConnectKind, Counter, Defect, Room
 from redirector.datapath.maps import Counted
 from redirector.datapath.pins import Datapath
 from redirector.errors import (
@@ -302,6 +302,7 @@ class Enrollment:
         pods = []
         readable, damaged = self._records.sorted_out()
         counts = self._counts(readable) if loaded else {}
+        flows = self._datapath.maps.shares() if loaded else {}
         for pod in readable:
             lost = _lost(pod)
             driver = self._modes[pod.mode]
@@ -315,13 +316,17 @@ class Enrollment:
                     for kind, (buckets, us) in counted.latencies().items()
                 }
             found = () if lost and pod.mode is Mode.IPTABLES else driver.tallies(pod)
-            pods.append(PodStatus(pod, missing, counters, defects, lost is None, found, latencies))
+            has = flows.get(pod.netns_cookie) if pod.mode is Mode.EBPF else None
+            pods.append(
+                PodStatus(pod, missing, counters, defects, lost is None, found, latencies, has)
+            )
         fills = self._datapath.maps.fills() if loaded and with_maps else {}
         maps = tuple(MapFill(name, *fill) for name, fill in fills.items())
         followers = self._datapath.followers() if with_maps else None
         following = (followers.sweep(), followers.lost()) if followers else (0, 0)
         problems = self._records.problems() | damaged
-        return NodeStatus(tuple(pods), maps, defects, problems, *following)
+        floor = self._datapath.maps.room(Room.FLOOR) if loaded else 0
+        return NodeStatus(tuple(pods), maps, defects, problems, *following, floor)
 
     def _counts(self, pods: Sequence[Pod]) -> dict[str, tuple[Counted, dict[Counter, int]]]:
         """By name, what was counted of each pod in eBPF mode, open flows included."""

@@ -57,6 +57,8 @@ def families(status: NodeStatus) -> Iterator[Metric]:
     for counted in _SHORT_CIRCUIT:
         yield from _in_parts(partial(_counted, *counted), status.pods)
     yield from _events(status)
+    yield from _in_parts(_flows, status.pods)
+    yield _floor(status)
     yield from _maps(status)
 
 
@@ -206,6 +208,26 @@ def _events(status: NodeStatus) -> Iterator[Metric]:
     )
     lost.add_metric([], status.events_lost)
     yield lost
+
+
+def _flows(pods: Sequence[PodStatus]) -> Metric:
+    family = GaugeMetricFamily(
+        "redirector_flows",
+        "Connections in the flows map that a pod has opened: steered, or short-circuited",
+        labels=_POD,
+    )
+    for pod in pods:
+        if pod.flows is not None:
+            family.add_metric(_names(pod), pod.flows)
+    return family
+
+
+def _floor(status: NodeStatus) -> Metric:
+    family = GaugeMetricFamily(
+        "redirector_flows_floor", "How many flows each pod may have, whatever the others have"
+    )
+    family.add_metric([], status.flows_floor)
+    return family
 
 
 def _maps(status: NodeStatus) -> Iterator[Metric]:

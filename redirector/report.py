@@ -37,6 +37,7 @@ def _pod_json(status: PodStatus, problem: str | None) -> dict[str, object]:
         "problem": problem,
         "missing": list(status.missing),
         "kernel_defects": defect_names(status.defects),
+        "flows": status.flows,
         "counters": {counter.name.lower(): n for counter, n in status.counters.items()},
         "connections": [
             {"verdict": tally.outcome.value, "reason": tally.reason, "count": tally.count}
@@ -82,6 +83,7 @@ def _pod_text(status: PodStatus, problem: str | None) -> str:
 def _shown(status: PodStatus) -> Iterator[tuple[str, int]]:
     for tally in status.tallies:
         yield f"{tally.outcome} {tally.reason}", tally.count
+    yield "flows", status.flows or 0
     for counter in SHORT_CIRCUIT:
         yield counter.name.lower().replace("_", " "), status.counters.get(counter, 0)
 

@@ -86,6 +86,8 @@ class PodStatus:
     tallies: tuple[Tally, ...] = ()
     #: By what became of the connections; eBPF mode only.
     latencies: Mapping[ConnectKind, Latency] = field(default_factory=dict)
+    #: Connections that it has opened and that are in the flows map; eBPF mode only.
+    flows: int | None = None
 
     @property
     def accelerated(self) -> bool:
@@ -107,6 +109,8 @@ class NodeStatus:
     #: Who follows the flows, and how many events found no room since the programs were loaded.
     followers: int = 0
     events_lost: int = 0
+    #: How many flows each pod may have, whatever the others have.
+    flows_floor: int = 0
 
 
 #: What acceleration did.

@@ -111,6 +111,7 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	struct flow *flow;
 	struct pod *pod;
 	bool sidecars;
+	__s64 *open;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
@@ -145,7 +146,8 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	if (!sidecars || is_loopback(&key.server) || pod->flags & POD_TAKEOVER)
 		return SK_PASS;
 	// Who dialled tells of it (sockops.c), and knows the process.
-	count(netns, REFUSED_NO_FLOW);
+	open = shares.lookup(&netns);
+	count(netns, has_room(open, true) ? REFUSED_NO_FLOW : REFUSED_NO_SHARE);
 	return SK_DROP;
 }
 

@@ -69,6 +69,19 @@ struct flow {
 	__u64 server_netns; // of the server's pod, when it came in there while somebody followed
 };
 
+// One connection's flow. Other versions put it together, by `struct about`.
+struct flow_name {
+	struct flow_key key;
+	__u64 id;
+};
+
+// Counts of the flows map.
+enum room {
+	ROOM_TAKEN, // by all pods together
+	ROOM_FLOOR, // what each pod may have, whatever the others have
+	ROOMS,
+};
+
 // What a socket carries with it (sk_storage).
 struct sock_state {
 	struct flow_key flow;
@@ -221,6 +234,7 @@ enum counter {
 	PASSED_LEFT,	    // direction on plain TCP: the other end streams, it leaves the sockhash
 	PASSED_FAST_OPEN,   // socket left alone: data went with the SYN
 	PASSED_FULL,	    // socket left alone: no room in the sockhash
+	PASSED_NO_SHARE,    // connection left alone: its pod has as many flows as it may have
 	PASSED_UNSUPPORTED, // socket left alone: of a kind that the sockhash does not take (MPTCP)
 	PASSED_ZEROCOPY,    // socket left alone: it wants to be told when its bytes are sent
 	PASSED_BRIEF,	    // connection left alone: those like it have been brief lately
@@ -229,6 +243,7 @@ enum counter {
 	REFUSED_NO_STATE,  // connect refused: its original destination could not be kept
 	REFUSED_NO_FLOW, // came to a sidecar's port without an original destination; sk_lookup also
 			 // asks for a stray segment of a closed connection, and counts it here
+	REFUSED_NO_SHARE,    // SYN refused: its pod has as many flows as it may have
 	REFUSED_NO_LISTENER, // SYN refused: the sidecar does not listen
 	COUNTERS,
 };
@@ -305,6 +320,8 @@ struct about {
 	__u16 flow_key_server;
 	__u16 flow_client_netns; // ... and in struct flow
 	__u16 flow_flags;
+	__u16 flow_id;
+	__u16 pad;
 };
 
 #endif

@@ -14,12 +14,16 @@ BPF_F_TABLE("percpu_hash", __u64, struct counters, counters, MAX_PODS, BPF_F_NO_
 
 // Connections that a pod's process opened and that we steer or accelerate, until the client closes.
 BPF_TABLE("hash", struct flow_key, struct flow, flows, MAX_FLOWS);
+// netns cookie -> how many of them its pod has.
+BPF_TABLE("hash", __u64, __s64, shares, MAX_PODS);
+// enum room -> a number of flows.
+BPF_TABLE("array", __u32, __s64, room, ROOMS);
 // What each socket carries; freed with the socket.
 BPF_SK_STORAGE(states, struct sock_state);
 // Socket cookie -> sequence number up to which TCP brought bytes to a socket of the sockhash, until
-// it closes. Programs that see these bytes have no sk_storage. Sockets that outlive their pod's
-// enrolment leave theirs to be overwritten: when it is full, the socket longest without such bytes
-// loses the protection against what comes twice, until its next segment.
+// it closes. Programs that see these bytes have no sk_storage. As many as there may be sockets, so
+// that no pod's overwrite another's; but those that outlive their pod's enrolment leave theirs to
+// be overwritten.
 BPF_TABLE("lru_hash", __u64, __u32, arrived, MAX_ARRIVED);
 
 // A sockhash as bcc does not declare it: with lookup, and with the update of sockops programs.

@@ -41,6 +41,7 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	struct sock_state *state = state_of(ops, 0);
 	struct flow flow = {};
 	__u64 netns;
+	__u32 lacks;
 
 	if (!state)
 		return;
@@ -66,12 +67,13 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	flow.rule = state->rule;
 	flow.passed = state->passed;
 	// Without its flow a steered SYN is refused by inbound.c, an accelerated one stays plain.
-	if (flows.update(&state->flow, &flow)) {
-		if (!(state->flags & FLOW_STEERED))
-			count(netns, PASSED_FULL);
-		state->flags &= ~FLOW_ACCELERATE;
-		state->passed = PASSED_FULL;
-	}
+	lacks = keep_flow(&state->flow, &flow);
+	if (!lacks)
+		return;
+	if (!(state->flags & FLOW_STEERED))
+		count(netns, lacks);
+	state->flags &= ~FLOW_ACCELERATE;
+	state->passed = lacks;
 }
 
 // Both ends are in the sockhash, or neither is. TCP's bytes for a socket that is in it take a
@@ -333,7 +335,8 @@ ALWAYS void tell_failed(struct bpf_sock_ops *ops, struct sock_state *state, cons
 		tell(ops, state, flow, EVENT_FAILED);
 		return;
 	}
-	state->passed = REFUSED_NO_FLOW;
+	if (state->passed != REFUSED_NO_SHARE)
+		state->passed = REFUSED_NO_FLOW;
 	tell(ops, state, flow, EVENT_REFUSED);
 }
 
@@ -375,7 +378,7 @@ ALWAYS void closed(struct bpf_sock_ops *ops)
 		count_by(flow->client_netns, REDIRECTED_MESSAGES,
 			 flow->messages[CLIENT] + flow->messages[SERVER]);
 	}
-	flows.delete(&state->flow);
+	drop_flow(&state->flow, flow->client_netns);
 }
 
 ALWAYS void sidecar_listens(struct bpf_sock_ops *ops)

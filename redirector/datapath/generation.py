@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from redirector.datapath import libbpf
+from redirector.datapath.forgetting import forgetting
 from redirector.datapath.layout import About, Address, Flow, FlowFlag, FlowKey
 from redirector.datapath.maps import Maps
 from redirector.errors import DatapathError
@@ -87,11 +88,11 @@ class Generation:
         for name in ("pods", "counters"):
             with self._opened(name) as fd:
                 libbpf.map_delete(fd, _key(pod))
-        with self._opened("flows") as fd:
+        with self._opened("flows") as fd, forgetting(self.directory, fd) as forget:
             for key, flow in self._flows():
                 opener = flow[about.flow_client_netns :][:8]
                 if _key(pod) in (opener, key[about.flow_key_netns :][:8]):
-                    libbpf.map_delete(fd, key)
+                    forget(key, flow[about.flow_id :][:8])
 
     def unpin(self) -> None:
         """Forget it; what open sockets use of it goes with them."""
@@ -125,6 +126,7 @@ def about(build: bytes, defects: int) -> About:
         flow_key_server=FlowKey.server.offset,
         flow_client_netns=Flow.client_netns.offset,
         flow_flags=Flow.flags.offset,
+        flow_id=Flow.id.offset,
     )
 
 

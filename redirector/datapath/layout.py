@@ -130,6 +130,20 @@ class Flow(Struct):
     )
 
 
+class FlowName(Struct):
+    """struct flow_name: one connection's flow."""
+
+    c_name = "flow_name"
+    _fields_ = (("key", FlowKey), ("id", ctypes.c_uint64))
+
+
+class Room(IntEnum):
+    """enum room: index in the map of that name."""
+
+    TAKEN = 0
+    FLOOR = 1
+
+
 class Side(IntEnum):
     """enum side."""
 
@@ -197,6 +211,8 @@ class About(Struct):
         ("flow_key_server", ctypes.c_uint16),
         ("flow_client_netns", ctypes.c_uint16),
         ("flow_flags", ctypes.c_uint16),
+        ("flow_id", ctypes.c_uint16),
+        ("pad", ctypes.c_uint16),
     )
 
 
@@ -319,14 +335,16 @@ class Counter(IntEnum):
     PASSED_LEFT = 10
     PASSED_FAST_OPEN = 11
     PASSED_FULL = 12
-    PASSED_UNSUPPORTED = 13
-    PASSED_ZEROCOPY = 14
-    PASSED_BRIEF = 15
-    WITHHELD_KTLS = 16
-    WITHHELD_ZEROCOPY = 17
-    REFUSED_NO_STATE = 18
-    REFUSED_NO_FLOW = 19
-    REFUSED_NO_LISTENER = 20
+    PASSED_NO_SHARE = 13
+    PASSED_UNSUPPORTED = 14
+    PASSED_ZEROCOPY = 15
+    PASSED_BRIEF = 16
+    WITHHELD_KTLS = 17
+    WITHHELD_ZEROCOPY = 18
+    REFUSED_NO_STATE = 19
+    REFUSED_NO_FLOW = 20
+    REFUSED_NO_SHARE = 21
+    REFUSED_NO_LISTENER = 22
 
 
 class ConnectKind(IntEnum):
@@ -439,6 +457,7 @@ STRUCTS: tuple[type[Struct], ...] = (
     Endpoint,
     FlowKey,
     Flow,
+    FlowName,
     SockState,
     About,
     PodEntry,
@@ -453,6 +472,7 @@ STRUCTS: tuple[type[Struct], ...] = (
 
 ENUMS: tuple[tuple[str, type[IntEnum] | type[IntFlag]], ...] = (
     ("", Side),
+    ("ROOM_", Room),
     ("FLOW_", FlowFlag),
     ("DEFECT_", Defect),
     ("POD_", PodFlag),
@@ -486,6 +506,7 @@ def static_assertions() -> Iterator[str]:
     yield f'_Static_assert(CIDR_V6 == {CIDR_V6}, "family of a set of ranges");'
     yield f'_Static_assert(RULES == {len(RULES)}, "number of rules");'
     yield f'_Static_assert(LISTENER_SLOTS == {LISTENER_SLOTS}, "number of listeners");'
+    yield f'_Static_assert(ROOMS == {len(Room)}, "counts of the flows map");'
     yield f'_Static_assert(COUNTERS == {len(Counter)}, "number of counters");'
     yield f'_Static_assert(CONNECT_BUCKETS == {CONNECT_BUCKETS}, "buckets of latency");'
     yield f'_Static_assert(MAX_FOLLOWERS == {MAX_FOLLOWERS}, "slots of followers");'

@@ -39,6 +39,7 @@ class AttachType(IntEnum):
 BPF_ANY = 0
 BPF_NOEXIST = 1
 BPF_F_ALLOW_MULTI = 2
+_BPF_F_SLEEPABLE = 16
 
 
 @cache
@@ -223,18 +224,52 @@ class _LoadOptions(ctypes.Structure):
     )
 
 
-def prog_load(name: str, kind: int, attach: AttachType, code: bytes, function: str = "") -> int:
+def prog_load(
+    name: str, kind: int, attach: AttachType | None, code: bytes, function: str = ""
+) -> int:
     """A descriptor of the program; `name` has 15 letters at most (bpf_prog_load).
 
-    `function` is the security hook that it is for, where `attach` asks for one.
+    `function` is the security hook that it is for, where `attach` asks for one. Without `attach` it
+    is run by `prog_run`, and may sleep, as such programs must say.
     """
-    options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions), expected_attach_type=int(attach))
-    if function:
+    options = _LoadOptions(sz=ctypes.sizeof(_LoadOptions))
+    if attach is None:
+        options.prog_flags = _BPF_F_SLEEPABLE
+    else:
+        options.expected_attach_type = int(attach)
+    if attach is not None and function:
         found = _lib().libbpf_find_vmlinux_btf_id(function.encode(), int(attach))
         options.attach_btf_id = _check(found, f"BTF of {function}")
     count = ctypes.c_size_t(len(code) // 8)
     loaded = _lib().bpf_prog_load(kind, name.encode(), b"GPL", code, count, ctypes.byref(options))
     return _check(loaded, f"bpf_prog_load {name}")
+
+
+class _RunOptions(ctypes.Structure):
+    """The beginning of struct bpf_test_run_opts, bpf/bpf.h."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("data_in", ctypes.c_void_p),
+        ("data_out", ctypes.c_void_p),
+        ("data_size_in", ctypes.c_uint32),
+        ("data_size_out", ctypes.c_uint32),
+        ("ctx_in", ctypes.c_char_p),
+        ("ctx_out", ctypes.c_void_p),
+        ("ctx_size_in", ctypes.c_uint32),
+        ("ctx_size_out", ctypes.c_uint32),
+        ("retval", ctypes.c_uint32),
+    )
+
+
+def prog_run(fd: int, context: bytes) -> int:
+    """Run a program of type BPF_PROG_TYPE_SYSCALL once; what it answers (bpf_prog_test_run_opts).
+
+    Linux 5.14.
+    """
+    options = _RunOptions(sz=ctypes.sizeof(_RunOptions), ctx_in=context, ctx_size_in=len(context))
+    _check(_lib().bpf_prog_test_run_opts(fd, ctypes.byref(options)), "bpf_prog_test_run")
+    return int(options.retval)
 
 
 def map_create_array(name: str, value: bytes) -> int:

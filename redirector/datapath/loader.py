@@ -43,6 +43,8 @@ MAPS = (
     "members",
     "counters",
     "flows",
+    "shares",
+    "room",
     "states",
     "sockets",
     "listeners",
@@ -62,13 +64,13 @@ class Program:
 
     name: str
     kind: int
-    attach: libbpf.AttachType
+    attach: libbpf.AttachType | None
     function: str = ""
     """The security hook that it is for."""
 
 
 SOCK_OPS, SK_SKB, SK_MSG, CGROUP_SOCK_ADDR, CGROUP_SOCKOPT, SK_LOOKUP = 13, 14, 16, 18, 25, 30
-LSM = 29
+LSM, SYSCALL = 29, 31
 _A = libbpf.AttachType
 PROGRAMS = (
     Program("connect4", CGROUP_SOCK_ADDR, _A.CGROUP_INET4_CONNECT),
@@ -85,6 +87,7 @@ PROGRAMS = (
     Program("redirect", SK_MSG, _A.SK_MSG_VERDICT),
     Program("arrive", SK_SKB, _A.SK_SKB_STREAM_VERDICT),
     Program("inbound", SK_LOOKUP, _A.SK_LOOKUP),
+    Program("forget", SYSCALL, None),
 )
 #: Loaded where the self-test finds that it is needed, and works: Linux 6.0 with the BPF LSM on.
 SPLICE = Program("splice", LSM, _A.LSM_CGROUP, "file_permission")
@@ -149,7 +152,7 @@ def _load_programs(
     for program in which:
         name = f"redirector_{program.name}".encode()
         code = relocated(module.dump_func(name), instead)
-        if program.function:
+        if program.attach is None or program.function:
             functions[program.name] = libbpf.prog_load(
                 program.name, program.kind, program.attach, code, program.function
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from redirector.datapath import libbpf
+from redirector.datapath.forgetting import forgetting
 from redirector.datapath.layout import (
     CIDR_V6,
     LISTENER_SLOTS,
@@ -27,6 +28,7 @@ from redirector.datapath.layout import (
     MemberKey,
     MemberSet,
     PodEntry,
+    Room,
     mapped,
 )
 from redirector.errors import DatapathError
@@ -130,7 +132,11 @@ class Maps:
         with self._map("counters") as fd:
             if libbpf.map_lookup(fd, _key(netns), ctypes.sizeof(Counters) * cpus) is None:
                 libbpf.map_update(fd, _key(netns), bytes(ctypes.sizeof(Counters) * cpus))
+        with self._map("shares") as fd:
+            libbpf.map_add(fd, _key(netns), bytes(8))
         with self._map("pods") as fd:
+            if libbpf.map_lookup(fd, _key(netns), ctypes.sizeof(PodEntry)) is None:
+                self._put_floor(_count(fd) + 1)
             libbpf.map_update(fd, _key(netns), bytes(entry))
 
     def delete_pod(self, netns: int) -> None:
@@ -143,9 +149,20 @@ class Maps:
                 for key in _listener_keys(netns, family):
                     libbpf.map_delete(fd, key)
         found = self.flows_of(netns)
-        with self._map("flows") as fd:
+        with self._map("flows") as fd, forgetting(self._directory.parent, fd) as forget:
             for opened in found:
-                libbpf.map_delete(fd, bytes(opened.key))
+                forget(bytes(opened.key), _key(opened.flow.id))
+        with self._map("shares") as fd:
+            libbpf.map_delete(fd, _key(netns))
+        with self._map("pods") as fd:
+            self._put_floor(_count(fd))
+
+    def _put_floor(self, pods: int) -> None:
+        """What room.h guarantees each pod."""
+        with self._map("flows") as fd:
+            common = libbpf.map_info(fd).max_entries // 2
+        with self._map("room") as fd:
+            libbpf.map_update(fd, _room_key(Room.FLOOR), _key(common // max(pods, 1)))
 
     # What a pod had is told by who calls: to look for it would cost with every pod of the node.
 
@@ -254,14 +271,26 @@ class Maps:
 
     def forget_flow(self, key: bytes, flow_id: int) -> bool:
         """Delete a flow, unless another connection has its tuple by now."""
-        with self._map("flows") as fd:
-            value = libbpf.map_lookup(fd, key, ctypes.sizeof(Flow))
-            same = value is not None and Flow.from_buffer_copy(value).id == flow_id
-            return same and libbpf.map_delete(fd, key)
+        with self._map("flows") as fd, forgetting(self._directory.parent, fd) as forget:
+            return forget(key, _key(flow_id))
 
     def _flow_batches(self) -> Iterator[tuple[bytes, bytes]]:
         with self._map("flows") as fd:
             yield from libbpf.map_entries(fd, ctypes.sizeof(FlowKey), ctypes.sizeof(Flow))
+
+    def shares(self) -> dict[int, int]:
+        """netns cookie -> how many flows that pod has, as the programs count them."""
+        with self._map("shares") as fd:
+            batches = list(libbpf.map_entries(fd, 8, 8))
+        netns = struct.iter_unpack("=Q", b"".join(keys for keys, _ in batches))
+        flows = struct.iter_unpack("=q", b"".join(values for _, values in batches))
+        return {cookie: count for (cookie,), (count,) in zip(netns, flows, strict=True)}
+
+    def room(self, which: Room) -> int:
+        """One of the counts of the flows map."""
+        with self._map("room") as fd:
+            raw = libbpf.map_lookup(fd, _room_key(which), 8)
+        return int.from_bytes(raw or b"", "little", signed=True)
 
     def fills(self) -> dict[str, tuple[int, int]]:
         """By name of a map: how many entries it holds, and how many it has room for."""
@@ -272,8 +301,17 @@ class Maps:
             info = libbpf.map_info(fd)
             if name in _SOCKHASHES:
                 return sum(1 for _ in libbpf.map_keys(fd, info.key_size)), info.max_entries
-            batches = libbpf.map_entries(fd, info.key_size, info.value_size)
-            return sum(len(keys) for keys, _ in batches) // info.key_size, info.max_entries
+            return _count(fd), info.max_entries
+
+
+def _count(fd: int) -> int:
+    info = libbpf.map_info(fd)
+    batches = libbpf.map_entries(fd, info.key_size, info.value_size)
+    return sum(len(keys) for keys, _ in batches) // int(info.key_size)
+
+
+def _room_key(which: Room) -> bytes:
+    return int(which).to_bytes(4, "little")
 
 
 def _listener_keys(netns: int, family: int) -> Iterator[bytes]:

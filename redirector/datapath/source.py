@@ -31,6 +31,7 @@ FILES = (
     "events.h",
     "verdict.h",
     "habits.h",
+    "room.h",
     "rules.h",
     "connect.c",
     "dns.c",
@@ -60,7 +61,7 @@ SIZES: Mapping[str, int] = {
     "MAX_SOCKETS": 1 << 18,
     "MAX_HABITS": 1 << 12,
     "BRIEF_NS": 1_000_000,
-    "MAX_ARRIVED": 1 << 16,
+    "MAX_ARRIVED": 1 << 18,
 }
 
 #: What is read of the kernel's own structs; 0 when the kernel has no BTF. Then a direction's budget

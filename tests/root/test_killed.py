@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 import traces
 from traffic import Busy, Phase, both_ways, busy_pods
+from waiting import eventually
 
+from redirector.datapath.layout import Room
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod, Node
@@ -57,6 +59,8 @@ def test_killed_at_any_moment_under_traffic(
             mode, other = list(Mode) if turn % 2 else list(reversed(Mode))
             live_and_die(killer, there, enrollment, mode, other)
     assert killer.killed > ROUNDS, "commands were done before they were killed"
+    eventually("the end of all flows", lambda: datapath.maps.fills()["flows"][0] == 0)
+    assert datapath.maps.room(Room.TAKEN) == 0
     # What keeps the NAT of open connections goes with the next unenrolment after they are closed.
     enroll(enrollment, pod, Mode.IPTABLES)
     enrollment.unenroll("pod")

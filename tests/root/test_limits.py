@@ -9,7 +9,6 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 from sockets import pod_socket
-from waiting import eventually
 
 from redirector.datapath.layout import Counter
 from redirector.datapath.pins import Datapath
@@ -71,30 +70,6 @@ def listen(pod: LabPod, stack: ExitStack) -> socket.socket:
     listener.bind(("0.0.0.0", OUTBOUND))
     listener.listen(64)
     return listener
-
-
-@pytest.mark.parametrize("small", [{"MAX_FLOWS": 8}], indirect=True)
-def test_no_room_for_the_original_destination_refuses(small: tuple[Datapath, LabPod]) -> None:
-    datapath, pod = small
-    with ExitStack() as stack:
-        listener = listen(pod, stack)
-        outcomes = connect_many(pod, 12, stack)
-        refused = [outcome for outcome in outcomes if isinstance(outcome, int)]
-        kept = [outcome for outcome in outcomes if not isinstance(outcome, int)]
-        assert len(kept) == 8
-        assert refused == [111] * 4
-        counters = datapath.maps.counters(netns_cookie(pod.netns))
-        assert counters[Counter.REFUSED_NO_FLOW] == 4
-        for _ in kept:
-            stack.enter_context(listener.accept()[0])
-        kept[0].close()
-
-        def given_back() -> bool:
-            (again,) = connect_many(pod, 1, stack)
-            return not isinstance(again, int)
-
-        # Once the other end's ACK of the FIN has come in.
-        eventually("the closed connection's place", given_back)
 
 
 @pytest.mark.parametrize("small", [{"MAX_SOCKETS": 4}], indirect=True)

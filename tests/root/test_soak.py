@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from accelerated import OUTBOUND, counted
 
-from redirector.datapath.layout import Counter
+from redirector.datapath.layout import Counter, Room
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
 from redirector.lab import LabPod
@@ -77,7 +77,9 @@ def soak(family: int, count: int, requests: int) -> None:
 
 
 def entries(enrollment: Enrollment) -> dict[str, int]:
-    return {fill.name: fill.entries for fill in enrollment.node_status().maps}
+    """What is in the maps, and what the programs count as being in that of flows."""
+    held = {fill.name: fill.entries for fill in enrollment.node_status().maps}
+    return held | {"taken": enrollment.datapath.maps.room(Room.TAKEN)}
 
 
 def slab() -> int:

@@ -27,7 +27,7 @@ from sockets import pod_socket
 from traffic import Busy, Phase, both_ways, busy_pods
 from waiting import PATIENCE_S, eventually
 
-from redirector.datapath.layout import PodFlag, Side
+from redirector.datapath.layout import PodFlag, Room, Side
 from redirector.datapath.pins import Datapath
 from redirector.lab import LabPod, Node
 from redirector.machine import ensure_bpffs
@@ -135,7 +135,7 @@ def busy(node: Node, enroll: Callable[[LabPod], object]) -> Iterator[Busy]:
 def by(version: Version) -> Callable[[LabPod], object]:
     def enroll(pod: LabPod) -> None:
         place = ("--netns", pod.netns, "--cgroup", pod.cgroup)
-        version.do("enroll", "pod", *place, "--mode", "ebpf")
+        version.do("enroll", "pod", *place, "--mode", "ebpf", "--accelerate", "on")
 
     return enroll
 
@@ -188,6 +188,7 @@ def test_versions_take_over_under_traffic(node: Node, versions: Versions) -> Non
             first = {key: now[key] for key in lasting}
     # With the last connection of the other version its maps go.
     eventually("the end of all connections", lambda: not replies())
+    assert kept.maps.room(Room.TAKEN) == 0
     versions.shipped.do("takeover")
     assert generations(versions) == 1
     versions.shipped.do("uninstall")

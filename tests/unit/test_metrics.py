@@ -19,7 +19,7 @@ POD = Pod(
 )  # fmt: skip
 COUNTERS = {counter: 100 + counter for counter in Counter}
 BY_RULE = {rule.name: 1000 + index for index, rule in enumerate(RULES)}
-EBPF = PodStatus(POD, (), COUNTERS, Defect(0), True, tallies(COUNTERS, BY_RULE))
+EBPF = PodStatus(POD, (), COUNTERS, Defect(0), True, tallies(COUNTERS, BY_RULE), flows=12)
 IPTABLES = PodStatus(
     replace(POD, name="plain", mode=Mode.IPTABLES),
     ("IPv4 chain X", "IPv6 chain X"),
@@ -66,6 +66,13 @@ def test_every_counter_of_connections_is_there_with_its_reason() -> None:
     )
     moved = COUNTERS[Counter.REDIRECTED_BYTES]
     assert value(families, "redirector_redirected_bytes_total", **pod) == moved
+
+
+def test_who_has_how_many_flows() -> None:
+    families = parsed(replace(NODE, flows_floor=655))
+    (of_ebpf,) = families["redirector_flows"].samples
+    assert (of_ebpf.labels, of_ebpf.value) == ({"namespace": "shop", "pod": "web"}, 12)
+    assert value(families, "redirector_flows_floor") == 655
 
 
 def test_no_counter_is_left_out() -> None:
