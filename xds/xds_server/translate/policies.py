@@ -273,22 +273,11 @@ def _authority(host: StringMatch, *, deny: bool) -> StringMatch:
     """A host in any case, with any port, with the colon of a port that is not told (RFC 3986,
     3.2.3), and also with the dot that ends a complete name. A DENY looks at each of several Host
     headers, which arrive as one with commas, past a user's name, past what is no port and past any
-    number of dots; and it knows a name with encoded characters (RFC 3986, 3.2.2)."""
+    number of dots."""
     before = ".*" if host.kind is MatchKind.SUFFIX else ""
     after = ".*" if host.kind is MatchKind.PREFIX else ""
+    body = f"{before}{re.escape(host.value)}{after}"
     if deny:
-        body = f"{before}{''.join(map(_encoded, host.value))}{after}"
         expression = rf"(?i)(?:.*{_NOT_HOST})?{body}\.*(?:{_NOT_HOST}.*)?"
         return StringMatch(MatchKind.REGEX, expression)
-    body = f"{before}{re.escape(host.value)}{after}"
     return StringMatch(MatchKind.REGEX, rf"(?i){body}\.?(:[0-9]*)?")
-
-
-def _encoded(character: str) -> str:
-    """A character of a name, in the spellings of a URL; what is beyond ASCII has only those."""
-    spellings = {
-        "".join(f"%{byte:02x}" for byte in one.encode())
-        for one in (character.lower(), character.upper())
-    }
-    raw = [re.escape(character)] if character.isascii() else []
-    return f"(?:{'|'.join([*raw, *sorted(spellings)])})"
