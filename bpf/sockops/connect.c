@@ -145,13 +145,35 @@ ALWAYS void tell_unkept(const struct attempt *a, enum rule rule)
 	tell_refused(&event);
 }
 
+// Whether the socket was disconnected (connect() with AF_UNSPEC) while it was in the sockhash. What
+// it had not read is in its queue still.
+ALWAYS bool connects_again(const struct sock_state *state)
+{
+	return state->flags & (FLOW_ACCELERATE | FLOW_AGAIN) && !(state->flags & FLOW_LEFT);
+}
+
+// Nothing is kept of an earlier connect() of the socket, which may have been steered.
+ALWAYS void forget(struct bpf_sock_addr *ctx)
+{
+	struct sock_state *state = states.sk_storage_get(ctx->sk, 0, 0);
+
+	if (!state)
+		return;
+	if (!connects_again(state) || ctx->protocol != IPPROTO_TCP) {
+		states.sk_storage_delete(ctx->sk);
+		return;
+	}
+	__builtin_memset(state, 0, sizeof(*state));
+	state->flags = FLOW_AGAIN;
+}
+
 // Answers 1 to let the connect go on, 0 to refuse it. Sets *aim to where it must go elsewhere.
 ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct aim *aim)
 {
 	struct sock_state *state;
 	struct pod *pod;
 	enum rule rule;
-	bool near = true;
+	bool near = true, again;
 
 	a->netns = bpf_get_netns_cookie(ctx);
 	pod = pods.lookup(&a->netns);
@@ -163,7 +185,7 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct a
 	*aim = take_aim(ctx, pod, rule, a);
 	if (!a->udp && is_many(&aim->to.ip)) {
 		count_rule(a->netns, rule, COUNTERS);
-		states.sk_storage_delete(ctx->sk);
+		forget(ctx);
 		return 1;
 	}
 	if (!aim->to.port) {
@@ -171,8 +193,7 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct a
 			count_rule(a->netns, rule, COUNTERS);
 		near = !a->udp && pod->flags & POD_ACCELERATE && is_near(rule, a);
 		if (!near && (a->udp || !followed())) {
-			// An earlier connect() of this socket, which failed, may have been steered.
-			states.sk_storage_delete(ctx->sk);
+			forget(ctx);
 			return 1;
 		}
 	}
@@ -187,7 +208,9 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct a
 		tell_unkept(a, rule);
 		return 0;
 	}
+	again = connects_again(state);
 	__builtin_memset(state, 0, sizeof(*state));
+	state->flags = again ? FLOW_AGAIN : 0;
 	state->rule = rule;
 	current_process(&state->process);
 	if (!near)

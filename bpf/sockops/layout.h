@@ -42,6 +42,7 @@ enum flow_flag {
 	FLOW_ACCELERATE = 4, // both ends may enter the sockhash
 	FLOW_WATCHED = 8,    // kept only to tell a follower of its end
 	FLOW_LEFT = 16,	     // of a socket's state: it has left the sockhash
+	FLOW_AGAIN = 32,     // likewise: an earlier connection of the socket has left it there
 };
 
 // Who called connect(); all zero when it is not known.

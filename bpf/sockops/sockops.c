@@ -35,6 +35,22 @@ ALWAYS void leave_brief_ones_out(struct sock_state *state, __u64 netns)
 	count(netns, PASSED_BRIEF);
 }
 
+// Takes what an earlier connection left unread away from the next one. Answers the state, if that
+// one has any.
+ALWAYS struct sock_state *starts_again(struct bpf_sock_ops *ops, struct sock_state *state)
+{
+	__u64 cookie = bpf_get_socket_cookie(ops);
+	struct bpf_sock *sk = ops->sk;
+
+	sockets.delete(&cookie);
+	state->flags &= ~FLOW_AGAIN;
+	if (state->flags)
+		return state;
+	if (sk)
+		states.sk_storage_delete(sk);
+	return NULL;
+}
+
 // tcp_connect(), before the SYN leaves: the source port is known, nobody has answered yet.
 ALWAYS void client_starts(struct bpf_sock_ops *ops)
 {
@@ -43,6 +59,8 @@ ALWAYS void client_starts(struct bpf_sock_ops *ops)
 	__u64 netns;
 	__u32 lacks;
 
+	if (state && state->flags & FLOW_AGAIN)
+		state = starts_again(ops, state);
 	if (!state)
 		return;
 	netns = bpf_get_netns_cookie(ops);

@@ -97,6 +97,7 @@ class FlowFlag(IntFlag):
     ACCELERATE = 4
     WATCHED = 8
     LEFT = 16
+    AGAIN = 32
 
 
 class Process(Struct):

@@ -1,5 +1,6 @@
 """Connections that programs seldom make: none gets past the sidecar, none leaves a trace."""
 
+import ctypes
 import ipaddress
 import socket
 import struct
@@ -47,6 +48,12 @@ def use_link_local(pod: LabPod) -> tuple[str, int]:
     return address, scope
 
 
+def disconnect(connected: socket.socket) -> None:
+    """Python has no name for it: connect(2) with AF_UNSPEC."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.connect(connected.fileno(), bytes(16), 16) == 0, ctypes.get_errno()
+
+
 def flows(pod: LabPod, datapath: Datapath) -> int:
     return sum(f.flow.client_netns == netns_cookie(pod.netns) for f in datapath.maps.flows())
 
@@ -80,6 +87,37 @@ def test_the_passthrough_source_opens_no_sidecar_port(pod: LabPod, port: int) ->
         client.bind(("127.0.0.6", 0))
         with pytest.raises(ConnectionRefusedError):
             client.connect((pod.ip, port))
+
+
+@pytest.mark.parametrize("steered", [True, False])
+def test_a_socket_that_connects_again_has_nothing_of_before(
+    pod: LabPod, datapath: Datapath, steered: bool
+) -> None:
+    """Disconnected (AF_UNSPEC) with redirected bytes unread, as TCP forgets its own."""
+    with (
+        listen(pod, OUTBOUND, sidecar=True) as sidecar,
+        listen(pod, APP) as app,
+        pod_socket(pod) as client,
+    ):
+        client.connect(SERVICE)
+        first, _ = sidecar.accept()
+        with first:
+            first.settimeout(10)
+            client.sendall(b"hello")
+            assert first.recv(5) == b"hello"
+            first.sendall(b"unread")
+            disconnect(client)
+        client.connect(SERVICE if steered else (pod.ip, APP))
+        second, _ = (sidecar if steered else app).accept()
+        with second:
+            second.settimeout(10)
+            for text in (b"one", b"two"):
+                second.sendall(text)
+                assert client.recv(16) == text
+                client.sendall(text)
+                assert second.recv(16) == text
+            client.close()
+    assert flows(pod, datapath) == 0
 
 
 def test_a_socket_that_connects_to_itself_leaves_no_flow(pod: LabPod, datapath: Datapath) -> None:
