@@ -319,6 +319,7 @@ def test_envoy_takes_all_that_is_good(tmp_path: Path) -> None:
     [
         ("accessLog", [{"text": "%NONSENSE%"}], "%NONSENSE% is not known"),
         ("accessLog", [{"text": "%REQ%"}], "must be written as %REQ(:PATH)%"),
+        ("accessLog", [{"text": "%REQ(x):5% %PROTOCOL:5%"}], "%PROTOCOL% takes no length"),
         ("accessLog", [{"text": "100%"}], "has a % that begins no command"),
         ("accessLog", [{"format": "JSON", "json": {"a": "%DURATION(x)%"}}], "must be written as"),
     ],

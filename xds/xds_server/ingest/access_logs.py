@@ -61,7 +61,7 @@ _PLAIN = frozenset(
 _OF_HEADERS = frozenset(("REQ", "RESP", "TRAILER"))
 _HEADER = r":?[A-Za-z0-9!#$&'*+\-.^_`|~]+"
 _COMMAND = re.compile(
-    rf"%(?P<name>[A-Z_]+)(?:\((?P<header>{_HEADER}(?:\?{_HEADER})?)\))?(?::[0-9]{{1,5}})?%|%%"
+    rf"%(?P<name>[A-Z_]+)(?:\((?P<header>{_HEADER}(?:\?{_HEADER})?)\))?(?P<length>:[0-9]{{1,5}})?%|%%"
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -156,6 +156,8 @@ def _format(field: Field) -> str:
             field.problem(f"%{name}% is not known; Envoy's manual, 'Access logging', has them")
         elif (name in _OF_HEADERS) != (header is not None):
             field.problem(f"%{name}% must be written as %REQ(:PATH)%, or as %DURATION%")
+        elif command["length"] and name not in _OF_HEADERS:
+            field.problem(f"%{name}% takes no length; write it without {command['length']}")
     if "%" in _COMMAND.sub("", text):
         field.problem("has a % that begins no command such as %REQ(:PATH)%; write %% for a percent")
     return text
