@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
-from redirector import explain, options, report
+from redirector import explain, options, output, report
 from redirector.enrollment import Enrollment, default_enrollment, require_cgroup
-from redirector.errors import InputError, RedirectorError
+from redirector.errors import InputError
 from redirector.model import Accelerate, Mode
 from redirector.processes import outside
 from redirector.resolvers import with_resolvers
@@ -40,17 +40,14 @@ Command = Callable[[argparse.Namespace, Context], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code. A user's error is one line on stderr."""
-    arguments = _parser().parse_args(argv)
-    command: Command = arguments.command
+
+    def command(out: TextIO) -> int:
+        arguments = _parser().parse_args(argv)
+        chosen: Command = arguments.command
+        return chosen(arguments, Context(out, os.environ))
+
     try:
-        return command(arguments, Context(sys.stdout, os.environ))
-    except RedirectorError as error:
-        print(f"redirector: {error}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader has gone (`redirector status | head`); Python would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return output.run("redirector", command)
     except KeyboardInterrupt:
         print("redirector: interrupted", file=sys.stderr)
         return 130

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from redirector import output
 from redirector.apiserver.client import Client, in_cluster
 from redirector.apiserver.kubeconfig import from_file
-from redirector.errors import InputError, RedirectorError
+from redirector.errors import InputError
 from xds_server import options, status
 from xds_server.following import Reader, count_in, follow
 from xds_server.garbage import settle
@@ -41,20 +42,20 @@ log = logging.getLogger("xds_server")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 1 for bad manifests, 2 for bad options."""
     words = sys.argv[1:] if argv is None else argv
-    try:
+
+    def command(out: TextIO) -> int:
         if words and words[0] == "status":
-            return status.main(words[1:], sys.stdout)
+            return status.main(words[1:], out)
         arguments = _parser().parse_args(words)
         if arguments.kubeconfig is not None and not arguments.kubernetes:
             raise InputError("--kubeconfig: is for a cluster; add --kubernetes")
         if arguments.validate:
             return asyncio.run(
-                validate(_source(arguments), options.wishes(arguments), sys.stdout, sys.stderr)
+                validate(_source(arguments), options.wishes(arguments), out, sys.stderr)
             )
         return _serve(arguments)
-    except RedirectorError as error:
-        print(f"xds-server: {error}", file=sys.stderr)
-        return error.exit_code
+
+    return output.run("xds-server", command)
 
 
 def _parser() -> argparse.ArgumentParser:
