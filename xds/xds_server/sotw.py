@@ -172,6 +172,8 @@ class SotwStream(Stream):
         if not state.wildcard:
             for name in dropped:
                 state.forget(name)
+            # Taken up again, it is asked for anew, whatever the client came with.
+            self._returned.get(state.type_url, set()).difference_update(dropped)
 
     def _update(self, state: TypeState, desired: ResourceSet) -> Response | None:
         if state.type_url in WHOLE_TYPES:
