@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from envoy.config.cluster.v3.cluster_pb2 import Cluster
+from envoy.config.core.v3.extension_pb2 import TypedExtensionConfig
 from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
@@ -10,8 +11,9 @@ from envoy.extensions.filters.http.router.v3.router_pb2 import Router
 from envoy.extensions.filters.network.http_connection_manager.v3 import (
     http_connection_manager_pb2 as manager_pb2,
 )
+from envoy.extensions.filters.network.tcp_proxy.v3.tcp_proxy_pb2 import TcpProxy
 from google.protobuf.message import Message
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 
 Resources = Mapping[str, Mapping[str, Message]]
 
@@ -44,8 +46,16 @@ def route(name: str, target: str, variant: int = 0) -> RouteConfiguration:
     return made
 
 
-def listener(name: str, route_name: str, variant: int = 0) -> Listener:
-    """An HTTP listener on a free loopback port with its routes from RDS."""
+def network_filter(name: str, variant: int = 0) -> TypedExtensionConfig:
+    """A filter that comes on its own; each variant differs."""
+    made = TypedExtensionConfig(name=name)
+    made.typed_config.Pack(TcpProxy(stat_prefix=str(variant)), deterministic=True)
+    return made
+
+
+def listener(name: str, route_name: str, variant: int = 0, filter_name: str = "") -> Listener:
+    """An HTTP listener on a free loopback port with its routes from RDS, and its filter from ECDS
+    if it has one."""
     manager = manager_pb2.HttpConnectionManager(stat_prefix=f"{name}{variant}")
     manager.rds.route_config_name = route_name
     manager.rds.config_source.ads.SetInParent()
@@ -55,7 +65,13 @@ def listener(name: str, route_name: str, variant: int = 0) -> Listener:
     made = Listener(name=name)
     made.address.socket_address.address = "127.0.0.1"
     made.address.socket_address.port_value = 0
-    entry = made.filter_chains.add().filters.add(name="http")
+    filters = made.filter_chains.add().filters
+    if filter_name:
+        discovery = filters.add(name=filter_name).config_discovery
+        discovery.config_source.ads.SetInParent()
+        discovery.config_source.resource_api_version = 2
+        discovery.type_urls.append(TcpProxy.DESCRIPTOR.full_name)
+    entry = filters.add(name="http")
     entry.typed_config.Pack(manager, deterministic=True)
     return made
 
@@ -77,4 +93,5 @@ def world(
         ENDPOINT: {n: endpoints(n, ports.get(n, 8000)) for n in sorted(clusters)},
         LISTENER: {n: listener(n, r, v) for n, (r, v) in sorted(listeners.items())},
         ROUTE: {n: route(n, c, v) for n, (c, v) in sorted(routes.items())},
+        FILTER: {},
     }

@@ -17,6 +17,9 @@ from xds_server.typestate import TypeState
 #: Which types refer to one.
 _USERS = {FILTER: (LISTENER,), ROUTE: (LISTENER,), CLUSTER: (LISTENER, ROUTE), ENDPOINT: (CLUSTER,)}
 
+#: A listener warms until these come.
+WARMING = (ROUTE, FILTER)
+
 
 def removable(types: Mapping[str, TypeState], type_url: str) -> list[str]:
     """What is to go of a type and nothing that the client may still have refers to."""
@@ -32,8 +35,8 @@ def removable(types: Mapping[str, TypeState], type_url: str) -> list[str]:
 def note_takeovers(types: Mapping[str, TypeState], desired: Snapshot) -> None:
     """What was replaced refers to nothing any more. All has been answered.
 
-    A listener takes over once its routes are taken, too; until then its predecessor has its own,
-    also one that the client was told is gone.
+    A listener takes over once its routes and filters are taken, too; until then its predecessor has
+    its own, also a route that the client was told is gone.
     """
     for user in REFERRING:
         state, entries = types[user], desired.of(user)
@@ -41,9 +44,9 @@ def note_takeovers(types: Mapping[str, TypeState], desired: Snapshot) -> None:
             if user == ROUTE and name not in entries and _lingers(types[LISTENER], name):
                 continue
             refers = entries[name].refers if user == LISTENER and name in entries else ()
-            routes = (target.name for target in refers if target.type_url == ROUTE)
+            needs = (target for target in refers if target.type_url in WARMING)
             if state.taken(name, entries) and all(
-                types[ROUTE].taken(route, desired.of(ROUTE)) for route in routes
+                types[url].taken(target, desired.of(url)) for url, target in needs
             ):
                 del state.lingering[name]
 

@@ -187,6 +187,8 @@ class SotwStream(Stream):
             if state.sent.get(name) and name not in state.stale:
                 state.linger(name)
                 state.stale.add(name)
+        # What is not to go after all was left out of the version that the client was told.
+        state.owed |= not state.stale.isdisjoint(desired.keys())
         state.stale -= desired.keys()
         fresh, _ = self._fit(state, fresh)
         state.book(fresh)

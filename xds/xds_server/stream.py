@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xds_server.exchange import Ack, Nack, Response
-from xds_server.inuse import note_takeovers, removable, targets
+from xds_server.inuse import WARMING, note_takeovers, removable, targets
 from xds_server.quarantine import MAX_ERROR, Quarantined
 from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 from xds_server.snapshot import Encoded, ResourceSet, Snapshot
@@ -59,8 +59,8 @@ class Stream(ABC):
         self._resumed = False
         #: A type in which a client that has everything can be answered with nothing.
         self._greeting: TypeState | None = None
-        #: The listeners and routes, and the routes' losses, at which every route was found sent.
-        self._delivered: tuple[ResourceSet, ResourceSet, int] | None = None
+        #: Listeners, routes, filters and the losses of these two at which all was found sent.
+        self._delivered: tuple[ResourceSet, ResourceSet, ResourceSet, int] | None = None
         #: Nothing is left to say since the last request and the last offer.
         self._drained = True
         #: How many responses are not answered.
@@ -235,10 +235,11 @@ class Stream(ABC):
         )
 
     def _routes_delivered(self) -> bool:
-        """Every route that the client's listeners name has been sent, if there is one.
+        """Every route and filter that the client's listeners name has been sent, if there is one.
 
-        A listener takes over from its predecessor only with its route; Envoy asks for it after
+        A listener takes over from its predecessor only with these; Envoy asks for a route after
         the listener's ACK, so an answered stream alone does not say that it has come this far.
+        Who never asked for filters does without.
         """
         listeners = self._types[LISTENER]
         if self._desired is None or self.only:
@@ -250,22 +251,22 @@ class Stream(ABC):
             return not self._resumed
         if not listeners.wildcard:
             return True
-        state, wanted = self._types[ROUTE], self._desired.of(LISTENER)
-        routes, sent = self._desired.of(ROUTE), state.sent
+        wanted = self._desired.of(LISTENER)
+        routes, filters = (self._desired.of(url) for url in WARMING)
+        losses = sum(self._types[url].losses for url in WARMING)
         known = self._delivered
-        if (
-            known is not None
-            and not listeners.doubts
-            and (known[0] is wanted and known[1] is routes and known[2] == state.losses)
-        ):
-            return True
+        if known is not None and not listeners.doubts and known[3] == losses:
+            same = known[0] is wanted and known[1] is routes and known[2] is filters
+            if same:
+                return True
+        asked = {u for u in WARMING if self._types[u].interest is not Interest.UNASKED} | {ROUTE}
         delivered = all(
-            target.name in sent or target.name not in routes
-            for target in targets(listeners, wanted)
-            if target.type_url == ROUTE
+            name in self._types[url].sent or name not in self._desired.of(url)
+            for url, name in targets(listeners, wanted)
+            if url in asked
         )
         if delivered and not listeners.doubts:
-            self._delivered = (wanted, routes, state.losses)
+            self._delivered = (wanted, routes, filters, losses)
         return delivered
 
     def _state(self, type_url: str) -> TypeState:

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from envoy.config.cluster.v3.cluster_pb2 import Cluster
+from envoy.config.core.v3.extension_pb2 import TypedExtensionConfig
 from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.config.route.v3.route_pb2 import RouteConfiguration
@@ -25,15 +26,17 @@ from hypothesis.stateful import (
     initialize,
     rule,
 )
-from worlds import Resources, endpoints, route, world
+from worlds import Resources, endpoints, listener, network_filter, route, world
 from xds_server.delta import DeltaStream
 from xds_server.exchange import Response
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE, references
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE, references
 from xds_server.snapshot import Encoder, Snapshot
 from xds_server.stream import MAX_RESPONSE_BYTES, ORDER, Stream
 
 BAD = 9
-CLUSTERS, ROUTES, LISTENERS = "abcd", "rst", "lm"
+CLUSTERS, ROUTES, LISTENERS, FILTERS = "abcd", "rst", "lm", "fg"
+#: Types of which the client asks for what others of its configuration name.
+NAMED = (ENDPOINT, ROUTE, FILTER)
 #: A message is delivered or handled at most so often before everything must have come to rest.
 REST = 1000
 #: Room for about two resources in a message.
@@ -44,25 +47,34 @@ MESSAGES: dict[str, type[Message]] = {
     ENDPOINT: ClusterLoadAssignment,
     LISTENER: Listener,
     ROUTE: RouteConfiguration,
+    FILTER: TypedExtensionConfig,
 }
 
 
 @st.composite
 def worlds(draw: st.DrawFn, *, bad: bool) -> Resources:
-    """A consistent world: every route has its cluster, every listener its route."""
+    """A consistent world: every route has its cluster, every listener its route and filter."""
     variants = st.sampled_from([0, 1, 2, BAD] if bad else [0, 1, 2])
     clusters = draw(st.dictionaries(st.sampled_from(CLUSTERS), variants, min_size=1))
     targets = st.sampled_from(sorted(clusters))
     routes = draw(
         st.dictionaries(st.sampled_from(ROUTES), st.tuples(targets, variants), min_size=1)
     )
+    filters = draw(st.dictionaries(st.sampled_from(FILTERS), variants))
     listeners = draw(
         st.dictionaries(
-            st.sampled_from(LISTENERS), st.tuples(st.sampled_from(sorted(routes)), variants)
+            st.sampled_from(LISTENERS),
+            st.tuples(
+                st.sampled_from(sorted(routes)), variants, st.sampled_from(["", *sorted(filters)])
+            ),
         )
     )
     ports = {name: draw(st.sampled_from([8000, 9000])) for name in clusters}
-    return world(clusters, ports, routes, listeners)
+    return {
+        **world(clusters, ports, routes),
+        LISTENER: {n: listener(n, *of) for n, of in sorted(listeners.items())},
+        FILTER: {n: network_filter(n, v) for n, v in sorted(filters.items())},
+    }
 
 
 def tweaked(draw: st.DrawFn, before: Resources, *, bad: bool) -> Resources:
@@ -88,6 +100,8 @@ def is_bad(message: Message) -> bool:
         return bool(timeout.seconds == 1 + BAD)
     if isinstance(message, Listener):
         return f"{message.name}{BAD}".encode() in message.filter_chains[0].SerializeToString()
+    if isinstance(message, TypedExtensionConfig):
+        return message == network_filter(message.name, BAD)
     return False
 
 
@@ -126,22 +140,28 @@ class Config:
             self.active_listeners.pop(name, None)
 
     def _activate(self) -> None:
-        for name, listener in self.has[LISTENER].items():
-            if all(target.name in self.has[ROUTE] for target in references(listener)):
-                self.active_listeners[name] = listener
+        for name, entry in self.has[LISTENER].items():
+            if all(target.name in self.has[target.type_url] for target in references(entry)):
+                self.active_listeners[name] = entry
 
     def wanted(self, type_url: str) -> set[str]:
-        """Names that the configuration needs of endpoints or routes."""
+        """Names that the configuration needs of endpoints, routes or filters."""
         users = self.has[CLUSTER] if type_url == ENDPOINT else self.has[LISTENER]
         active = {} if type_url == ENDPOINT else self.active_listeners
         messages = [*users.values(), *active.values()]
-        return {t.name for message in messages for t in references(message)}
+        return {t.name for m in messages for t in references(m) if t.type_url == type_url}
 
     def live(self) -> set[str]:
         """Clusters that live traffic is sent to."""
-        routes = {t.name for entry in self.active_listeners.values() for t in references(entry)}
+        targets = {t for entry in self.active_listeners.values() for t in references(entry)}
+        routes = {target.name for target in targets if target.type_url == ROUTE}
         live = [self.has[ROUTE][name] for name in routes if name in self.has[ROUTE]]
         return {target.name for entry in live for target in references(entry)}
+
+    def filtering(self) -> set[str]:
+        """Filters that live traffic goes through."""
+        targets = {t for entry in self.active_listeners.values() for t in references(entry)}
+        return {target.name for target in targets if target.type_url == FILTER}
 
     def holes(self) -> list[str]:
         """Clusters that live traffic is sent to and that are not there or not warm."""
@@ -156,7 +176,7 @@ class Config:
             good = {n: m for n, m in resources[type_url].items() if not is_bad(m)}
             assert {n: self.has[type_url].get(n) for n in good} == good
         assert self.warm_clusters.keys() >= self.has[CLUSTER].keys() & resources[CLUSTER].keys()
-        for type_url in (ENDPOINT, ROUTE):
+        for type_url in NAMED:
             for name in self.wanted(type_url) & resources[type_url].keys():
                 message, has = resources[type_url][name], self.has[type_url].get(name)
                 # It may have taken one before together with something that it refused.
@@ -223,7 +243,7 @@ class DeltaClient(Client):
         #: Names that the server may send although the client has them in this version.
         self.may_repeat: dict[str, set[str]] = {url: set() for url in ORDER}
         self.has_sent = {url: dict(self.versions[url]) for url in ORDER}
-        self.subscribed: dict[str, set[str]] = {ENDPOINT: set(), ROUTE: set()}
+        self.subscribed: dict[str, set[str]] = {url: set() for url in NAMED}
         for type_url in (CLUSTER, LISTENER):
             self.to_server.append(
                 DeltaDiscoveryRequest(
@@ -335,7 +355,8 @@ class DeltaClient(Client):
         for name in response.removed_resources:
             self.versions[type_url].pop(name, None)
             assert type_url != CLUSTER or name not in self.config.live()
-            if type_url in (CLUSTER, LISTENER):
+            assert type_url != FILTER or name not in self.config.filtering()
+            if type_url in (CLUSTER, LISTENER, FILTER):
                 self.config.drop(type_url, name)
         for resource in response.resources:
             message = MESSAGES[type_url].FromString(resource.resource.value)
@@ -387,7 +408,7 @@ class DeltaClient(Client):
         assert self.stream.level
         for type_url in (CLUSTER, LISTENER):
             assert self.config.has[type_url] == self.resources[type_url]
-        for type_url in (ENDPOINT, ROUTE):
+        for type_url in NAMED:
             wanted = self.config.wanted(type_url)
             named = self.resources[type_url]
             assert {n: self.config.has[type_url][n] for n in wanted} == {

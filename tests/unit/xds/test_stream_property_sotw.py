@@ -7,9 +7,9 @@ from google.protobuf.message import Message
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
-from test_stream_property import MESSAGES, REST, SMALL, Client, Config, is_bad, worlds
+from test_stream_property import MESSAGES, NAMED, REST, SMALL, Client, Config, is_bad, worlds
 from worlds import Resources, world
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER, ROUTE
+from xds_server.references import CLUSTER, LISTENER
 from xds_server.sotw import SotwStream
 from xds_server.stream import MAX_RESPONSE_BYTES, ORDER, WHOLE_TYPES
 
@@ -40,7 +40,7 @@ class SotwClient(Client):
         self.to_client: deque[DiscoveryResponse] = deque()
         self.nonces = dict.fromkeys(ORDER, "")
         self.names: dict[str, set[str]] = {url: set() for url in ORDER}
-        for type_url in (ENDPOINT, ROUTE):
+        for type_url in NAMED:
             # Let go of, taken up again, and the connection lost before either was answered: the
             # version that it says is of what it had, and nobody can know.
             if not self.config.wanted(type_url) <= self.config.has[type_url].keys():
@@ -61,7 +61,7 @@ class SotwClient(Client):
         self.to_server.append(request)
 
     def subscribe(self) -> None:
-        for type_url in (ENDPOINT, ROUTE):
+        for type_url in NAMED:
             wanted = self.config.wanted(type_url)
             if wanted != self.names[type_url]:
                 for name in self.names[type_url] - wanted:
@@ -166,7 +166,7 @@ class SotwClient(Client):
         assert self.stream.level
         for type_url in (CLUSTER, LISTENER):
             assert self.config.has[type_url] == self.resources[type_url]
-        for type_url in (ENDPOINT, ROUTE):
+        for type_url in NAMED:
             named = self.resources[type_url]
             wanted = {name: named[name] for name in self.config.wanted(type_url)}
             assert {name: self.config.has[type_url].get(name) for name in wanted} == wanted

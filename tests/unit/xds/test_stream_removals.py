@@ -3,8 +3,8 @@
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.extensions.filters.network.tcp_proxy.v3.tcp_proxy_pb2 import TcpProxy
 from test_stream_delta import connected
-from worlds import Resources, world
-from xds_server.references import CLUSTER, ENDPOINT, LISTENER
+from worlds import Resources, listener, network_filter, world
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 
 
 def bytes_to(cluster: str, prefix: str) -> Resources:
@@ -32,3 +32,52 @@ def test_listener_that_went_before_its_change_was_answered_holds_no_cluster() ->
     talk.ack(ENDPOINT)
     assert talk.said() == []
     assert talk.stream.settled
+
+
+def filtered(cluster: str, name: str, variant: int = 0) -> Resources:
+    """A listener with a filter that comes on its own."""
+    made = world(clusters={cluster: 0}, routes={cluster: (cluster, 0)})
+    return {
+        **made,
+        LISTENER: {"in": listener("in", cluster, filter_name=name)},
+        FILTER: {name: network_filter(name, variant)},
+    }
+
+
+def test_what_a_listener_leads_to_stays_while_its_successors_filter_is_refused() -> None:
+    talk = connected(filtered("old", "before"))
+    talk.ask(FILTER, ["before"])
+    talk.said()
+    talk.ack(FILTER)
+    talk.offer(filtered("web", "after"))
+    talk.said()
+    talk.ask(ROUTE, ["web"])
+    talk.ask(FILTER, ["after"])
+    talk.said()
+    for type_url in (CLUSTER, ENDPOINT, LISTENER, ROUTE):
+        talk.ack(type_url)
+    talk.nack(FILTER)
+    # The new listener warms for ever; the one before has its filter, its route and its cluster.
+    assert talk.said() == []
+    assert talk.stream.settled
+    talk.offer(filtered("web", "after", variant=1))
+    assert talk.said() == [("filter", ("after",), ())]
+    talk.ack(FILTER)
+    talk.ask(ROUTE, unsubscribe=["old"])
+    talk.ask(FILTER, unsubscribe=["before"])
+    assert talk.said() == [("cluster", (), ("old",))]
+
+
+def test_nothing_goes_before_the_client_asked_for_the_listeners_new_filter() -> None:
+    talk = connected(filtered("old", "before"))
+    talk.ask(FILTER, ["before"])
+    talk.said()
+    talk.ack(FILTER)
+    talk.offer(filtered("web", "after"))
+    talk.said()
+    talk.ask(ROUTE, ["web"])
+    talk.said()
+    for type_url in (CLUSTER, ENDPOINT, LISTENER, ROUTE):
+        talk.ack(type_url)
+    assert talk.said() == []
+    assert not talk.stream.settled

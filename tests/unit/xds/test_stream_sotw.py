@@ -264,14 +264,6 @@ def test_who_drops_a_name_as_it_comes_back_is_told_what_it_has_then() -> None:
     assert talk.last[ROUTE].version != before.last[ROUTE].version
 
 
-def test_name_let_go_of_and_taken_up_again_before_the_first_answer_is_sent() -> None:
-    had = connected().last[ROUTE].version
-    talk = Talk(world())
-    for names in (["to-web"], [], ["to-web"]):
-        talk.ask(ROUTE, names, version=had)
-    assert talk.said() == [("route", ("to-web",))]
-
-
 def test_forgetful_client_is_sent_what_it_names() -> None:
     before = connected()
     talk = Talk(world())
