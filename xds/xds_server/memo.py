@@ -1,15 +1,18 @@
 """Results of pure functions, kept from one state of the mesh to the next. Pure."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 V = TypeVar("V", bound=Hashable)
 
 #: Compared by value; everything else is one thing only if it is the same object.
 _VALUES = (str, int, type(None))
+#: How many things are taken together at a time (see `runs`).
+_RUN = 32
 #: Sweeping goes through everything kept: it waits until that has grown by a twentieth, and so much.
 _GROWTH = 64
 
@@ -118,6 +121,12 @@ class Memo:
         if self._making:
             self._making[-1].uses.append(kept)
         return kept.result
+
+
+def runs(things: Sequence[T]) -> Iterator[Sequence[T]]:
+    """A few at a time: of what was made of a run, all can be taken over while none of it changed,
+    which costs less than to ask for each."""
+    return (things[at : at + _RUN] for at in range(0, len(things), _RUN))
 
 
 def _row() -> None:

@@ -12,6 +12,7 @@ from xds_server.ir import Mesh
 from xds_server.sources.files import parse
 from xds_server.sources.objects import KubeObject
 
+POLICY = {"apiVersion": "policy.redirector.io/v1alpha1", "kind": "AuthorizationPolicy"}
 GOLDEN = sorted(Path(__file__).parents[2].glob("golden/xds/*.in.yaml"))
 
 
@@ -60,6 +61,28 @@ def test_one_changed_object_is_read_and_no_other() -> None:
     ingester.ingest(world.objects())
     work = {name for name in ingester.made if not name.startswith("_")}
     assert work == {"read", "services_aimed_at"}
+
+
+def test_what_is_wrong_among_many_is_told_for_as_long_as_it_is() -> None:
+    many = World(Size(100, 3, 200)).objects()
+    first = many[0].data
+    meta = {"name": "other", "namespace": "bench"}
+    others = [
+        KubeObject("twice", first),
+        KubeObject("address", {**first, "metadata": meta}),
+        KubeObject("nameless", {**first, "metadata": {}}),
+        KubeObject("bad", {**first, "metadata": meta, "spec": {"containers": 1}}),
+        KubeObject("foreign", {"apiVersion": "v1", "kind": "Secret", "metadata": meta}),
+        KubeObject("misspelt", {**POLICY, "kind": "AuthorisationPolicy", "metadata": meta}),
+    ]
+    ingester = Ingester()
+    ingester.ingest(many)
+    for other in others:
+        for there in (many, [*many, other], [other, *many], [*many[:50], other, *many[51:]]):
+            mesh, problems = ingester.ingest(there)
+            wanted, expected = Ingester().ingest(there)
+            assert problems == expected
+            assert mesh.kept or same(mesh, wanted)
 
 
 def shuffled_world(choose: random.Random) -> dict[str, dict[str, Any]]:

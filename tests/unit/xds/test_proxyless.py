@@ -1,6 +1,5 @@
 """What gRPC's own client is given: only what it takes, and all that it needs."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from xds_server.ir import Client, NodeId
 from xds_server.sources.files import parse
 from xds_server.translate import CLUSTER, ENDPOINT, LISTENER, ROUTE, proxyless, translate
 
-GRPC = dataclasses.replace(CLIENT, client=Client.GRPC)
+GRPC = CLIENT._replace(client=Client.GRPC)
 
 
 @pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.name)
@@ -36,7 +35,7 @@ def test_each_name_of_a_service_has_a_listener() -> None:
     names = {name for name in resources[LISTENER] if name.startswith("web.demo")}
     assert names == {"web.demo:80", "web.demo.svc:80", "web.demo.svc.cluster.local:80"}
     assert "web:80" in resources[LISTENER]
-    elsewhere = translate(mesh_of(demo()), dataclasses.replace(GRPC, namespace="other"))
+    elsewhere = translate(mesh_of(demo()), GRPC._replace(namespace="other"))
     assert "web:80" not in elsewhere[LISTENER]
     # A sidecar of the same pod is given its own.
     assert set(translate(mesh_of(demo()), CLIENT)[LISTENER]) == {"inbound", "outbound"}
@@ -183,7 +182,7 @@ def test_a_name_to_resolve_is_taken_if_it_is_one(number: int, kind: int) -> None
 def test_an_external_name_is_one_to_resolve() -> None:
     (file,) = (path for path in GOLDEN if path.name == "services.in.yaml")
     mesh, _ = ingest(parse(file.name, file.read_text())[0])
-    node = dataclasses.replace(CLIENT, client=Client.GRPC)
+    node = CLIENT._replace(client=Client.GRPC)
     found = translate(mesh, node)[CLUSTER]["outbound|8080|outside.demo"]
     assert isinstance(found, Cluster)
     assert found.type == Cluster.LOGICAL_DNS

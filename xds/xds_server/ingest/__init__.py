@@ -104,10 +104,10 @@ def _mesh(found: Sorted, suspects: Collection[str], forms: Forms, defaults: Wish
     attached = _attached(kinds, places, reached, protocols, routes, forms)
     found.problems.extend(attached.problems)
     wishes = {
-        item.name.name: forms.read(item, read_namespace, ()).value.over(defaults)
-        for item in kinds["Namespace"]
+        one.item.name.name: one.value.over(defaults)
+        for one in forms.read_all(kinds["Namespace"], read_namespace)
     }
-    nodes = [forms.read(item, read_node, ()) for item in kinds["Node"]]
+    nodes = forms.read_all(kinds["Node"], read_node)
     zones = frozenset((one.item.name.name, one.value) for one in nodes if one.good)
     policies, closed = _policies(kinds, places, suspects, forms)
     return Mesh(
@@ -154,8 +154,7 @@ def _routes(
 ) -> tuple[list[Route], list[ObjectStatus], list[str]]:
     """The routes in force, the status of all, and what is of no use here."""
     grants: list[Grant] = []
-    for item in kinds["ReferenceGrant"]:
-        granted = forms.read(item, read_grant, ())
+    for granted in forms.read_all(kinds["ReferenceGrant"], read_grant):
         grants += granted.value if granted.good else []
     reader = RouteReader(places.services, grants)
     beside = (places.all_services, forms.memo.value(tuple(grants)))
@@ -198,7 +197,7 @@ def _attached(
     forms: Forms,
 ) -> Attached:
     """The TrafficPolicies, where they hold."""
-    readings = [forms.read(item, read_traffic, ()) for item in kinds["TrafficPolicy"]]
+    readings = forms.read_all(kinds["TrafficPolicy"], read_traffic)
     rules = frozenset(
         (route.kind.value, route.name, name)
         for route in routes

@@ -1,13 +1,14 @@
 """Which objects are the mesh's, and which of them is meant by a name."""
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from xds_server.errors import Problem, printable
 from xds_server.groups import POLICY_VERSION, is_policy
 from xds_server.ingest.lastgood import Forms, Key
 from xds_server.ingest.reader import Item
+from xds_server.memo import runs
 from xds_server.sources.objects import KubeObject
 
 _CLOSING = "AuthorizationPolicy"
@@ -30,43 +31,82 @@ def sort_by_kind(
 ) -> Sorted:
     """`known` are the apiVersions and kinds that are of use."""
     result = Sorted()
-    claims: dict[Key, list[Item]] = defaultdict(list)
+    claims = _Claims()
     nameless: set[str] = set()
-    for source in objects:
-        if foreign := _foreign_without_name(source, known):
-            result.ignored.append(foreign)
-            continue
-        identity = forms.identify(source, result.problems)
-        if identity is None:
-            nameless.add(source.file)
-            result.suspects.update(_suspected(source))
-            continue
-        version, item = identity
-        if (version, item.kind) in known:
-            claims[item.kind, item.name].append(item)
-        elif is_policy(version):
-            # A policy that is misspelt must not be taken for somebody else's object.
-            item.root["kind"].problem(
-                f"{version} has no such kind; use AuthorizationPolicy or TrafficPolicy of "
-                f"{POLICY_VERSION}"
-            )
-            kind = _meant(item.kind)
-            claims[kind, item.name].append(replace(item, kind=kind))
-        else:
-            result.ignored.append(printable(f"{item.subject} ({version})"))
-    for item in forms.missing_from(nameless, set(claims)):
-        claims[item.kind, item.name].append(item)
-    for (kind, _), items in claims.items():
-        if len(items) > 1:
-            items.sort(key=lambda item: (item.bad, item.age))
-        first, *others = items
-        result.kinds[kind].append(first)
-        for item in others:
-            item.root["metadata"]["name"].misfit(
-                f"{first.file} has the same {kind}, which is in force; remove one of them"
-            )
-            result.problems.extend(item.problems)
+    for run in runs(objects):
+        if not claims.all_of(forms.plain(run, known)):
+            for source in run:
+                if item := _claimant(source, known, forms, result, nameless):
+                    claims.one(item)
+    for item in forms.missing_from(nameless, set(claims.first)):
+        claims.one(item)
+    for key, item in claims.first.items():
+        result.kinds[key[0]].append(
+            _settled(claims.rivals[key], result) if key in claims.rivals else item
+        )
     return result
+
+
+class _Claims:
+    """Who claims to be the object of a kind and name: the first, and all if there are more."""
+
+    def __init__(self) -> None:
+        self.first: dict[Key, Item] = {}
+        self.rivals: dict[Key, list[Item]] = {}
+
+    def all_of(self, items: Mapping[Key, Item] | None) -> bool:
+        """Take in all of these, if nobody else claims to be one of them."""
+        if items is None or not self.first.keys().isdisjoint(items):
+            return False
+        self.first.update(items)
+        return True
+
+    def one(self, item: Item) -> None:
+        key = (item.kind, item.name)
+        if key in self.first:
+            self.rivals.setdefault(key, [self.first[key]]).append(item)
+        else:
+            self.first[key] = item
+
+
+def _claimant(
+    source: KubeObject,
+    known: Collection[tuple[str, str]],
+    forms: Forms,
+    result: Sorted,
+    nameless: set[str],
+) -> Item | None:
+    """The object, if it is the mesh's and says who it is."""
+    if foreign := _foreign_without_name(source, known):
+        result.ignored.append(foreign)
+        return None
+    identity = forms.identify(source, result.problems)
+    if identity is None:
+        nameless.add(source.file)
+        result.suspects.update(_suspected(source))
+        return None
+    version, item = identity
+    if (version, item.kind) in known:
+        return item
+    if not is_policy(version):
+        result.ignored.append(printable(f"{item.subject} ({version})"))
+        return None
+    # A policy that is misspelt must not be taken for somebody else's object.
+    item.root["kind"].problem(
+        f"{version} has no such kind; use AuthorizationPolicy or TrafficPolicy of {POLICY_VERSION}"
+    )
+    return replace(item, kind=_meant(item.kind))
+
+
+def _settled(rivals: list[Item], result: Sorted) -> Item:
+    """Which of several objects with one name is in force."""
+    first, *others = sorted(rivals, key=lambda item: (item.bad, item.age))
+    for item in others:
+        item.root["metadata"]["name"].misfit(
+            f"{first.file} has the same {first.kind}, which is in force; remove one of them"
+        )
+        result.problems.extend(item.problems)
+    return first
 
 
 def _meant(kind: str) -> str:

@@ -1,13 +1,13 @@
 """What stays in force of an object that is bad now: its last good form, if it ever had one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from xds_server.errors import Problem
 from xds_server.ingest.reader import Item, identify
 from xds_server.ir import Name
-from xds_server.memo import Memo
+from xds_server.memo import Memo, runs
 from xds_server.sources.objects import KubeObject
 
 T = TypeVar("T")
@@ -24,6 +24,14 @@ class Reading(Generic[T]):
     item: Item
     value: T
     good: bool
+
+
+@dataclass(frozen=True)
+class _Good(Generic[T]):
+    """What a run of objects says, and the objects, all of which are good."""
+
+    readings: Sequence[Reading[T]]
+    sources: Mapping[Key, KubeObject]
 
 
 @dataclass(eq=False)
@@ -48,6 +56,48 @@ class Forms:
             # What was found wrong with it beside the objects that there were then.
             found[1].problems.clear()
         return found
+
+    def plain(
+        self, run: Sequence[KubeObject], known: Collection[tuple[str, str]]
+    ) -> Mapping[Key, Item] | None:
+        """The objects of a run, if all say who they are, differ in that, and are of a kind that is
+        known."""
+        memo = self.memo
+        found = memo.by((_plain, known, *run), lambda: _plain(run, known, memo))
+        for item in found.values() if found else ():
+            if item.problems:
+                item.problems.clear()
+        return found
+
+    def read_all(self, items: Sequence[Item], reader: Callable[[Item], T]) -> list[Reading[T]]:
+        """Reads objects of which a reader looks at nothing else."""
+        readings: list[Reading[T]] = []
+        for run in runs(items):
+            good = self._good_ones(run, reader)
+            if good is None:
+                readings += (self.read(item, reader, ()) for item in run)
+            else:
+                readings += good.readings
+                self.good.update(good.sources)
+                self._read += run
+        return readings
+
+    def _good_ones(self, run: Sequence[Item], reader: Callable[[Item], T]) -> "_Good[T] | None":
+        """What a run of objects says, if there is nothing wrong with any of them."""
+        if any(item.problems for item in run):
+            return None
+
+        def read() -> _Good[T] | None:
+            values = [self._remembered(item, reader, ()) for item in run]
+            wrong = [item for item in run if item.problems]
+            for item in wrong:
+                item.problems.clear()
+            if wrong:
+                return None
+            readings = [Reading(i, value, True) for i, value in zip(run, values, strict=True)]
+            return _Good(readings, {(item.kind, item.name): item.source for item in run})
+
+        return self.memo.by((_Good, getattr(reader, "__func__", reader), *run), read)
 
     def read(
         self,
@@ -124,6 +174,19 @@ class Forms:
         source = self.before.get(key)
         found = identify(source, []) if source is not None else None
         return found[1] if found else None
+
+
+def _plain(
+    run: Sequence[KubeObject], known: Collection[tuple[str, str]], memo: Memo
+) -> Mapping[Key, Item] | None:
+    found: dict[Key, Item] = {}
+    for source in run:
+        identity, _ = memo(_identified, source)
+        if identity is None or (identity[0], identity[1].kind) not in known:
+            return None
+        item = identity[1]
+        found[item.kind, item.name] = item
+    return found if len(found) == len(run) else None
 
 
 def _identified(source: KubeObject) -> tuple[tuple[str, Item] | None, list[Problem]]:

@@ -44,9 +44,9 @@ class Places:
 def read_places(kinds: Mapping[str, Sequence[Item]], forms: Forms) -> Places:
     """Policies are for bad pods, too, and for those that a bad Service selects."""
     memo = forms.memo
-    pod_readings = [forms.read(item, read_pod, ()) for item in kinds["Pod"]]
-    service_readings = [forms.read(item, read_service, ()) for item in kinds["Service"]]
-    slice_readings = [forms.read(item, read_slice, ()) for item in kinds["EndpointSlice"]]
+    pod_readings = forms.read_all(kinds["Pod"], read_pod)
+    service_readings = forms.read_all(kinds["Service"], read_service)
+    slice_readings = forms.read_all(kinds["EndpointSlice"], read_slice)
     good_pods = [(one.item, one.value) for one in pod_readings if one.good and one.value]
     good_services = [one.value for one in service_readings if one.good]
     bad_pods = [(one.item, one.value) for one in pod_readings if not one.good and one.value]

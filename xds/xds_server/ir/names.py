@@ -1,9 +1,9 @@
 """What everything else is called by, and the ports and protocols that all rooms know."""
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import ip_address
+from typing import NamedTuple
 
 from redirector.errors import InputError
 
@@ -24,9 +24,8 @@ class Protocol(StrEnum):
         return self is not Protocol.TCP
 
 
-@dataclass(frozen=True, order=True)
-class Name:
-    """A namespaced object's name."""
+class Name(NamedTuple):
+    """A namespaced object's name. A tuple, since most of what is looked up is looked up by it."""
 
     namespace: str
     name: str
@@ -49,17 +48,13 @@ class Client(StrEnum):
     GRPC = "grpc"
 
 
-@dataclass(frozen=True, order=True)
-class NodeId:
+class NodeId(NamedTuple):
     """Who a client says it is: the sidecar of a pod, or a gRPC program in it."""
 
     ip: str
     pod: str
     namespace: str
     client: Client = Client.ENVOY
-
-    def __hash__(self) -> int:
-        return hash((self.ip, self.pod, self.namespace))
 
     @classmethod
     def parse(cls, text: str, user_agent: str = "") -> "NodeId":

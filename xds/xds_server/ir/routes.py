@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
+from typing import NamedTuple
 
 from xds_server.ir.limits import Fault, RateLimit
 from xds_server.ir.matches import MatchKind, NamedMatch, StringMatch
@@ -209,8 +210,7 @@ class RouteRule:
                 yield mirror.service, mirror.port
 
 
-@dataclass(frozen=True, order=True)
-class Parent:
+class Parent(NamedTuple):
     """A service port that a route is attached to."""
 
     service: Name

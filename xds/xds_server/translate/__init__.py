@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -63,11 +63,12 @@ Inbound: TypeAlias = tuple[Message, Mapping[str, Message], Mapping[str, Message]
 
 @dataclass(frozen=True)
 class _Place:
-    """What is a node's own."""
+    """What is a node's own, and of which kind it is: nodes of one kind get the same."""
 
     name: Name
     workload: Workload | None
     inbound: Inbound
+    kind: tuple[object, ...] = ()
 
 
 def translate(mesh: Mesh, node: NodeId) -> Resources:
@@ -125,10 +126,19 @@ class Translator:
         self._before: Mapping[NodeId, _Place] = after._places if after and same else {}
         self._places: dict[NodeId, _Place] = {}
         self._inbounds: set[int] = set()
-        self._wholes: dict[tuple[object, ...], Resources] = {}
+        #: By the identity of what tells nodes apart; that is held for its identity.
+        self._wholes: dict[int, tuple[tuple[object, ...], Resources]] = {}
+        self._kinds: dict[tuple[object, ...], tuple[object, ...]] = {}
         self._views = Views(mesh.services, self.memo)
         self._zones = frozenset(z for service in mesh.services.values() for z in service.zones)
         self._nodes = frozenset(n for service in mesh.services.values() for n in service.nodes)
+        #: Every node is of the kind that it was of before.
+        self._alike = after is not None and after._ground == self._ground
+
+    @property
+    def _ground(self) -> tuple[object, ...]:
+        """All that the kinds of nodes depend on."""
+        return id(self._mesh.workloads), *self._judged, *self._consumers, self._zones, self._nodes
 
     @property
     def _judged(self) -> tuple[int, int]:
@@ -137,6 +147,10 @@ class Translator:
     def resources(self, node: NodeId) -> Resources:
         """All resources of one sidecar; the same value for sidecars of one kind."""
         known = self._before.get(node)
+        kind = known.kind if known is not None and self._alike else None
+        if known is not None and (whole := self._wholes.get(id(kind))):
+            self._places[node] = known
+            return whole[1]
         name = known.name if known else Name(node.namespace, node.pod)
         workload = self._mesh.workloads.get(name)
         memo = self.memo
@@ -171,21 +185,24 @@ class Translator:
             )
             self._inbounds.add(id(inbound))
             known = _Place(name, workload, inbound)
-        if workload is not None:
-            self._places[node] = known
         inbound = known.inbound
         if workload is None:
             mesh = self._mesh
             closed = mesh.registry_only_in.get(node.namespace, mesh.registry_only)
             return memo(self._unknown, inbound, closed)
         view = self._views.of(workload.scope, node.namespace)
-        key = (id(view), consumer, *self._place(workload), workload.closed)
+        place = self._place(workload)
+        key = (id(view), consumer, *place, workload.closed)
         if key not in self._outward:
             self._outward[key] = (view, self._outward_of(view, consumer, workload))
-        kind = (*key, id(inbound))
-        if kind not in self._wholes:
-            self._wholes[kind] = memo(self._whole, *self._outward[key][1], inbound)
-        return self._wholes[kind]
+        if kind is None:
+            scope = None if workload.scope.everything else (workload.scope, node.namespace)
+            kind = (scope, consumer, *place, workload.closed, id(inbound))
+            kind = self._kinds.setdefault(kind, kind)
+        if id(kind) not in self._wholes:
+            self._wholes[id(kind)] = kind, memo(self._whole, *self._outward[key][1], inbound)
+        self._places[node] = replace(known, kind=kind)
+        return self._wholes[id(kind)][1]
 
     def _as_judged(self, name: Name) -> Name:
         """An unknown pod, in the words of the policies: all of which they know nothing are one."""
