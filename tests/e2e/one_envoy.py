@@ -33,7 +33,8 @@ ELSEWHERE = "198.18.0"
 
 
 class App(BaseHTTPRequestHandler):
-    """Answers with what it saw; /slow... never answers in time, and /flaky/N/... fails N times."""
+    """Answers with what it saw; /slow... never answers in time, /flaky/N/... fails N times, and
+    /lost/N/... hangs up N times."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1
@@ -55,9 +56,12 @@ class App(BaseHTTPRequestHandler):
         server.asked.append(self.path)
         if self.path.startswith("/slow"):
             server.hold.wait(PATIENCE_S)
-        if self.path.startswith("/flaky/"):
+        if self.path.startswith(("/flaky/", "/lost/")):
             failures = int(self.path.split("/")[2])
             if server.asked.count(self.path) <= failures:
+                if self.path.startswith("/lost/"):
+                    self.close_connection = True
+                    return
                 self.send_response(503)
                 self.send_header("Content-Length", "0")
                 self.end_headers()

@@ -194,6 +194,9 @@ def test_some_are_mirrored(mesh: Mesh) -> None:
         ("/flaky/2/a", {}, 200, 3),
         ("/flaky/3/b", {}, 503, 3),
         ("/flaky/1/c", {"retry": "never"}, 503, 1),
+        # What hangs up (conformance test HTTPRouteRetryConnectionError).
+        ("/lost/2/e", {}, 200, 3),
+        ("/lost/3/f", {}, 503, 3),
         # No answer in time is tried again, too.
         ("/slow/d", {}, 504, 2),
     ],

@@ -170,8 +170,8 @@ class Backend:
 
 @dataclass(frozen=True)
 class Retry:
-    """A request that was not taken is tried again up to `attempts` times, and so is one that is
-    answered with one of the codes; at least about `backoff` apart (None: Envoy's default)."""
+    """A request that is not answered is tried again up to `attempts` times, and so is one that is
+    answered with one of the codes; about `backoff` apart (None: Envoy's default)."""
 
     attempts: int
     codes: tuple[int, ...] = ()

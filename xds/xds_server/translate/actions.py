@@ -36,8 +36,9 @@ _FAILED = {RouteKind.HTTP: 500, RouteKind.GRPC: 503}
 MILLION = 1_000_000
 #: Longer only if that is what is asked for.
 _LONGEST_BACKOFF = timedelta(hours=1)
-#: The request was not taken: not connected, or refused by HTTP/2 or gRPC before it was looked at.
-_NOT_TAKEN = ("connect-failure", "refused-stream", "unavailable")
+#: No answer: not connected, refused by HTTP/2 or gRPC, or the connection was lost, or it took too
+#: long, which the Gateway API counts alike (HTTPRouteRetry).
+_UNANSWERED = ("connect-failure", "refused-stream", "unavailable", "reset")
 
 Action: TypeAlias = route_components_pb2.RouteAction
 MirrorPolicy: TypeAlias = route_components_pb2.RouteAction.RequestMirrorPolicy
@@ -209,14 +210,10 @@ def _retry_policy(retry: Retry | None, each: timedelta | None) -> route_componen
     result.num_retries.value = retry.attempts if retry else 0
     if retry is None or not retry.attempts:
         return result
-    conditions = list(_NOT_TAKEN)
+    conditions = list(_UNANSWERED)
     if retry.codes:
         conditions.append("retriable-status-codes")
         result.retriable_status_codes.extend(retry.codes)
-    if each:
-        # What has no answer in time is tried again, too. Envoy knows that by this name only, which
-        # a lost connection has as well.
-        conditions.append("reset")
     result.retry_on = ",".join(conditions)
     if retry.backoff is not None:
         base = max(retry.backoff, timedelta(milliseconds=1))
