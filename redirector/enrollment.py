@@ -6,7 +6,7 @@ kernel is touched and deleted after it is clean, so `unenroll` and `uninstall` f
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from redirector.errors import (
     NotEnrolled,
     RedirectorError,
 )
-from redirector.model import Accelerate, Ids, Links, Mode, Pod, Steering
+from redirector.model import Accelerate, Ids, IPAddress, Links, Mode, Pod, Steering
 from redirector.modes.base import ModeDriver
 from redirector.modes.closed import SETTLED_NS, forget_closed
 from redirector.modes.ebpf import EbpfMode, pin_name
@@ -81,6 +81,7 @@ class Enrollment:
         with self._records.locked():
             self._require_new(pod)
             self._require_addresses(pod)
+            pod = replace(pod, repeated=self._repeated(pod))
             self._records.put(pod)
             try:
                 # 127.0.0.6 is loopback by itself, ::6 must be made so.
@@ -117,20 +118,34 @@ class Enrollment:
                 )
 
     def _require_addresses(self, pod: Pod) -> None:
-        """The programs find a connection's server by its address: of two pods, one would lose."""
+        """Both ends of a connection know it by their pods' addresses: of two pods, one would lose.
+
+        Not of those that pods have beside the one that they are known by: of a bridge of their own,
+        or of a load balancer.
+        """
+        for other, ips in self._at_addresses_of(pod):
+            shared = sorted(str(ip) for ip in ips if ip in pod.aims and ip in other.aims)
+            if shared:
+                raise AlreadyEnrolled(
+                    f"pod {pod.name}: address {', '.join(shared)} is that of pod {other.name}, "
+                    "too; use --mode iptables, or take that one off with "
+                    f"'redirector unenroll {other.name}'"
+                )
+
+    def _repeated(self, pod: Pod) -> tuple[IPAddress, ...]:
+        taken = {ip for _, ips in self._at_addresses_of(pod) for ip in ips}
+        return tuple(ip for ip in pod.node_wide if ip in taken)
+
+    def _at_addresses_of(self, pod: Pod) -> Iterator[tuple[Pod, set[IPAddress]]]:
+        """The other pods in eBPF mode, as they are now, that had some of these addresses first."""
         if pod.mode is not Mode.EBPF:
             return
         for other in self._records.at_addresses(pod):
             if _lost(other):
                 continue
             # An address that the other has given up meanwhile is free.
-            shared = set(pod.node_wide).intersection(network.addresses(other.netns))
-            if shared:
-                raise AlreadyEnrolled(
-                    f"pod {pod.name}: address {', '.join(sorted(map(str, shared)))} is that of "
-                    f"pod {other.name}, too; use --mode iptables, or take that one off with "
-                    f"'redirector unenroll {other.name}'"
-                )
+            other = replace(other, addresses=network.addresses(other.netns))
+            yield other, set(pod.node_wide).intersection(other.unique)
 
     def change_mode(self, name: str, mode: Mode) -> Pod:
         """Move a pod to another mode. Both steer for a moment, so no connection slips past.
@@ -176,6 +191,7 @@ class Enrollment:
             )
             if new.mode is not old.mode:
                 self._require_addresses(new)
+            new = replace(new, repeated=self._repeated(new))
             had = self._records.had(name)
             self._records.put(old, changing=(*had, new))
             self._modes[new.mode].install(new, had)

@@ -143,11 +143,24 @@ class Pod:
     uid: str = ""
     #: Known where a mode needs it.
     ids: Ids = Ids()
+    #: In eBPF mode, those of the addresses that another pod in that mode had first.
+    repeated: tuple[IPAddress, ...] = ()
 
     @property
     def node_wide(self) -> tuple[IPAddress, ...]:
-        """Those of the addresses that no other pod of the node has: not link-local."""
+        """Those of the addresses that mean the same on all of the node: not link-local."""
         return tuple(ip for ip in self.addresses if not ip.is_link_local)
+
+    @property
+    def unique(self) -> tuple[IPAddress, ...]:
+        """Those by which this pod alone is known."""
+        return tuple(ip for ip in self.node_wide if ip not in self.repeated)
+
+    @property
+    def aims(self) -> tuple[IPAddress, ...]:
+        """Where its connections to the sidecar go: of each family the first that needs no link."""
+        first = {ip.version: ip for ip in reversed(without_links(self.addresses))}
+        return tuple(first[version] for version in sorted(first))
 
     @property
     def of_links(self) -> tuple[IPAddress, ...]:

@@ -282,8 +282,8 @@ def name_of(path: Path) -> str:
 
 
 def _keys(pod: Pod) -> tuple[str, ...]:
-    # In iptables mode several pods may have one; an entry has room for one.
-    addresses = map(_address_key, pod.node_wide if pod.mode is Mode.EBPF else ())
+    # Several pods may have one; an entry has room for one.
+    addresses = map(_address_key, pod.unique if pod.mode is Mode.EBPF else ())
     return (_netns_key(pod.netns_cookie), _cgroup_key(pod.cgroup), *addresses)
 
 
@@ -371,6 +371,7 @@ def from_json(data: dict[str, Any]) -> Pod:
             "accelerate": Accelerate(data["accelerate"]),
             "steering": Steering(**steering),
             "addresses": tuple(ip_address(text) for text in data["addresses"]),
+            "repeated": tuple(ip_address(text) for text in data.get("repeated", ())),
             "links": _links(data.get("links", {})),
             "ids": _ids(data.get("ids", {})),
         }

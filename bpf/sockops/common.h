@@ -144,18 +144,18 @@ ALWAYS __u8 cidr_listed(__u64 netns, struct address *ip, __u32 set)
 }
 
 // `owner` is what pods_by_address has for the address.
-ALWAYS bool is_owned(__u64 *owner, struct address *ip, __u64 netns)
+ALWAYS bool is_owned(const struct pod *pod, __u64 *owner, struct address *ip, __u64 netns)
 {
-	if (owner)
-		return *owner == netns;
-	return is_link_local(ip) && cidr_listed(netns, ip, CIDR_OWN);
+	if (owner && *owner == netns)
+		return true;
+	return (is_link_local(ip) || pod->flags & POD_REPEATED) && cidr_listed(netns, ip, CIDR_OWN);
 }
 
-ALWAYS bool is_own(struct address *ip, __u64 netns)
+ALWAYS bool is_own(const struct pod *pod, struct address *ip, __u64 netns)
 {
 	__u64 *owner = pods_by_address.lookup(ip);
 
-	return is_owned(owner, ip, netns);
+	return is_owned(pod, owner, ip, netns);
 }
 
 ALWAYS bool is_member(__u64 netns, __u32 value, __u32 set)

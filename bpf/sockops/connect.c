@@ -180,7 +180,7 @@ ALWAYS int decide_connect(struct bpf_sock_addr *ctx, struct attempt *a, struct a
 	a->udp = ctx->protocol == IPPROTO_UDP;
 	if (!pod || (a->udp ? !(pod->flags & POD_DNS) : ctx->protocol != IPPROTO_TCP))
 		return 1;
-	look_around(ctx, a);
+	look_around(ctx, pod, a);
 	rule = outbound_rule(pod, a);
 	*aim = take_aim(ctx, pod, rule, a);
 	if (!a->udp && is_many(&aim->to.ip)) {

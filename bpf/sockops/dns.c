@@ -17,7 +17,7 @@ ALWAYS int decide_query(struct bpf_sock_addr *ctx, struct attempt *a, struct aim
 	if (!pod || !(pod->flags & POD_DNS))
 		return 1;
 	a->udp = true;
-	look_around(ctx, a);
+	look_around(ctx, pod, a);
 	rule = outbound_rule(pod, a);
 	if (rule != RULE_OUTBOUND_DNS)
 		return 1;

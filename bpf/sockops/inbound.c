@@ -140,7 +140,7 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	}
 	// The kernel drops packets from outside that claim one of our own addresses as source.
 	if (!is_loopback(&key.client) && !same(&key.client, &key.server) &&
-	    !is_own(&key.client, netns))
+	    !is_own(pod, &key.client, netns))
 		return from_outside(ctx, pod, netns, &key);
 	// A sidecar that is told of no original destination leads it nowhere.
 	if (!sidecars || is_loopback(&key.server) || pod->flags & POD_TAKEOVER)

@@ -115,6 +115,7 @@ enum pod_flag {
 	POD_DNS = 256,		  // capture DNS, of the resolvers in the cidrs trie ...
 	POD_DNS_ANY = 512,	  // ... or of anybody
 	POD_INTERFACES = 1024,	  // some interfaces are excluded
+	POD_REPEATED = 2048,	  // other pods have some of its addresses, too
 	// Connections steered by an older generation may be on their way, their flows in its map.
 	POD_TAKEOVER = 1 << 16,
 };
@@ -184,7 +185,7 @@ enum cidr_set {
 	CIDR_EXCLUDE = 1,
 	CIDR_RESOLVER = 2,
 	CIDR_ROUTE = 3, // the main routing table
-	CIDR_OWN = 4,	// the pod's own link-local addresses
+	CIDR_OWN = 4,	// the pod's own addresses that others may have: link-local, repeated
 	CIDR_V6 = 16,
 };
 

@@ -3,7 +3,7 @@
 
 // netns cookie -> how this pod is steered.
 BPF_TABLE("hash", __u64, struct pod, pods, MAX_PODS);
-// A pod's own address -> netns cookie of that pod; link-local ones are in `cidrs`.
+// A pod's own address -> netns cookie of that pod; those that others have, too, are in `cidrs`.
 BPF_TABLE("hash", struct address, __u64, pods_by_address, MAX_ADDRESSES);
 // CIDR lists of all pods; longest prefix match.
 BPF_F_TABLE("lpm_trie", struct cidr_key, __u8, cidrs, MAX_CIDRS, BPF_F_NO_PREALLOC);

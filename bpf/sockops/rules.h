@@ -15,14 +15,14 @@ struct attempt {
 };
 
 // What the caller of a hook does not say: who connects, and whose address it is.
-ALWAYS void look_around(struct bpf_sock_addr *ctx, struct attempt *a)
+ALWAYS void look_around(struct bpf_sock_addr *ctx, const struct pod *pod, struct attempt *a)
 {
 	struct bpf_sock *sk = ctx->sk;
 	__u64 *owner = pods_by_address.lookup(&a->dst.ip);
 
 	a->ids = owner_ids(ctx);
 	a->neighbour = owner;
-	a->own = is_owned(owner, &a->dst.ip, a->netns);
+	a->own = is_owned(pod, owner, &a->dst.ip, a->netns);
 	if (sk)
 		a->device = sk->bound_dev_if;
 }

@@ -342,7 +342,8 @@ ALWAYS bool had_no_flow(struct sock_state *state, __u64 netns)
 	if (state->flow.server_port != pod->outbound_port &&
 	    state->flow.server_port != pod->inbound_port)
 		return false;
-	return same(&state->flow.client, &state->flow.server) || is_own(&state->flow.server, netns);
+	return same(&state->flow.client, &state->flow.server) ||
+	       is_own(pod, &state->flow.server, netns);
 }
 
 ALWAYS void tell_failed(struct bpf_sock_ops *ops, struct sock_state *state, const struct flow *flow)

@@ -231,6 +231,7 @@ class PodFlag(IntFlag):
     DNS = 256
     DNS_ANY = 512
     INTERFACES = 1024
+    REPEATED = 2048
     TAKEOVER = 1 << 16
 
 

@@ -273,10 +273,11 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
                 "interface a connection comes in (Linux 5.17 does); use --mode iptables"
             )
         flags |= PodFlag.INTERFACES
+    if pod.repeated:
+        flags |= PodFlag.REPEATED
     # One of an IPv6 link would need the link beside it, which no hook can tell.
-    aims = without_links(pod.addresses)
-    ip4 = [ip for ip in aims if isinstance(ip, IPv4Address)]
-    ip6 = [ip for ip in aims if isinstance(ip, IPv6Address)]
+    ip4 = [ip for ip in pod.aims if isinstance(ip, IPv4Address)]
+    ip6 = [ip for ip in pod.aims if isinstance(ip, IPv6Address)]
     if not ip4 and not ip6:
         raise DatapathError(
             f"pod {pod.name}: {pod.netns} has no address but loopback; enroll it once its "
@@ -302,13 +303,13 @@ def pod_entry(pod: Pod, accelerate: bool) -> PodEntry:
 def _lists(pod: Pod) -> Lists:
     steering = pod.steering
     return Lists(
-        addresses=pod.node_wide,
+        addresses=pod.unique,
         links=pod.links,
         cidrs={
             CidrSet.INCLUDE: _partial(steering.include_outbound_cidrs),
             CidrSet.EXCLUDE: steering.exclude_outbound_cidrs,
             CidrSet.RESOLVER: tuple(map(ip_network, steering.dns_servers or ())),
-            CidrSet.OWN: tuple(map(ip_network, pod.of_links)),
+            CidrSet.OWN: tuple(map(ip_network, (*pod.of_links, *pod.repeated))),
         },
         members={
             MemberSet.OUTBOUND_PORT_INCLUDE: steering.include_outbound_ports,

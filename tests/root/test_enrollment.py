@@ -28,6 +28,7 @@ pytestmark = pytest.mark.root
 
 #: Only a failure waits so long.
 PATIENCE_S = 30.0
+BRIDGE = "172.17.0.1"
 
 
 def until(happened: Callable[[], bool]) -> None:
@@ -194,16 +195,14 @@ def test_a_cgroup_and_a_namespace_are_of_one_pod(node: Node, enrollment: Enrollm
 def test_two_pods_at_one_address_are_not_both_in_ebpf_mode(
     node: Node, enrollment: Enrollment
 ) -> None:
-    """The programs find the server of a connection by its address."""
+    """Both ends of a connection know it by the pods' addresses."""
     pod, peer = node.pod("pod"), node.pod("peer")
 
-    def change(verb: str, each: LabPod) -> None:
-        device = ["dev", "eth0"] if each is pod else ["dev", "lo"]
-        prefix = "24" if each is pod else "32"
-        ip = ["ip", "-n", each.netns.name, "address", verb, f"{pod.ip}/{prefix}", *device]
-        subprocess.run(ip, check=True)
+    def change(verb: str, each: LabPod, ip: str) -> None:
+        each.run(["ip", "address", verb, f"{ip}/24", "dev", "eth0"], check=True)
 
-    change("add", peer)
+    change("delete", peer, peer.ip)
+    change("add", peer, pod.ip)
     enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
     told = f"pod peer: address {pod.ip} is that of pod pod, too"
     with pytest.raises(AlreadyEnrolled, match=told):
@@ -217,8 +216,52 @@ def test_two_pods_at_one_address_are_not_both_in_ebpf_mode(
         "pod": (),
     }
     # A forerunner's address goes to its successor before we hear of its end.
-    change("delete", pod)
+    change("delete", pod, pod.ip)
     enrollment.change_mode("peer", Mode.EBPF)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_pods_may_have_the_same_address_beside_their_own(
+    node: Node, enrollment: Enrollment, late: bool
+) -> None:
+    """As that of a bridge for their containers, or of a load balancer: it is each one's own."""
+    pods = [node.pod("pod"), node.pod("peer")]
+    for pod in pods:
+        probes.start(pod, [(Verdict.OUTBOUND, 15001), (Verdict.INBOUND, 15006)], sidecar=True)
+        probes.start(pod, [(Verdict.DIRECT, PORT)])
+    own = [ip_address(BRIDGE), *(ip_address(pod.ip) for pod in pods)]
+
+    def check(pod: LabPod) -> None:
+        """What is its own is direct, and comes back through the inbound policy to its sidecar."""
+        calls = [probes.Call(ip, PORT) for ip in own if ip in (own[0], ip_address(pod.ip))]
+        for who, verdict in ((False, Verdict.DIRECT), (True, Verdict.INBOUND)):
+            told = pod.call(probes.dial, calls, sidecar=who)
+            assert told == [
+                probes.Arrival(verdict, c.destination, PORT, c.destination) for c in calls
+            ]
+
+    def give(pod: LabPod, ip: str) -> None:
+        pod.run(["ip", "address", "add", f"{ip}/32", "dev", "lo"], check=True)
+
+    for pod in pods:
+        if not late:
+            give(pod, BRIDGE)
+        enrollment.enroll(pod.name, pod.netns, pod.cgroup, Mode.EBPF)
+        if late:
+            give(pod, BRIDGE)
+    # Somebody else's, which it has no business to have.
+    give(pods[1], pods[0].ip)
+    assert enrollment.take_over()[1] == []
+    for pod in pods:
+        check(pod)
+    enrollment.unenroll(pods[0].name)
+    check(pods[1])
+    enrollment.update(pods[1].name)  # has it all to itself now
+    enrollment.enroll(pods[0].name, pods[0].netns, pods[0].cgroup, Mode.EBPF)
+    for pod in pods:
+        check(pod)
+    enrollment.unenroll(pods[1].name)
+    check(pods[0])
 
 
 def test_another_namespace_under_the_path_is_left_alone(node: Node, enrollment: Enrollment) -> None:
