@@ -161,6 +161,21 @@ def test_grants(granted: KubeObject, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("parents", "reason"),
+    [
+        ("[{name: api, namespace: far}]", "ResolvedRefs"),
+        ("[{name: api, namespace: far}, {name: other, namespace: far}]", "ResolvedRefs"),
+        ("[{name: other, namespace: far}]", "RefNotPermitted"),
+        # It would bring clients of all namespaces there.
+        ("[{name: api, namespace: far}, {name: web}]", "RefNotPermitted"),
+    ],
+)
+def test_a_consumers_route_needs_no_grant_for_its_parents(parents: str, reason: str) -> None:
+    mesh = mesh_of(route(parents, "[{backendRefs: [{name: api, namespace: far, port: 80}]}]"))
+    assert {found["ResolvedRefs"] for found in reasons(of(mesh))} == {reason}
+
+
+@pytest.mark.parametrize(
     ("rules", "expected"),
     [
         ("", {**ACCEPTED}),

@@ -1,7 +1,7 @@
 """HTTPRoutes and GRPCRoutes whose parent is a Service (GAMMA), and ReferenceGrants."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from xds_server.conditions import Reference
@@ -93,7 +93,11 @@ class RouteReader:
         hostnames = tuple(sorted({_hostname(host) for host in spec["hostnames"].items()}))
         created = item.root["metadata"]["creationTimestamp"].text("")
         sound = not item.bad
-        rules = RuleReader(item, kind, self.services, lambda name: self._granted(item, name))
+        asked = {
+            Name(one.reference.namespace or item.name.namespace, one.reference.name)
+            for one in attachments
+        }
+        rules = RuleReader(item, kind, self.services, lambda name: self._granted(item, name, asked))
         route = Route(
             item.name,
             created,
@@ -147,8 +151,15 @@ class RouteReader:
             field[place].misfit(why)
         return Attachment(reference, (), why, field)
 
-    def _granted(self, item: Item, service: Name) -> bool:
-        return item.name.namespace == service.namespace or any(
+    def _granted(self, item: Item, service: Name, asked: Collection[Name]) -> bool:
+        """`asked` are the Services that the route is for. A consumer's route leads its own clients
+        to what they asked for without anybody's leave (GEP-1426, "Namespace boundaries";
+        conformance test MeshConsumerRoute); one that is for a Service of its own, too, brings
+        others there."""
+        own = item.name.namespace
+        if service in asked and all(name.namespace != own for name in asked):
+            return True
+        return own == service.namespace or any(
             grant.kind == item.kind
             and grant.route_namespace == item.name.namespace
             and grant.service_namespace == service.namespace
