@@ -409,7 +409,10 @@ def test_what_is_of_no_use_is_told() -> None:
     config = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a, namespace: demo}"
     mesh, problems = read(gateway, config, "apiVersion: v1\nkind: Namespace\nmetadata: {name: x}")
     assert problems == []
-    assert mesh.ignored == ("ConfigMap demo/a (v1)", "HTTPRoute demo/web (no parent is a Service)")
+    assert mesh.ignored == (
+        "ConfigMap demo/a (v1)",
+        "HTTPRoute demo/web (no parent is a Service: kind Service of group '')",
+    )
     assert mesh.routes == ()
 
 

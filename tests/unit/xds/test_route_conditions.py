@@ -109,6 +109,22 @@ def test_parents(parent: str, ports: list[int]) -> None:
     assert of(mesh).generation == 3
 
 
+@pytest.mark.parametrize(
+    ("parents", "hostnames"),
+    [
+        ("[{name: web}]", ("web.example.com",)),
+        # They are the Gateway's: clients in the mesh ask by the Service's name.
+        ("[{name: web}, {group: gateway.networking.k8s.io, kind: Gateway, name: edge}]", ()),
+    ],
+)
+def test_hostnames(parents: str, hostnames: tuple[str, ...]) -> None:
+    given = route(parents)
+    spec = given.data["spec"]
+    assert isinstance(spec, dict)
+    spec["hostnames"] = ["web.example.com"]
+    assert mesh_of(given).routes[0].hostnames == hostnames
+
+
 def test_each_parent_has_its_own_conditions() -> None:
     mesh = mesh_of(route("[{name: web}, {name: nobody}, {name: web, port: 80}]"))
     assert [found["Accepted"] for found in reasons(of(mesh))] == [

@@ -162,7 +162,7 @@ def _routes(
     for item in (item for kind in ROUTE_KINDS for item in kinds[kind]):
         one = judge(item, reader, forms, beside)
         if one is None:
-            foreign.append(f"{item.subject} (no parent is a Service)")
+            foreign.append(f"{item.subject} (no parent is a Service: kind Service of group '')")
         else:
             judged.append(one)
     foreign += (

@@ -81,9 +81,10 @@ class RouteReader:
     def read(self, item: Item) -> RouteReading | None:
         """None for a route that has no Service as a parent: it is not the mesh's."""
         spec, kind = item.spec, RouteKind(item.kind)
+        parents = spec["parentRefs"].items()
         references = [
             parent
-            for parent in spec["parentRefs"].items()
+            for parent in parents
             if parent["group"].text(GATEWAY_GROUP) == "" and parent["kind"].value == "Service"
         ]
         if not references:
@@ -102,7 +103,8 @@ class RouteReader:
             item.name,
             created,
             tuple(sorted({parent for one in attachments for parent in one.parents})),
-            hostnames,
+            # Beside a Gateway they are what that listens for, which nobody in a mesh asks by.
+            hostnames if len(parents) == len(references) else (),
             rules.read(spec["rules"]),
             kind,
         )
