@@ -2,15 +2,19 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
+from typing import Any
 
 from redirector.errors import InputError
 
-#: A scraper that does not finish its request is let go after so many seconds.
+#: A scraper that sends nothing, or does not take its answer, is let go after so many seconds.
 _PATIENCE = 10.0
+#: Connections at a time. One more takes the place of the one that has waited longest.
+MAX_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,63 @@ def every_address(host: str) -> str:
 
 
 class _Listener(ThreadingHTTPServer):
+    """A thread for each connection, and a bound on these: anybody may connect, and who says
+    nothing, or says it slowly, must not keep others from being answered."""
+
     daemon_threads = True
+    #: Who comes while a crowd does is not to try again a second later, as TCP would.
+    request_queue_size = 1024
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._lock = threading.Lock()
+        #: In the order in which they began to wait for a request, and to be answered.
+        self._waiting: dict[socket.socket, None] = {}
+        self._answering: dict[socket.socket, None] = {}
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            if len(self._waiting) + len(self._answering) >= MAX_CONNECTIONS:
+                last = self._waiting or self._answering
+                self._let_go(next(iter(last)))
+            self._waiting[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._forget(request)
+        super().shutdown_request(request)
+
+    @contextmanager
+    def answering(self, connection: socket.socket) -> Iterator[None]:
+        """While a request is being answered, others that only wait go first."""
+        self._move(connection, self._waiting, self._answering)
+        try:
+            yield
+        finally:
+            self._move(connection, self._answering, self._waiting)
+
+    def _move(
+        self,
+        connection: socket.socket,
+        before: dict[socket.socket, None],
+        after: dict[socket.socket, None],
+    ) -> None:
+        with self._lock:
+            # One that was let go is in neither.
+            if connection in before:
+                del before[connection]
+                after[connection] = None
+
+    def _let_go(self, connection: socket.socket) -> None:
+        """Its thread finds the end of it, and closes it."""
+        self._forget(connection)
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self, connection: socket.socket) -> None:
+        self._waiting.pop(connection, None)
+        self._answering.pop(connection, None)
 
     def server_bind(self) -> None:
         """Without HTTPServer's own, which asks DNS for our name and waits for it."""
@@ -75,6 +135,11 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "redirector", ""
 
     def do_GET(self) -> None:
+        assert isinstance(self.server, _Listener)
+        with self.server.answering(self.connection):
+            self._answer()
+
+    def _answer(self) -> None:
         answer = self.answers.get(self.path.partition("?")[0])
         page = answer() if answer else Page(404, f"there are: {' '.join(self.answers)}\n".encode())
         self.send_response(page.status)

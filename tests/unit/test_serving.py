@@ -2,10 +2,14 @@
 
 import http.client
 import socket
+import threading
+from contextlib import ExitStack
 
 import pytest
+from waiting import eventually
 
-from redirector.serving import Page, Server
+from redirector import serving
+from redirector.serving import MAX_CONNECTIONS, Page, Server
 
 PIECES = [b"first\n", b"", b"x" * 100_000, b"last\n"]
 
@@ -66,3 +70,24 @@ def test_every_address_of_the_families_that_the_kernel_has(
             with pytest.raises(ConnectionRefusedError):
                 connection.connect()
         connection.close()
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /whole HTT", b"GET /pieces HTTP/1.1\r\n\r\n" * 100], ids=len
+)
+def test_who_says_nothing_or_takes_nothing_keeps_nobody_from_being_answered(
+    server: Server, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving._Handler, "timeout", 3600)
+    before = threading.active_count()
+    with ExitStack() as idle:
+        for _ in range(500):
+            made = idle.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            made.sendall(said)
+        for _ in range(3):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            connection.request("GET", "/whole")
+            assert connection.getresponse().read() == b"".join(PIECES)
+            connection.close()
+        eventually("room", lambda: threading.active_count() - before <= MAX_CONNECTIONS)
+    eventually("their end", lambda: threading.active_count() <= before)

@@ -1,6 +1,7 @@
 """Clients that refuse without a word about what: each resource is judged by itself in the end."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import test_stream_delta
@@ -32,10 +33,8 @@ class Refuser:
     """Takes what it is sent, but for clusters that `refuses` is true of."""
 
     def __init__(self, variant: str, refuses: Refuses) -> None:
-        self.talk = getattr(test_stream_sotw if variant == "sotw" else test_stream_delta, "Talk")(
-            WORLD
-        )
         self.sotw = variant == "sotw"
+        self.talk: Any = (test_stream_sotw.Talk if self.sotw else test_stream_delta.Talk)(WORLD)
         self.refuses = refuses
         self.has: set[str] = set()
         for type_url in (CLUSTER, LISTENER):
