@@ -252,10 +252,14 @@ def test_an_allow_policy_without_rules_allows_nothing(mesh: Running) -> None:
 
 
 def test_a_pod_without_policies_sees_requests_as_they_were_sent(mesh: Running) -> None:
-    answer = mesh.ask(PODS["open"], "/a//b/../c%2fd", headers={"X-Forwarded-For": "192.0.2.1"})
+    sent = {"X-Forwarded-For": "192.0.2.1", "X-Forwarded-Proto": "https", "x-envoy-retry-on": "5xx"}
+    answer = mesh.ask(PODS["open"], "/a//b/../c%2fd", headers=sent)
     assert answer.seen["path"] == "/a//b/../c%2fd"
     assert answer.seen["peer"] == "127.0.0.6"
     assert answer.seen["headers"]["x-forwarded-for"] == [f"192.0.2.1,{mesh.net}.101"]
+    # What took TLS off says so.
+    assert answer.seen["headers"]["x-forwarded-proto"] == ["https"]
+    assert not [name for name in answer.seen["headers"] if name.startswith("x-envoy")]
     assert answer.headers["server"].startswith("BaseHTTP")
 
 

@@ -46,6 +46,8 @@ def inbound_routes(policies: Sequence[Policy]) -> route_pb2.RouteConfiguration:
     host = route_components_pb2.VirtualHost(name="*", domains=["*"], routes=[catch_all(INBOUND)])
     result = route_pb2.RouteConfiguration(name=INBOUND, virtual_hosts=[host])
     result.validate_clusters.value = False
+    # Whoever X-Forwarded-For claims to be first; the application sees that itself.
+    result.request_headers_to_remove.append("x-envoy-external-address")
     configure(result, per_route(policies))
     return result
 
@@ -74,8 +76,10 @@ def _http_chain(port: AppPort, policies: Sequence[Policy], traffic: TrafficPolic
     manager = http_manager(INBOUND, "localhost", filters)
     manager.access_log.extend(access_logs(traffic))
     # The peer's address is appended to X-Forwarded-For, and no peer is trusted with Envoy's own
-    # request headers.
+    # request headers. X-Forwarded-Proto stays, which an ingress set that took TLS off: Envoy would
+    # write "http" there if it did not count a proxy before itself. Policies judge the peer itself.
     manager.use_remote_address.value = True
+    manager.xff_num_trusted_hops = 1
     manager.internal_address_config.SetInParent()
     manager.preserve_external_request_id = True
     if any(policy.judges_paths for policy in policies):
