@@ -18,6 +18,7 @@ from redirector.errors import (
     AlreadyEnrolled,
     DatapathError,
     InputError,
+    MachineError,
     NotEnrolled,
     RedirectorError,
 )
@@ -78,7 +79,7 @@ class Enrollment:
             ids=_ids(netns, mode),
         )
         require_fit(name, pod.netns, pod.cgroup)
-        with self._records.locked():
+        with self._changing():
             self._require_new(pod)
             self._require_addresses(pod)
             pod = replace(pod, repeated=self._repeated(pod))
@@ -95,6 +96,13 @@ class Enrollment:
                 raise
             self._sweep()
         return pod
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Keep other commands that change pods out, on maps that are all in their place."""
+        with self._records.locked():
+            self._datapath.mend()
+            yield
 
     def _require_new(self, pod: Pod) -> None:
         for other in self._records.near(pod):
@@ -168,7 +176,7 @@ class Enrollment:
         `netns` is another path of the same namespace. The pod stays steered all the time, by the
         old options or the new.
         """
-        with self._records.locked():
+        with self._changing():
             old = self.get(name)
             new = replace(
                 old,
@@ -209,6 +217,7 @@ class Enrollment:
         Pods that are whole already are left alone. Answers those that were not, and what could not
         be done, a line each. Open connections stay with the programs that they began with.
         """
+        self.sweep()
         taken: list[Pod] = []
         readable, damaged = self._records.sorted_out()
         problems = list(damaged.values())
@@ -225,14 +234,14 @@ class Enrollment:
 
     def sweep(self) -> None:
         """Let go of what older versions' connections no longer need; every verb does so, too."""
-        with self._records.locked():
+        with self._changing():
             self._sweep()
 
     def forget_closed(self, settled_ns: int = SETTLED_NS) -> int:
         """Delete flows whose close somebody else's program kept from us; return how many."""
         if not self._datapath.is_loaded():
             return 0
-        with self._records.locked():
+        with self._changing():
             pods = [pod for pod in self.readable() if pod.mode is Mode.EBPF]
             return forget_closed(self._datapath.maps, pods, settled_ns)
 
@@ -249,7 +258,7 @@ class Enrollment:
 
         Of a pod whose record is damaged: as far as its name and what is left of the record tell.
         """
-        with self._records.locked():
+        with self._changing():
             try:
                 pod = self.get(name)
             except DatapathError as error:
@@ -373,6 +382,8 @@ class Enrollment:
         if not self._records.directory.exists() and not self._datapath.root.exists():
             return problems
         with self._records.locked():
+            with contextlib.suppress(DatapathError, MachineError):
+                self._datapath.mend()
             for path in self._records.paths():
                 try:
                     self._uninstall(path)

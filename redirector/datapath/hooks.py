@@ -38,3 +38,8 @@ SOCKHASH_HOOKS: tuple[tuple[str, AttachType], ...] = (
     ("redirect", AttachType.SK_MSG_VERDICT),
     ("arrive", AttachType.SK_SKB_STREAM_VERDICT),
 )
+#: What is pinned of each build, by name; on some kernels the permission hooks' programs beside it.
+#: `forget` is attached nowhere (forgetting.py).
+PINNED = frozenset(
+    hook for hook, _ in (*ALL_HOOKS, *DNS_ANSWER_HOOKS, *DNS_QUERY_HOOKS, *SOCKHASH_HOOKS)
+) | {"forget"}

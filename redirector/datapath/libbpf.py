@@ -450,7 +450,19 @@ class MapInfo(ctypes.Structure):
         ("key_size", ctypes.c_uint32),
         ("value_size", ctypes.c_uint32),
         ("max_entries", ctypes.c_uint32),
+        ("map_flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16),
     )
+
+
+@contextlib.contextmanager
+def opened_map(identity: int) -> Iterator[int]:
+    """A descriptor of the map of this id, closed on leaving (bpf_map_get_fd_by_id)."""
+    fd = _check(_lib().bpf_map_get_fd_by_id(identity), f"map {identity}")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def map_info(fd: int) -> MapInfo:

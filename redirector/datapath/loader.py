@@ -25,6 +25,7 @@ from redirector.datapath.btf import knows_system_calls
 from redirector.datapath.hooks import PER_POD, SOCKHASH_HOOKS, SPLICE_HOOK
 from redirector.datapath.instructions import portable, relocated
 from redirector.datapath.layout import SELF_TEST, About, Defect
+from redirector.datapath.mending import MAPS
 from redirector.datapath.source import (
     SIZES,
     build_id,
@@ -35,27 +36,6 @@ from redirector.datapath.source import (
 from redirector.datapath.trial import TrialMaps, enter_scratch_namespace
 from redirector.errors import MachineError
 from redirector.machine import cgroup2_mount
-
-MAPS = (
-    "pods",
-    "pods_by_address",
-    "cidrs",
-    "members",
-    "counters",
-    "flows",
-    "shares",
-    "room",
-    "states",
-    "sockets",
-    "listeners",
-    "about",
-    "followers",
-    "following",
-    "lost_events",
-    "arrivals",
-    "habits",
-    "arrived",
-)
 
 
 @dataclass(frozen=True)
@@ -130,7 +110,8 @@ def _replace(
     """Put the programs in the place of another build's, on the maps that are there."""
     for name, fd in own.items():
         if not (directory / "maps" / name).exists():
-            # Of the same layout, but the other build had no need to find it again.
+            # Of the same layout, but the other build had no need to find it again; or its pin was
+            # removed, and no program has it any more.
             libbpf.obj_pin(fd, directory / "maps" / name)
     pinned = {name: libbpf.obj_get(directory / "maps" / name) for name in MAPS}
     instead = {fd: pinned[name] for name, fd in own.items()}
@@ -138,7 +119,7 @@ def _replace(
     build = bytes(about.sha256).hex()
     _pin(module, programs, own, staging / build)
     # Links hold their programs; what is pinned serves new ones only.
-    shutil.rmtree(directory / "programs")
+    shutil.rmtree(directory / "programs", ignore_errors=True)
     staging.rename(directory / "programs")
     _attach_to_maps(programs, pinned)
     libbpf.map_update(pinned["about"], bytes(4), bytes(about))

@@ -116,8 +116,14 @@ class Maps:
             with libbpf.opened(self._directory / name) as fd:
                 yield fd
         except OSError as error:
-            full = "; the map is full" if error.errno in _FULL else ""
-            raise DatapathError(f"map {name}: {error.strerror or error}{full}") from error
+            raise DatapathError(f"map {name}: {self._what_is_wrong(name, error)}") from error
+
+    def _what_is_wrong(self, name: str, error: OSError) -> str:
+        pin = self._directory / name
+        if error.errno == errno.ENOENT and not pin.exists():
+            return f"its pin {pin} is gone; put it back: redirector takeover"
+        full = "; the map is full" if error.errno in _FULL else ""
+        return f"{error.strerror or error}{full}"
 
     def about(self) -> About:
         """What is said of the datapath as a whole, by whatever version."""

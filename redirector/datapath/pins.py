@@ -17,6 +17,7 @@ from redirector.datapath.hooks import (
     DNS_QUERY_HOOKS,
     INBOUND_HOOK,
     PER_POD,
+    PINNED,
     SPLICE_HOOK,
 )
 from redirector.datapath.instructions import for_pod
@@ -24,6 +25,7 @@ from redirector.datapath.layout import Defect
 from redirector.datapath.libbpf import AttachType, Kind, LinkInfo
 from redirector.datapath.loading import run_loader
 from redirector.datapath.maps import Maps
+from redirector.datapath.mending import lacking, pin_again
 from redirector.datapath.neighbours import require_room
 from redirector.datapath.source import SIZES, build_id, layout_id
 from redirector.errors import DatapathError
@@ -42,7 +44,7 @@ class Datapath:
     def __init__(self, root: Path, sizes: Mapping[str, int] = SIZES) -> None:
         self.root = root
         self._sizes = sizes
-        self._ids: tuple[int, Mapping[str, int]] = (0, {})
+        self._ids: tuple[tuple[int, int], Mapping[str, int]] = ((0, 0), {})
 
     # -- as a whole
 
@@ -79,8 +81,26 @@ class Datapath:
         return self.generation.exists()
 
     def is_current(self) -> bool:
-        """Whether the programs that are pinned are this version's."""
-        return self.programs.is_dir() and bytes(self.maps.about().sha256) == self._build
+        """Whether the programs that are pinned are this version's, and all that belongs to them."""
+        return (
+            self.programs.is_dir()
+            and PINNED.issubset(os.listdir(self.programs))
+            and not lacking(self.generation.directory)
+            and bytes(self.maps.about().sha256) == self._build
+        )
+
+    def mend(self) -> None:
+        """Pin again what somebody has removed of this layout's maps; load anew what is lost.
+
+        A program's pin can wait until a pod is attached to it: `ensure` looks, too.
+        """
+        directory = self.generation.directory
+        if not directory.is_dir() or not lacking(directory):
+            return
+        with _told(f"{directory}/maps"):
+            pin_again(directory)
+        if lacking(directory):
+            self.ensure()
 
     def ensure(self) -> None:
         """Load this version's programs unless they are pinned already.
@@ -228,8 +248,9 @@ class Datapath:
             return False
 
     def _own_ids(self) -> Mapping[str, int]:
-        """This version's programs, looked up once for each load."""
-        load = self.programs.stat().st_ino
+        """This version's programs, looked up once for each load, and when a pin has gone."""
+        found = self.programs.stat()
+        load = (found.st_ino, found.st_mtime_ns)
         if self._ids[0] != load:
             ids: dict[str, int] = {}
             for pin in self.programs.iterdir():
@@ -240,6 +261,8 @@ class Datapath:
 
     def decides(self, pod: str) -> bool:
         """Whether all that decides on the pod's connections works on this version's maps."""
+        if not self.is_loaded():
+            return False
         own = self.generation.pods_map().id
         links = [_link(self._pin(pod, hook)) for hook, _ in DECIDING_HOOKS]
         try:

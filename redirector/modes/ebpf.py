@@ -184,12 +184,10 @@ class EbpfMode:
         if entered and all(self._datapath.is_own(pins, h, _target(pod, h)) for h in hooks):
             return _unknown_addresses(pod)
         lost = [hook for hook in hooks if not self._datapath.holds(pins, hook, _target(pod, hook))]
-        loaded = self._datapath.is_loaded()
-        if {hook for hook, _ in DECIDING_HOOKS}.isdisjoint(lost) and not (
-            loaded and self._datapath.decides(pins)
-        ):
+        decided = {hook for hook, _ in DECIDING_HOOKS}.isdisjoint(lost)
+        if decided and not self._datapath.decides(pins):
             return [_OWN_PROGRAMS]
-        if not loaded:
+        if not self._datapath.is_loaded():
             return ["the programs"]
         if self._datapath.maps.pod(pod.netns_cookie) is None:
             lost.append("its entry in the pods map")
