@@ -49,10 +49,13 @@ class Connection:
         stream: DeltaStream | SotwStream,
         peer: Peer | None,
         limits: Limits,
+        address: str,
     ) -> None:
+        """`address` is where the client comes from, as gRPC tells it."""
         self.node = node
         self.stream = stream
         self.peer = peer
+        self.address = address
         #: The client ended its side.
         self.closed = False
         self._leaving = False

@@ -26,6 +26,7 @@ from xds_server.quarantine import Quarantined
 from xds_server.sotw import SotwStream
 from xds_server.standing import Standing
 from xds_server.tally import Tally
+from xds_server.witnesses import Witness, credible, trust
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +176,14 @@ class Server:
                 connection.leave()
 
     def refused(self) -> Iterator[tuple[NodeId, Quarantined]]:
-        """What clients have refused, and keep in an earlier version or not at all."""
-        for connection in self._connections():
-            for found in connection.stream.quarantined:
-                yield connection.node, found
+        """What clients have refused, and keep in an earlier version or not at all, as far as it
+        may be believed."""
+
+        def witness(client: Connection) -> Witness:
+            known = trust(self._workloads, client.node, client.peer, client.address)
+            return Witness(client.node, known, client.stream)
+
+        return credible(map(witness, self._connections()))
 
     def _connections(self) -> list[Connection]:
         return [client for client in self._hub.connections if isinstance(client, Connection)]
@@ -241,7 +246,7 @@ class Server:
             raise Refused(Reason.NODE_ID, str(error)) from None
         peer = Peer.of(context.auth_context())
         self._judge(node, peer)
-        connection = Connection(self._hub, node, stream, peer, self._limits)
+        connection = Connection(self._hub, node, stream, peer, self._limits, context.peer())
         if isinstance(stream, SotwStream):
             # Envoy names what its clusters and listeners use, and those are sent by us, too.
             stream.forgetful = node.client is not Client.ENVOY

@@ -89,6 +89,16 @@ class Stream(ABC):
             for found in state.doubts.standing(self._desired.of(url).version_of)
         )
 
+    def took(self, what: Quarantined) -> bool:
+        """The client took this very version, as far as it says."""
+        state = self._types.get(what.type_url)
+        return (
+            state is not None
+            and state.sent.get(what.name) == what.version
+            and not state.doubts.holds(what.name, what.version)
+            and not any(what.name in contents for _, contents in state.unanswered.values())
+        )
+
     @property
     def level(self) -> bool:
         """The client took what was offered, and nothing of the way there is left to be known: it

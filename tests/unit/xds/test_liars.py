@@ -1,13 +1,17 @@
 """Clients that claim to be others, where nobody proves who they are: they harm nobody else."""
 
+import asyncio
+from collections.abc import Callable
+
 import pytest
-from clients import ack, answer, connected, first, running
+from clients import PATIENCE_S, ack, answer, connected, first, running
 from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest
 from worlds import cluster, world
 from xds_server.generation import _NODES, Generation
 from xds_server.ir import Client, Mesh, NodeId
 from xds_server.lineage import Lineage
 from xds_server.references import CLUSTER, LISTENER
+from xds_server.standing import Sync
 
 OTHER = "sidecar~10.0.0.9~api.demo~demo.svc.cluster.local"
 
@@ -46,6 +50,30 @@ async def test_what_a_liar_refuses_is_kept_from_nobody_else(variant: str) -> Non
         await again.write(first(CLUSTER))
         (found,) = (await answer(again)).resources
         assert found.resource.value == cluster("web", 1).SerializeToString(deterministic=True)
+
+
+async def test_what_a_liar_refuses_that_the_pod_itself_has_taken_stands_in_no_status() -> None:
+    async with running() as (run, stub):
+        honest = await connected(stub)
+        liar = stub.DeltaAggregatedResources()
+        await liar.write(first(CLUSTER))
+        await liar.write(ack(await answer(liar), error="no"))
+
+        async def until(holds: Callable[[], bool]) -> None:
+            async with asyncio.timeout(PATIENCE_S):
+                while not holds():
+                    await asyncio.sleep(0.01)
+
+        def refusing() -> int:
+            standings = run.server.standings()
+            return sum(each.types[0].sync is Sync.NACKED for each in standings)
+
+        await until(lambda: refusing() == 1)
+        assert list(run.server.refused()) == []
+        # Without it, its word is all that there is.
+        honest.cancel()
+        await until(lambda: len(run.server.standings()) == 1)
+        assert [what.name for _, what in run.server.refused()] == ["web"]
 
 
 def unknown(number: int, client: Client) -> NodeId:
