@@ -40,6 +40,10 @@ _BY_CLIENT = LoadBalancer(Balancing.MAGLEV, (SourceHash(),))
 
 _HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 _UNLIMITED = 2**32 - 1
+#: A connection to the application that nobody uses for so long is closed by the sidecar. If the
+#: application did so first, as many do after 2 to 5 s, a request could be on its way already, and
+#: would be answered with 503.
+_APPLICATION_IDLE = Duration(seconds=1)
 
 
 def cluster_name(service: Name, port: int) -> str:
@@ -124,7 +128,7 @@ def fixed_clusters() -> dict[str, Message]:
     the application itself, and nowhere."""
     passthrough = _original_destination(PASSTHROUGH)
     inbound = _original_destination(INBOUND)
-    _speak(inbound, Protocol.HTTP)
+    _speak(inbound, Protocol.HTTP, _APPLICATION_IDLE)
     inbound.upstream_bind_config.source_address.CopyFrom(socket_address(INBOUND_SOURCE_IPV4, 0))
     # Envoy takes the first one of the destination's own family.
     inbound.upstream_bind_config.extra_source_addresses.add().address.CopyFrom(
@@ -161,7 +165,7 @@ def _original_destination(name: str) -> cluster_pb2.Cluster:
     return cluster
 
 
-def _speak(cluster: cluster_pb2.Cluster, protocol: Protocol) -> None:
+def _speak(cluster: cluster_pb2.Cluster, protocol: Protocol, idle: Duration | None = None) -> None:
     """HTTP is spoken as the client speaks it (1.1 or 2), HTTP2 always as HTTP/2."""
     options = http_protocol_options_pb2.HttpProtocolOptions
     http2 = protocol_pb2.Http2ProtocolOptions()
@@ -179,6 +183,8 @@ def _speak(cluster: cluster_pb2.Cluster, protocol: Protocol) -> None:
             )
         case Protocol.TCP:
             return
+    if idle is not None:
+        chosen.common_http_protocol_options.idle_timeout.CopyFrom(idle)
     cluster.typed_extension_protocol_options[_HTTP_OPTIONS].CopyFrom(packed(chosen))
 
 
