@@ -171,9 +171,10 @@ def _follow(
     names = _Names(enrollment)
 
     def write(follower: Follower) -> None:
-        names.refresh()
-        clock = Clock(time.time_ns(), time.monotonic_ns())
         for events in follower.read():
+            # Only now: a pod may have come just before its first event.
+            names.refresh()
+            clock = Clock(time.time_ns(), time.monotonic_ns())
             told = (from_event(event, clock, names.names) for event in events)
             lines = [show(event) for event in told if name is None or event.pod == name]
             out.write("".join(f"{line}\n" for line in lines))
