@@ -129,6 +129,10 @@ spec:
     mesh, problems = read(*texts, consumer)
     assert problems == []
     assert told(mesh, node("client", "demo"))["clusters"] == {WEB}
+    # Who has a route for a Service elsewhere is told of the Service.
+    guest = POD % ("guest", "far", "redirector.io/imports: .", "10.77.0.2")
+    seen = told(read(*texts, guest, consumer)[0], node("guest", "far"))
+    assert seen["clusters"] == seen["chains"] == seen["routes"] == {WEB, FAR_WEB}
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,11 @@ class Translator:
         #: By the identity of what tells nodes apart; that is held for its identity.
         self._wholes: dict[int, tuple[tuple[object, ...], Resources]] = {}
         self._kinds: dict[tuple[object, ...], tuple[object, ...]] = {}
-        self._views = Views(mesh.services, self.memo)
+        asked = {
+            name: {parent.service for route in own for parent in route.parents}
+            for name, own in consuming.items()
+        }
+        self._views = Views(mesh.services, self.memo, asked)
         self._zones = frozenset(z for service in mesh.services.values() for z in service.zones)
         self._nodes = frozenset(n for service in mesh.services.values() for n in service.nodes)
         #: Every node is of the kind that it was of before.

@@ -24,8 +24,16 @@ class View:
 class Views:
     """All services of a mesh, to be looked at in part."""
 
-    def __init__(self, services: Mapping[Name, Service], memo: Memo) -> None:
+    def __init__(
+        self,
+        services: Mapping[Name, Service],
+        memo: Memo,
+        asked: Mapping[str, Collection[Name]] | None = None,
+    ) -> None:
+        """`asked` are services that a namespace has routes of its own for, which are in its scope
+        then."""
         self._memo = memo
+        self._asked = asked or {}
         self._services = services
         found = defaultdict(list)
         for name, service in services.items():
@@ -50,7 +58,8 @@ class Views:
 
     def _made(self, scope: Scope, namespace: str) -> View:
         included = {namespace, *scope.namespaces}
-        single = (name for name in scope.services if name.namespace not in included)
+        named = {*scope.services, *self._asked.get(namespace, ())}
+        single = (name for name in named if name.namespace not in included)
         views = [view for name, view in self._namespaces.items() if name in included]
         return self._joined([*views, *self._singles(single)])
 
