@@ -114,6 +114,8 @@ TRAFFIC_BAD: list[tuple[str, Any]] = [
     ("targetRefs", [{"kind": "HTTPRoute", "name": "web"}]),
     ("targetRefs", [{"kind": "Pod", "name": "web"}]),
     ("targetRefs", [{"kind": "Service"}]),
+    ("targetRefs", [{"group": GATEWAY, "name": "web"}]),
+    ("targetRefs", [{"kind": "", "name": "web"}]),
     ("targetRefs", [{"kind": "Service", "name": "A b"}]),
     ("targetRefs", [{**SERVICE, "sectionName": ""}]),
     ("targetRefs", [{**SERVICE, "namespace": "other"}]),

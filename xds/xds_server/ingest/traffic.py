@@ -125,10 +125,12 @@ def _targets(item: Item) -> tuple[Target, ...]:
         field.complete()
         field.only("group", "kind", "name", "sectionName")
         kind = field["kind"].text()
-        if field["kind"].present and kind not in _GROUPS:
-            field["kind"].problem(f"must be one of {', '.join(_GROUPS)}")
-        elif field["group"].text("") != _GROUPS.get(kind, ""):
-            field["group"].problem(f"must be {_GROUPS[kind]!r} for a {kind}")
+        group = _GROUPS.get(kind)
+        if group is None:
+            if field["kind"].present:
+                field["kind"].problem(f"must be one of {', '.join(_GROUPS)}")
+        elif field["group"].text("") != group:
+            field["group"].problem(f"must be {group!r} for a {kind}")
         section = field["sectionName"]
         target = Target(
             field,
