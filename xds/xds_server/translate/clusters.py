@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2
-from envoy.config.core.v3 import address_pb2, protocol_pb2
-from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
+from envoy.config.core.v3 import protocol_pb2
+from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.extensions.clusters.common.dns.v3 import dns_pb2
 from envoy.extensions.clusters.dns.v3 import dns_cluster_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
@@ -85,11 +85,13 @@ def outbound_endpoints(
             assignment = endpoint_pb2.ClusterLoadAssignment(cluster_name=name)
             reached = [e for e in port.endpoints if not service.local or (node and node in e.nodes)]
             for (priority, where), endpoints in sorted(_groups(reached, zone, node).items()):
-                group = assignment.endpoints.add(
-                    priority=priority, lb_endpoints=map(_lb_endpoint, endpoints)
-                )
+                group = assignment.endpoints.add(priority=priority)
                 if where:
                     group.locality.zone = where
+                for endpoint in endpoints:
+                    # Filled in where it stands: to copy messages into it takes thrice as long.
+                    at = group.lb_endpoints.add().endpoint.address.socket_address
+                    at.address, at.port_value = str(endpoint.address), endpoint.port
             found[name] = assignment
     return found
 
@@ -186,12 +188,3 @@ def _speak(cluster: cluster_pb2.Cluster, protocol: Protocol, idle: Duration | No
     if idle is not None:
         chosen.common_http_protocol_options.idle_timeout.CopyFrom(idle)
     cluster.typed_extension_protocol_options[_HTTP_OPTIONS].CopyFrom(packed(chosen))
-
-
-def _lb_endpoint(endpoint: Endpoint) -> endpoint_components_pb2.LbEndpoint:
-    address = address_pb2.Address(
-        socket_address=socket_address(str(endpoint.address), endpoint.port)
-    )
-    return endpoint_components_pb2.LbEndpoint(
-        endpoint=endpoint_components_pb2.Endpoint(address=address)
-    )
