@@ -27,7 +27,7 @@ from redirector.modes.base import ModeDriver
 from redirector.modes.closed import SETTLED_NS, forget_closed
 from redirector.modes.ebpf import EbpfMode, pin_name
 from redirector.modes.iptables.driver import IptablesMode
-from redirector.processes import require_fit
+from redirector.processes import require_fit, way_into
 from redirector.records import Records, name_of
 from redirector.status import Latency, MapFill, NodeStatus, PodStatus, Steady
 from redirector.steering import PASSTHROUGH_V6
@@ -268,6 +268,9 @@ class Enrollment:
             self._sweep()
 
     def _remove(self, pod: Pod) -> None:
+        # A namespace lives without its name while a process is in it, and what we put there, too.
+        if _lost(pod):
+            pod = replace(pod, netns=way_into(pod))
         # Of every mode: a change of mode may have been interrupted.
         had = self._records.had(pod.name)
         for driver in self._modes.values():

@@ -1,10 +1,14 @@
 """Which processes a pod has, and whether they fit what a user says of it."""
 
+import contextlib
 import os
 from pathlib import Path
 
-from redirector.errors import InputError
+from redirector import network
+from redirector.errors import InputError, RedirectorError
+from redirector.model import Pod
 
+_PROC = Path("/proc")
 _NODES_OWN = (Path("/proc/self/ns/net"), Path("/proc/1/ns/net"))
 
 
@@ -31,7 +35,7 @@ def require_fit(name: str, netns: Path, cgroup: Path) -> None:
             f"pod {name}: netns {netns}: is the node's own, not a pod's; give a path such as "
             "/run/netns/NAME or /proc/PID/ns/net of a process of the pod"
         )
-    elsewhere = {pid: _netns_of(pid) for pid in processes(cgroup)}
+    elsewhere = {pid: inode_of(netns_of(pid)) for pid in processes(cgroup)}
     elsewhere = {pid: inode for pid, inode in elsewhere.items() if inode is not None}
     if elsewhere and own not in elsewhere.values():
         pid = min(elsewhere)
@@ -45,12 +49,30 @@ def outside(netns: Path, cgroup: Path) -> list[int]:
     """The processes of a network namespace that are not in its pod's cgroup."""
     own, within = netns.stat().st_ino, set(processes(cgroup))
     pids = (int(name) for name in os.listdir("/proc") if name.isdecimal())
-    return sorted(pid for pid in pids if pid not in within and _netns_of(pid) == own)
+    return sorted(pid for pid in pids if pid not in within and inode_of(netns_of(pid)) == own)
 
 
-def _netns_of(pid: int) -> int | None:
-    # One that has ended and waits for its parent has no namespace any more.
-    return inode_of(Path(f"/proc/{pid}/ns/net"))
+def way_into(pod: Pod, proc: Path = _PROC) -> Path:
+    """Another path to an enrolled pod's namespace, by one of its processes, should its own be gone.
+
+    Its own where no process is there: then the namespace has gone, too.
+    """
+    seen: set[int | None] = set()
+    for pid in processes(pod.cgroup):
+        path = netns_of(pid, proc)
+        inode = inode_of(path)
+        if inode in seen:
+            continue
+        seen.add(inode)
+        with contextlib.suppress(RedirectorError):
+            if network.netns_cookie(path) == pod.netns_cookie:
+                return path
+    return pod.netns
+
+
+def netns_of(pid: int, proc: Path = _PROC) -> Path:
+    """The network namespace of a process. One that has ended and was not waited for has none."""
+    return proc / str(pid) / "ns/net"
 
 
 def inode_of(path: Path) -> int | None:

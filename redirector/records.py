@@ -171,6 +171,11 @@ class Records:
         with self._writing():
             self._unindex(entries, path)
             path.unlink(missing_ok=True)
+        # What could not be done with it is nobody's any more; an agent looks again in any case.
+        problems = self.problems()
+        if problems.pop(name, None) is not None:
+            with contextlib.suppress(OSError):
+                _write(self._problems, problems)
 
     @staticmethod
     def _unindex(entries: Iterable[Path], path: Path) -> None:

@@ -20,7 +20,7 @@ from redirector import network
 from redirector.errors import RedirectorError
 from redirector.kubernetes.objects import PodObject
 from redirector.model import IPAddress, Pod
-from redirector.processes import inode_of, processes
+from redirector.processes import inode_of, netns_of, processes, way_into
 
 _TREE = re.compile(r"kube.*|burstable|besteffort|.*-(burstable|besteffort)\.slice")
 _POD = re.compile(r"(?:.*-)?pod([0-9a-fA-F_-]+)(?:\.slice)?")
@@ -86,14 +86,7 @@ class Places:
 
     def again(self, record: Pod) -> Path:
         """Another path to an enrolled pod's namespace, should the process of its own have ended."""
-        for pid in processes(record.cgroup):
-            path = self._path(pid)
-            try:
-                if network.netns_cookie(path) == record.netns_cookie:
-                    return path
-            except RedirectorError:
-                continue
-        return record.netns
+        return way_into(record, self._proc)
 
     def _guide(self, cgroup: Path, addresses: tuple[IPAddress, ...]) -> _Guide | None:
         # The oldest process is the sandbox's own, or of its first container; a container may make
@@ -122,7 +115,7 @@ class Places:
         )
 
     def _path(self, pid: int) -> Path:
-        return self._proc / str(pid) / "ns/net"
+        return netns_of(pid, self._proc)
 
     def _has(self, pid: int, addresses: tuple[IPAddress, ...]) -> bool:
         try:

@@ -64,6 +64,24 @@ def test_the_longest_names_come_and_go(
     assert datapath.pods() == []
 
 
+@pytest.mark.parametrize("mode", Mode)
+def test_a_namespace_that_has_lost_its_name_is_left_clean(
+    enrollment: Enrollment, node: Node, mode: Mode
+) -> None:
+    """Here the name is a process that has ended, as with `ip netns delete`: others live on."""
+    pod = node.pod("pod")
+    first, second = (pod.popen(["sleep", "1000"]) for _ in range(2))
+    enrollment.enroll("pod", Path(f"/proc/{first.pid}/ns/net"), pod.cgroup, mode)
+    first.kill()
+    first.wait()
+    (status,) = enrollment.status()
+    assert status.missing
+    assert not status.repairable
+    enrollment.unenroll("pod")
+    assert second.poll() is None
+    assert traces.in_pod(pod) == []
+
+
 def test_without_room_for_records_nothing_is_begun(
     datapath: Datapath, node: Node, small: Path
 ) -> None:

@@ -156,3 +156,10 @@ def test_what_another_versions_record_tells_is_enough_to_take_the_pod_off(record
     assert records.guess("ns/a") is None
     records.delete("ns/a")
     assert (records.paths(), records.cookies("ns/a")) == ([], [])
+
+
+def test_what_could_not_be_done_goes_with_the_record(records: Records) -> None:
+    records.put(pod(records, "ns/a", 1, "x"))
+    records.keep_problems({"ns/a": "is too large", "b": "is too small"})
+    records.delete("ns/a")
+    assert records.problems() == {"b": "is too small"}
