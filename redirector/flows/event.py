@@ -101,15 +101,15 @@ def to_line(event: FlowEvent) -> str:
     return (
         f'{{"event": "{event.what}", "time": "{_utc_time(seconds)}.{rest // 1000:06}Z", '
         f'"pod": {_quoted(event.pod)}, "id": "{event.id:x}", '
-        f'"pid": {_number(event.pid)}, "process": {_quoted(event.comm)}, '
+        f'"pid": {event.pid or "null"}, "process": {_quoted(event.comm)}, '
         f'"source": "{event.source}", "destination": "{event.destination}", '
         f'"verdict": "{event.verdict}", "rule": {_quoted(event.rule)}, '
         f'"reason": {_quoted(event.reason)}, '
         f'"accelerated": {"true" if event.accelerated else "false"}, '
         f'"bytes_sent": {event.sent}, "bytes_received": {event.received}, '
         f'"bytes_short_circuited": {event.short_circuited}, '
-        f'"seconds": {_number(event.seconds)}, '
-        f'"connect_seconds": {_number(event.connect_seconds)}}}'
+        f'"seconds": {_seconds(event.seconds)}, '
+        f'"connect_seconds": {_seconds(event.connect_seconds)}}}'
     )
 
 
@@ -226,8 +226,9 @@ def _local_time(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%H:%M:%S")
 
 
-def _number(value: float | None) -> str:
-    return "null" if value is None else repr(value)
+def _seconds(value: float | None) -> str:
+    # Not as few digits as will do: finding them is dear.
+    return "null" if value is None else f"{value:.9f}"
 
 
 def _visible(text: str) -> str:
