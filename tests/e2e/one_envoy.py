@@ -33,8 +33,8 @@ ELSEWHERE = "198.18.0"
 
 
 class App(BaseHTTPRequestHandler):
-    """Answers with what it saw; /slow... never answers in time, /flaky/N/... fails N times, and
-    /lost/N/... hangs up N times."""
+    """Answers with what it saw; /slow... never answers in time, /flaky/N/... fails N times,
+    /lost/N/... hangs up N times, and /many/N... has N more headers in its answer."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1
@@ -76,6 +76,9 @@ class App(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Secret", "shh")
+        if self.path.startswith("/many/"):
+            for number in range(int(self.path.split("/")[2])):
+                self.send_header(f"X-{number}", "")
         self.end_headers()
         self.wfile.write(body)
 
@@ -254,12 +257,12 @@ class Running:
         finally:
             made.close()
 
-    def raw(self, target: int, port: int, client: int) -> bytes:
+    def raw(self, target: int, port: int, client: int, path: str = "/raw") -> bytes:
         """What comes back for an HTTP request over a plain connection; empty when it is closed."""
         source = (f"{self.net}.{client}", 0)
         with socket.create_connection((f"{self.net}.{target}", port), PATIENCE_S, source) as end:
             try:
-                end.sendall(b"GET /raw HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                end.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
                 received = b""
                 while block := end.recv(65536):
                     received += block

@@ -332,6 +332,14 @@ def test_a_service_without_a_route_is_just_balanced(mesh: Running) -> None:
 
 
 @pytest.mark.parametrize("target", [PLAIN, PODS["open"]])
+def test_answers_may_have_many_headers(mesh: Running, target: int) -> None:
+    """http.client takes 100 at most."""
+    answer = mesh.raw(target, HTTP, FRIEND, "/many/200")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.count(b"\r\nx-") > 200
+
+
+@pytest.mark.parametrize("target", [PLAIN, PODS["open"]])
 def test_methods_are_the_applications(mesh: Running, target: int) -> None:
     """Also those that no standard knows."""
     assert mesh.ask(target, "/fine", "LIST").status == 200

@@ -23,7 +23,7 @@ from xds_server.ir import (
     TrafficPolicy,
 )
 from xds_server.translate.endpoints import balance, shape
-from xds_server.translate.messages import ads, packed, socket_address
+from xds_server.translate.messages import MAX_HEADERS, ads, packed, socket_address
 
 PASSTHROUGH = "passthrough"
 INBOUND = "inbound"
@@ -185,6 +185,7 @@ def _speak(cluster: cluster_pb2.Cluster, protocol: Protocol, idle: Duration | No
             )
         case Protocol.TCP:
             return
+    chosen.common_http_protocol_options.max_headers_count.value = MAX_HEADERS
     if idle is not None:
         chosen.common_http_protocol_options.idle_timeout.CopyFrom(idle)
     cluster.typed_extension_protocol_options[_HTTP_OPTIONS].CopyFrom(packed(chosen))

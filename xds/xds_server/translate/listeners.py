@@ -19,7 +19,14 @@ from google.protobuf.message import Message
 
 from xds_server.ir import INBOUND_PORT, OUTBOUND_PORT
 from xds_server.translate.clusters import BLACKHOLE
-from xds_server.translate.messages import NO_TIMEOUT, ads, packed, regex, socket_address
+from xds_server.translate.messages import (
+    MAX_HEADERS,
+    NO_TIMEOUT,
+    ads,
+    packed,
+    regex,
+    socket_address,
+)
 
 Chain: TypeAlias = listener_components_pb2.FilterChain
 Filter: TypeAlias = listener_components_pb2.Filter
@@ -102,7 +109,9 @@ def http_manager(
         ),
         upgrade_configs=[Manager.UpgradeConfig(upgrade_type=_WEBSOCKET)],
         stream_idle_timeout=NO_TIMEOUT,
-        common_http_protocol_options=protocol_pb2.HttpProtocolOptions(idle_timeout=NO_TIMEOUT),
+        common_http_protocol_options=protocol_pb2.HttpProtocolOptions(
+            idle_timeout=NO_TIMEOUT, max_headers_count={"value": MAX_HEADERS}
+        ),
         # A client that reads up to the end of the connection waits for this long.
         delayed_close_timeout=Duration(nanos=100_000_000),
     )

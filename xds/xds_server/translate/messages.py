@@ -12,6 +12,9 @@ from redirector.model import IPAddress, IPNetwork
 from xds_server.ir import MatchKind, StringMatch
 
 NO_TIMEOUT = Duration()
+#: How many headers requests and responses may have, which Envoy refuses beyond 100 by default.
+#: Their size is bounded as well.
+MAX_HEADERS = 1000
 
 
 def packed(message: Message) -> Any:
