@@ -27,11 +27,17 @@ class Context:
     out: TextIO
     environment: Mapping[str, str]
 
-    def enrollment(self) -> Enrollment:
+    def enrollment(self, tell: Callable[[str], None] | None = None) -> Enrollment:
         """The node's pods, at the places that the environment names."""
         state = self.environment.get(STATE_VARIABLE)
         pins = self.environment.get(PINS_VARIABLE)
-        return default_enrollment(Path(state) if state else None, Path(pins) if pins else None)
+        return default_enrollment(
+            Path(state) if state else None, Path(pins) if pins else None, tell or _warn
+        )
+
+
+def _warn(text: str) -> None:
+    print(f"redirector: {text}", file=sys.stderr)
 
 
 Choice = TypeVar("Choice", Mode, Accelerate)
@@ -173,7 +179,7 @@ def _metrics(_arguments: argparse.Namespace, context: Context) -> int:
 def _run(arguments: argparse.Namespace, context: Context) -> int:
     from redirector.agent import command
 
-    return command.run(arguments, context.enrollment(), context.environment)
+    return command.run(arguments, context.enrollment(command.tell), context.environment)
 
 
 def _declare_run(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ kernel is touched and deleted after it is clean, so `unenroll` and `uninstall` f
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +42,17 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(/[A-Za-z0-9][A-Za-
 class Enrollment:
     """The pods of this node. Needs root; MachineError otherwise."""
 
-    def __init__(self, records: Records, datapath: Datapath) -> None:
+    def __init__(
+        self,
+        records: Records,
+        datapath: Datapath,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`tell` hears what fails no command, and that somebody should know."""
         machine.require_root()
         self._records = records
         self._datapath = datapath
-        self._ebpf = EbpfMode(datapath)
+        self._ebpf = EbpfMode(datapath, tell)
         self._steady = Steady()
         self._modes: dict[Mode, ModeDriver] = {
             Mode.EBPF: self._ebpf,
@@ -478,9 +484,11 @@ def require_cgroup(path: Path) -> Path:
     )
 
 
-def default_enrollment(state: Path | None, pins: Path | None) -> Enrollment:
+def default_enrollment(
+    state: Path | None, pins: Path | None, tell: Callable[[str], None] = lambda _: None
+) -> Enrollment:
     """The node's own, at the default places unless told otherwise."""
     machine.require_root()
     # What is elsewhere is not ours to remove when everything is uninstalled.
     root = machine.require_bpffs(pins) if pins else machine.ensure_bpffs() / "redirector"
-    return Enrollment(Records(state or STATE), Datapath(root))
+    return Enrollment(Records(state or STATE), Datapath(root), tell)

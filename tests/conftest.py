@@ -52,8 +52,17 @@ def datapath(pins: Path) -> Datapath:
 
 
 @pytest.fixture
-def enrollment(datapath: Datapath, node: Node, tmp_path: Path) -> Iterator[Enrollment]:  # noqa: ARG001
-    """Enrols pods of the test's node; takes them off before the node goes."""
+def enrollment(
+    datapath: Datapath,
+    node: Node,  # noqa: ARG001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Enrollment]:
+    """Enrols pods of the test's node; takes them off before the node goes.
+
+    Most listeners that stand for a sidecar never ask for an original destination.
+    """
+    monkeypatch.setattr("redirector.modes.ebpf.DRAIN_SECONDS", 1.5)
     records = Records(tmp_path / "pods")
     made = Enrollment(records, datapath)
     yield made

@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def tell(text: str) -> None:
+    """Log what fails nothing, and that somebody should know."""
+    say(logging.WARNING, text)
+
+
 def run(
     arguments: argparse.Namespace, enrollment: Enrollment, environment: Mapping[str, str]
 ) -> int:

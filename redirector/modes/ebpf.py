@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 
@@ -36,9 +36,11 @@ from redirector.errors import DatapathError, InputError
 from redirector.model import EVERYWHERE, IPNetwork, Mode, Pod, without_links
 from redirector.modes.base import DNS_GRACE_SECONDS
 from redirector.status import Tally, tallies
+from redirector.steering import RULES, Verdict
 
-#: How long a sidecar may take to ask for the original destination of what it has accepted.
-DRAIN_SECONDS = 1.0
+#: From a connection's SYN: how long its sidecar may take to ask for the original destination. One
+#: that is throttled takes seconds; one that hangs, or never asks, should not hold us up.
+DRAIN_SECONDS = 5.0
 #: A connect() that was aimed at the sidecar just before the hooks went is no flow until its SYN is
 #: sent; its process may have lost the CPU in between.
 SYN_GRACE_SECONDS = 0.1
@@ -50,8 +52,10 @@ class EbpfMode:
 
     mode = Mode.EBPF
 
-    def __init__(self, datapath: Datapath) -> None:
+    def __init__(self, datapath: Datapath, tell: Callable[[str], None] = lambda _: None) -> None:
+        """`tell` hears what fails no command, and that somebody should know."""
         self._datapath = datapath
+        self._tell = tell
 
     def install(self, pod: Pod, had: Sequence[Pod] = ()) -> None:
         """Attach the pod to the loaded programs; load them first if this is the node's first.
@@ -133,18 +137,36 @@ class EbpfMode:
                 self._datapath.maps.drop_all(cookie)
 
     def _drain(self, pod: Pod) -> None:
-        deadline = time.monotonic() + DRAIN_SECONDS
         if self._datapath.is_loaded() and self._datapath.maps.pod(pod.netns_cookie) is not None:
             time.sleep(DNS_GRACE_SECONDS if pod.steering.dns_capture else SYN_GRACE_SECONDS)
-        while time.monotonic() < deadline and self._unanswered(pod):
+        older = self._datapath.others()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        young = time.monotonic_ns() - int(DRAIN_SECONDS * 1e9)
+        while waiting := [opened for opened in self._unanswered(pod) if opened > young]:
+            patience = time.monotonic_ns() - int(DRAIN_SECONDS * 1e9)
+            if all(opened < patience for opened in waiting):
+                self._tell(
+                    f"pod {pod.name}: {len(waiting)} connections have not been taken by its "
+                    f"sidecar within {DRAIN_SECONDS:g} s; from now on nobody tells it their "
+                    "original destinations"
+                )
+                break
+            time.sleep(0.005)
+        while time.monotonic() < deadline and any(each.standing().waits(pod) for each in older):
             time.sleep(0.005)
 
-    def _unanswered(self, pod: Pod) -> bool:
-        own = self._datapath.maps.flows_of(pod.netns_cookie) if self._datapath.is_loaded() else ()
-        return any(
-            found.flow.flags & FlowFlag.STEERED and not found.flow.flags & FlowFlag.ANSWERED
-            for found in own
-        ) or any(generation.standing().waits(pod) for generation in self._datapath.others())
+    def _unanswered(self, pod: Pod) -> list[int]:
+        """When those began that its sidecar has yet to ask about (CLOCK_MONOTONIC, ns)."""
+        if not self._datapath.is_loaded():
+            return []
+        return [
+            found.flow.opened_ns
+            for found in self._datapath.maps.flows_of(pod.netns_cookie)
+            if found.flow.flags & FlowFlag.STEERED
+            and not found.flow.flags & FlowFlag.ANSWERED
+            # Who answers DNS has no need to know.
+            and RULES[found.flow.rule].verdict is not Verdict.DNS
+        ]
 
     def sweep(self, pods: Sequence[Pod]) -> None:
         """Let go of older generations what no connection needs any more. Idempotent.
