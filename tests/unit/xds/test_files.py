@@ -1,5 +1,6 @@
 """Reading manifests from a directory."""
 
+import json
 import os
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_a_policy_in_lists_that_nest_too_deep_is_not_taken_for_none(tmp_path: Pa
     (tmp_path / "a.yaml").write_text(text)
     _, problems = load(tmp_path)
     assert problems[0].suspects == {"demo"}
+
+
+def test_json_as_programs_write_it() -> None:
+    """Characters beyond ASCII are escaped by many, those beyond 16 bits in halves."""
+    said = {"a": "\N{GRINNING FACE}\N{LATIN SMALL LETTER E WITH ACUTE}/", "b": r"\ud83d\ude00 \\"}
+    text = json.dumps({"kind": "Service", "metadata": {"annotations": said}})
+    objects, problems = parse("f.json", text.replace("/", r"\/"))
+    assert problems == []
+    assert objects[0].data["metadata"] == {"annotations": said}
 
 
 def test_times_stay_text() -> None:

@@ -27,6 +27,10 @@ _REPLACED = "\N{REPLACEMENT CHARACTER}"
 _MAX_BYTES = 32 << 20
 # No scalar can hold such a line (YAML 1.2, 9.1.2).
 _DOCUMENT = re.compile(r"^---(?=\s|$)", re.MULTILINE)
+#: A character beyond 16 bits as JSON escapes it, in two halves, which YAML does not know.
+_HALVES = re.compile(
+    r"(?<!\\)((?:\\\\)*)\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE
+)
 _NAMESPACE = re.compile(r"""\bnamespace["']?\s*:\s*["']?([a-z0-9][-a-z0-9]*)""")
 _LIST = "List"
 _TEXT = "tag:yaml.org,2002:str"
@@ -195,6 +199,8 @@ def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:
     """The objects in one file's text. After a syntax error the rest of the file is unreadable."""
     objects: list[KubeObject] = []
     problems: list[Problem] = []
+    if file.endswith(".json"):
+        text = _HALVES.sub(_joined, text)
     documents: Iterator[Any] = yaml.load_all(text, _Loader)
     index = 0
     while True:
@@ -225,6 +231,11 @@ def parse(file: str, text: str) -> tuple[list[KubeObject], list[Problem]]:
             else:
                 objects.append(KubeObject(file, value))
         index += 1
+
+
+def _joined(found: re.Match[str]) -> str:
+    before, high, low = found.groups()
+    return before + chr(0x10000 + ((int(high, 16) & 0x3FF) << 10) + (int(low, 16) & 0x3FF))
 
 
 def _values(value: object, known: dict[int, int]) -> int:
