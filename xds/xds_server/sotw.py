@@ -11,11 +11,21 @@ from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest, Discovery
 from xds_server.claims import Refused, parse, suffix
 from xds_server.exchange import Ack, Nack, Response
 from xds_server.quarantine import Quarantined, named
-from xds_server.references import CLUSTER, ENDPOINT
-from xds_server.snapshot import EMPTY, Encoded, ResourceSet, set_version, version_of_marks
+from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
+from xds_server.snapshot import (
+    EMPTY,
+    Encoded,
+    ResourceSet,
+    Snapshot,
+    set_version,
+    version_of_marks,
+)
 from xds_server.step import Frame
 from xds_server.stream import MAX_RESPONSE_BYTES, WHOLE_TYPES, WILDCARD, Stream
 from xds_server.typestate import Interest, TypeState
+
+#: What complete responses of a type name; a client lets go of what nothing names any more.
+_NAMED_BY = {CLUSTER: (ENDPOINT,), LISTENER: (ROUTE, FILTER)}
 
 
 class SotwStream(Stream):
@@ -45,6 +55,11 @@ class SotwStream(Stream):
         #: is to go, and what stands in for a version that was refused, stays in responses.
         self._offered: dict[str, Mapping[str, Encoded]] = {}
         self._taken: dict[str, Mapping[str, Encoded]] = {url: {} for url in WHOLE_TYPES}
+        #: By type, names sent that the client may have let go of since, with what named them: no
+        #: version counts them before they are sent again.
+        self._loose: dict[str, set[str]] = {
+            url: set() for urls in _NAMED_BY.values() for url in urls
+        }
         #: By type, what the list of names looked like that made `names` what they are.
         self._listed: dict[str, int] = {}
 
@@ -172,6 +187,7 @@ class SotwStream(Stream):
         if not state.wildcard:
             for name in dropped:
                 state.forget(name)
+            self._loose.get(state.type_url, set()).difference_update(dropped)
             # Taken up again, it is asked for anew, whatever the client came with.
             self._returned.get(state.type_url, set()).difference_update(dropped)
 
@@ -192,6 +208,7 @@ class SotwStream(Stream):
         state.stale -= desired.keys()
         fresh, _ = self._fit(state, fresh)
         state.book(fresh)
+        self._loose.get(state.type_url, set()).difference_update(entry.name for entry in fresh)
         state.reflect(desired)
         if not (fresh or state.owed):
             return self._try_apart(state, desired)
@@ -217,15 +234,15 @@ class SotwStream(Stream):
 
     def _version(self, state: TypeState, desired: ResourceSet) -> str:
         """Of all that the client has once it took what it was sent."""
-        clusters = self._types[CLUSTER]
+        clusters, loose = self._types[CLUSTER], self._loose.get(state.type_url, ())
         reached = state.type_url != ENDPOINT or self.only or clusters.up_to_date(self._clusters())
         if (
             reached
             and state.names == desired.names
-            and not (state.held or state.due or state.rejected)
+            and not (state.held or state.due or state.rejected or loose)
         ):
             return self._version_of_all(state.type_url, desired)
-        sent = (desired[name] for name in state.sent if name in desired)
+        sent = (desired[name] for name in state.sent if name in desired and name not in loose)
         holds = state.doubts.holds
         had = [e for e in sent if not state.outdated(e) and not holds(e.name, e.version)]
         # Nobody is to take the endpoints of before a cluster's change for those that come after it.
@@ -250,6 +267,8 @@ class SotwStream(Stream):
         if state.doubts.trying:
             # The answer decides which versions a complete response may hold.
             return None
+        if told := self._tell_before_naming_again(desired, _NAMED_BY[state.type_url]):
+            return told
         taken = self._taken[state.type_url]
         chosen = [entry for name, entry in desired.items() if state.wants(name)]
         claimed = self._claimed.pop(state.type_url, None)
@@ -338,7 +357,37 @@ class SotwStream(Stream):
         known = suffix(self._refused(state, desired)) if self._may_try_apart(state) else ""
         response = self._emit(state, set_version(entries), entries, suffix=known)
         self._offered[response.nonce] = _by_name(entries, desired)
+        self._loosen(state.type_url, entries, desired)
         return response
+
+    def _loosen(self, type_url: str, entries: Iterable[Encoded], desired: ResourceSet) -> None:
+        """The client lets go of what these do not name, and is not heard of it yet."""
+        if self.only or self.forgetful:
+            return
+        others = [entry for entry in entries if desired.get(entry.name) is not entry]
+        targets = {target for entry in others for target in entry.refers}
+        for url in _NAMED_BY[type_url]:
+            state = self._types[url]
+            had = state.base.names if state.base is not None and state.has_all() else {*state.sent}
+            used = {target.name for target in targets if target.type_url == url}
+            self._loose[url] |= (had & state.names) - desired.names_of(url) - used
+
+    def _tell_before_naming_again(
+        self, desired: ResourceSet, urls: Iterable[str]
+    ) -> Response | None:
+        """A client that lets go of a name and is made to name it again before that is heard would
+        come back as if it had had it all the time: between both it is told a version without it."""
+        for url in urls:
+            state, loose = self._types[url], self._loose[url]
+            again = loose & desired.names_of(url) & state.names
+            if again and self._desired is not None:
+                loose -= again
+                state.due |= again
+                return self._emit(state, self._version(state, self._desired.of(url)), ())
+        return None
+
+    def _is_level(self, desired: Snapshot) -> bool:
+        return not any(self._loose.values()) and super()._is_level(desired)
 
     @staticmethod
     def _ack(response: Response) -> Frame:

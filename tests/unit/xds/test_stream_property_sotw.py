@@ -40,11 +40,6 @@ class SotwClient(Client):
         self.to_client: deque[DiscoveryResponse] = deque()
         self.nonces = dict.fromkeys(ORDER, "")
         self.names: dict[str, set[str]] = {url: set() for url in ORDER}
-        for type_url in NAMED:
-            # Let go of, taken up again, and the connection lost before either was answered: the
-            # version that it says is of what it had, and nobody can know.
-            if not self.config.wanted(type_url) <= self.config.has[type_url].keys():
-                self.versions[type_url] = ""
         for type_url in (CLUSTER, LISTENER):
             self.request(type_url)
         self.subscribe()
