@@ -13,7 +13,7 @@ from test_limits import connect_many, described, listen
 from waiting import eventually
 
 from redirector.datapath import libbpf
-from redirector.datapath.layout import Counter, Flow, FlowKey, Room
+from redirector.datapath.layout import Counter, EventKind, Flow, FlowKey, Room
 from redirector.datapath.pins import Datapath
 from redirector.datapath.source import SIZES
 from redirector.lab import LabPod, Node
@@ -84,6 +84,9 @@ def test_a_pod_that_takes_all_that_it_can_get_leaves_room(
     crowded: Datapath, pods: list[LabPod]
 ) -> None:
     with ExitStack() as stack:
+        followers = crowded.followers()
+        assert followers is not None
+        follower = stack.enter_context(followers.follow())
         for pod in pods:
             listen(pod, stack)
         for pod in pods:
@@ -94,6 +97,9 @@ def test_a_pod_that_takes_all_that_it_can_get_leaves_room(
         assert taken(crowded)[::2] == (MOST + 3 * FLOOR, MOST + 3 * FLOOR)
         assert refusals(crowded, pods[0]) == {Counter.REFUSED_NO_SHARE: 4}
         assert refusals(crowded, pods[1]) == {Counter.REFUSED_NO_SHARE: MOST + 4 - FLOOR}
+        told = [event for batch in follower.read() for event in batch]
+        refused = [event.reason for event in told if event.kind == EventKind.REFUSED]
+        assert refused == [Counter.REFUSED_NO_SHARE] * (4 + 3 * (MOST + 4 - FLOOR))
 
 
 def test_no_room_for_the_original_destination_refuses(
