@@ -27,6 +27,9 @@ MAX_BODY = 48 << 20
 _CONNECTIONS = 16
 _CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 60.0
+#: A server may ask to be left alone for so long; what is beyond is no time to sleep for, or none
+#: that a thread can.
+_MOST_PATIENCE_SECONDS = 300.0
 #: A peer that vanished without a FIN is noticed after a minute (tcp(7)).
 _KEEPALIVE = [
     *urllib3.connection.HTTPConnection.default_socket_options,
@@ -227,4 +230,5 @@ def _refused(what: str, response: urllib3.BaseHTTPResponse) -> ApiError:
     except ValueError:
         wait = 0.0
     detail = " ".join(f"{told or response.reason or ''}".split())[:300]
-    return ApiError(f"{what}: {response.status} {detail}", response.status, max(0.0, wait))
+    wait = min(max(0.0, wait), _MOST_PATIENCE_SECONDS)
+    return ApiError(f"{what}: {response.status} {detail}", response.status, wait)

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,28 @@ def test_the_token_is_read_anew_and_kept_to_safe_places(server: ApiServer, tmp_p
     assert in_cluster(environment, "", tmp_path).url == "https://[fd00::1]:6443"
     with pytest.raises(ClusterError, match=r"is not a pod of a cluster.*; do this"):
         in_cluster({}, "do this", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [("7", 7.0), ("1e300", 300.0), ("inf", 300.0), ("nan", 0.0), ("-1", 0.0), ("Monday", 0.0)],
+)
+def test_a_server_is_left_alone_for_a_time_that_can_be_waited(said: str, seconds: float) -> None:
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.send_header("Retry-After", said)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(ApiError) as refused:
+            Client(Access(f"http://127.0.0.1:{server.server_port}")).get("/", {})
+    assert refused.value.retry_after == seconds
 
 
 def test_only_the_clusters_own_authority_is_believed(tmp_path: Path) -> None:
