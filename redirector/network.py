@@ -111,8 +111,17 @@ def is_pods(pod: Pod) -> bool:
 
 
 def put_on_loopback(netns: Path, ip: IPv6Address) -> None:
-    """Give the namespace's lo an address of its own; one that is there already is no error."""
-    within(netns, lambda: interfaces.put_on_loopback(ip))
+    """Give the namespace's lo an address of its own; one that is there already is no error.
+
+    InputError where lo takes none.
+    """
+    try:
+        within(netns, lambda: interfaces.put_on_loopback(ip))
+    except OSError as error:
+        raise InputError(
+            f"netns {netns}: lo takes no IPv6 address ({error.strerror}), and another interface "
+            "has one; set net.ipv6.conf.lo.disable_ipv6 to 0 there, or that of the others to 1"
+        ) from None
 
 
 def take_off_loopback(netns: Path, ip: IPv6Address) -> None:

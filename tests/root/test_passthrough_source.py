@@ -4,10 +4,12 @@ from ipaddress import IPv6Address
 from pathlib import Path
 
 import pytest
+import traces
 from pyroute2 import IPRoute
 from sockets import pod_socket
 
 from redirector.enrollment import Enrollment
+from redirector.errors import InputError
 from redirector.lab import LabPod, Node
 from redirector.model import Mode
 from redirector.network import addresses, within
@@ -37,6 +39,15 @@ def test_it_comes_and_goes_with_the_enrolment(
     assert IPv6Address("::6") not in addresses(pod.netns)
     enrollment.unenroll("pod")
     assert "::6" not in on_loopback(pod.netns)
+
+
+def test_where_loopback_has_no_ipv6_the_pod_is_refused(
+    pod: LabPod, enrollment: Enrollment
+) -> None:
+    pod.run(["sysctl", "-q", "net.ipv6.conf.lo.disable_ipv6=1"], check=True)
+    with pytest.raises(InputError, match="lo takes no IPv6 address"):
+        enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
+    assert enrollment.pods() == traces.in_pod(pod) == []
 
 
 def test_it_stays_while_a_connection_uses_it(pod: LabPod, enrollment: Enrollment) -> None:
