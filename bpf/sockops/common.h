@@ -102,6 +102,14 @@ ALWAYS bool is_loopback(const struct address *a)
 	return is_v4_loopback(a) || is_local(a, 1) || is_local(a, 6);
 }
 
+// 127.1/16, where connections that are steered come (connect.c), and no others.
+#define STEERED_LOOPBACK 0x7f01
+
+ALWAYS bool is_steered_loopback(const struct address *a)
+{
+	return is_v4(a) && bpf_ntohl(a->word[3]) >> 16 == STEERED_LOOPBACK;
+}
+
 // 169.254/16 and fe80::/10: unique on their link, not on the node.
 ALWAYS bool is_link_local(const struct address *a)
 {

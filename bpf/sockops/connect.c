@@ -78,6 +78,28 @@ ALWAYS void aim_at_dns(struct bpf_sock_addr *ctx, const struct pod *pod, const s
 		aim->source = own;
 }
 
+// Where IPv4 connections to a destination are taken by the sidecar. Were it the pod's own address
+// for all of them, each would need a source port of its own, those in TIME_WAIT included, which the
+// kernel uses again on loopback only (tcp_tw_reuse).
+ALWAYS struct address loopback_for(const struct endpoint *to)
+{
+	__u64 hash = stir(to->port, to->ip.word[3]);
+
+	return mapped(bpf_htonl(STEERED_LOOPBACK << 16 | hash >> 48));
+}
+
+// Whether a connection that would have left the pod may aim at loopback with a source address of
+// the pod's own. What is bound to an interface does not get there, and the kernel gives a socket
+// that has a port no address any more.
+ALWAYS bool may_use_loopback(struct bpf_sock_addr *ctx, const struct attempt *a)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!sk || a->device || is_loopback(&a->source))
+		return false;
+	return !is_unbound(&a->source) || !sk->src_port;
+}
+
 ALWAYS struct aim take_aim(struct bpf_sock_addr *ctx, const struct pod *pod, enum rule rule,
 			   const struct attempt *a)
 {
@@ -97,9 +119,9 @@ ALWAYS struct aim take_aim(struct bpf_sock_addr *ctx, const struct pod *pod, enu
 	default:
 		return aim;
 	}
-	// One of the pod's own addresses, not loopback unless it asked for that: the kernel then
-	// picks the source address that iptables REDIRECT would have left, and the sidecar sees the
-	// same client.
+	// The sidecar sees the client that it would see behind iptables REDIRECT: the kernel picks
+	// that source address for one of the pod's own, and for loopback if the connection asked
+	// for that; else it is told to.
 	aim.to.ip = is_v4(&a->dst.ip) ? pod->ip4 : pod->ip6;
 	if (a->own)
 		aim.to.ip = a->dst.ip;
@@ -107,6 +129,11 @@ ALWAYS struct aim take_aim(struct bpf_sock_addr *ctx, const struct pod *pod, enu
 		aim.to.ip = loopback_of(is_v4(&a->dst.ip));
 	else if (is_any(&aim.to.ip) || is_many(&a->dst.ip))
 		aim.to.ip = nowhere(is_v4(&a->dst.ip));
+	else if (is_v4(&a->dst.ip) && may_use_loopback(ctx, a)) {
+		if (is_unbound(&a->source))
+			aim.source = aim.to.ip;
+		aim.to.ip = loopback_for(&a->dst);
+	}
 	return aim;
 }
 

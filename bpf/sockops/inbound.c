@@ -122,7 +122,7 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 		COPY_WORDS(key.server.word, ctx->local_ip6);
 		COPY_WORDS(key.client.word, ctx->remote_ip6);
 	}
-	if (stays_inside(ctx, &key.server))
+	if (stays_inside(ctx, &key.server) && !is_steered_loopback(&key.server))
 		return SK_PASS;
 	pod = pods.lookup(&netns);
 	if (!pod)
@@ -139,11 +139,12 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 			return SK_PASS;
 	}
 	// The kernel drops packets from outside that claim one of our own addresses as source.
-	if (!is_loopback(&key.client) && !same(&key.client, &key.server) &&
-	    !is_own(pod, &key.client, netns))
+	if (!stays_inside(ctx, &key.server) && !is_loopback(&key.client) &&
+	    !same(&key.client, &key.server) && !is_own(pod, &key.client, netns))
 		return from_outside(ctx, pod, netns, &key);
 	// A sidecar that is told of no original destination leads it nowhere.
-	if (!sidecars || is_loopback(&key.server) || pod->flags & POD_TAKEOVER)
+	if (!sidecars || pod->flags & POD_TAKEOVER ||
+	    (is_loopback(&key.server) && !is_steered_loopback(&key.server)))
 		return SK_PASS;
 	// Who dialled tells of it (sockops.c), and knows the process.
 	open = shares.lookup(&netns);

@@ -133,6 +133,7 @@ def resend(sender: socket.socket, data: bytes, new: int, *, last: bool = False) 
     start = sequences[0] - (len(data) - new)
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
         ends = (sender.getsockname(), sender.getpeername())
+        raw.bind((ends[0][0], 0))
         flags = _PSH | _ACK | (_FIN if last else 0)
         raw.sendto(_segment(ends, start, sequences[1], flags, data), (ends[1][0], 0))
 

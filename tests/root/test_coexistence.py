@@ -176,13 +176,14 @@ def test_a_load_balancer_at_the_socket(world: World, way: str, where: str) -> No
 
 def test_a_refusal_of_theirs_leaves_nothing_of_ours(world: World, datapath: Datapath) -> None:
     world.enroll(WAYS["ebpf-accelerated"])
-    # Refuses what comes from us, too: the address that we aim at.
+    # Refuses what comes from us, too: the address that we aim at, for who has a port of its own.
     world.others.serve((SERVICE, PORT), (world.peer.ip, PORT), world.pod.ip)
     with pod_socket(world.pod) as client:
         with (
             world.others.attached("connect4", world.pod.cgroup.parent, Flag.MULTI),
             pytest.raises(PermissionError),
         ):
+            client.bind(("0.0.0.0", 0))
             client.connect((world.peer.ip, PORT + 1))
         assert datapath.maps.flows_of(netns_cookie(world.pod.netns)) == []
         client.connect((world.peer.ip, PORT))

@@ -209,6 +209,22 @@ def test_a_loopback_address_leads_nobody_from_outside_past_the_sidecar(
             assert server.getsockname()[:2] == (address, APP)
 
 
+def test_ports_suffice_for_connections_to_many_places(pod: LabPod) -> None:
+    """Also while many are in TIME_WAIT: each destination has all of the pod's ports, as always."""
+    pod.run(["sysctl", "-q", "net.ipv4.ip_local_port_range=40000 40031"], check=True)
+    places = [(f"10.96.2.{host}", 80) for host in range(1, 5)]
+    with listen(pod, OUTBOUND, sidecar=True) as sidecar:
+        for place in places * 9:
+            with pod_socket(pod) as client:
+                client.connect(place)
+                assert client.getsockname()[0] == pod.ip
+            server, source = sidecar.accept()
+            with server:
+                raw = server.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
+                assert (socket.inet_ntoa(raw[4:8]), source[0]) == (place[0], pod.ip)
+                assert server.recv(1) == b""
+
+
 def test_any_source_address_leads_to_the_outbound_listener(pod: LabPod) -> None:
     """A source that enrolment did not know must not pass for somebody outside."""
     pod.run(["ip", "addr", "add", f"{ADDED}/24", "dev", "eth0"], check=True)
