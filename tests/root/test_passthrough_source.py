@@ -41,9 +41,7 @@ def test_it_comes_and_goes_with_the_enrolment(
     assert "::6" not in on_loopback(pod.netns)
 
 
-def test_where_loopback_has_no_ipv6_the_pod_is_refused(
-    pod: LabPod, enrollment: Enrollment
-) -> None:
+def test_where_loopback_has_no_ipv6_the_pod_is_refused(pod: LabPod, enrollment: Enrollment) -> None:
     pod.run(["sysctl", "-q", "net.ipv6.conf.lo.disable_ipv6=1"], check=True)
     with pytest.raises(InputError, match="lo takes no IPv6 address"):
         enrollment.enroll("pod", pod.netns, pod.cgroup, Mode.EBPF)
