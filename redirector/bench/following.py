@@ -26,7 +26,7 @@ from redirector.compare.cases import Load
 from redirector.compare.topology import LOAD_SCRIPT
 from redirector.datapath import libbpf
 from redirector.datapath.followers import Followers
-from redirector.datapath.layout import Counter, EventRecord
+from redirector.datapath.layout import EventRecord
 from redirector.flows.command import PERIOD
 from redirector.flows.event import Clock, from_event, to_line
 from redirector.lab import LabPod
@@ -127,7 +127,7 @@ def _measure(ground: Ground, side: Side, pod: LabPod, beside: int) -> _Price:
     clock = (~beside << 3) | 2
 
     def now() -> tuple[float, int, int, float, float]:
-        made = side.datapath.maps.counted(cookie).counters()[Counter.STEERED_OUTBOUND]
+        made = sum(side.datapath.maps.counted(cookie).rules().values())
         work = time.clock_gettime(clock)
         return time.monotonic(), made, pod.cpu_usec(), _in_programs(side), work
 
