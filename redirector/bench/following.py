@@ -21,7 +21,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from redirector.bench.ground import COMMAND, Ground, Line, Side, line
+from redirector.bench.ground import COMMAND, OUTBOUND_PORT, Ground, Line, Side, line
 from redirector.compare.cases import Load
 from redirector.compare.topology import LOAD_SCRIPT
 from redirector.datapath import libbpf
@@ -33,8 +33,8 @@ from redirector.lab import LabPod
 from redirector.model import Mode
 from redirector.network import netns_cookie
 
-#: Nobody has it: TEST-NET-2.
-_SERVICE = "198.51.100.7:80"
+#: Where connections go: nobody has the first, TEST-NET-2; the second is the same server.
+_SERVICES = {"steered": "198.51.100.7:80", "direct": f"127.0.0.1:{OUTBOUND_PORT}"}
 _WARMUP = 0.2
 #: Many short measurements: what the host does to a CPU changes from second to second.
 _SHORTER = 2
@@ -48,14 +48,20 @@ class _Turn(StrEnum):
 
 
 def following(ground: Ground, mode: Mode) -> Iterator[Line]:
-    """One load all the time, and on other CPUs, turn by turn, nothing, a follower, other work."""
+    """What it costs steered connections, and direct ones, of which else nothing is kept."""
     if mode is not Mode.EBPF:
         return
+    for kind, service in _SERVICES.items():
+        yield from _lines(kind, _rounds(ground, service))
+
+
+def _rounds(ground: Ground, service: str) -> "list[dict[_Turn, _Price]]":
+    """One load all the time, and on other CPUs, turn by turn, nothing, a follower, other work."""
     pod, side = ground.alone, ground.few
     followers = side.datapath.followers()
     assert followers is not None
     rounds: list[dict[_Turn, _Price]] = []
-    with libbpf.timing_programs(), _load(ground, pod):
+    with libbpf.timing_programs(), _load(ground, pod, service):
         time.sleep(_WARMUP)
         turns: dict[_Turn, Callable[[], AbstractContextManager[int]]] = {
             _Turn.ALONE: lambda: contextlib.nullcontext(os.getpid()),
@@ -68,37 +74,37 @@ def following(ground: Ground, mode: Mode) -> Iterator[Line]:
                 with turns[turn]() as pid:
                     found[turn] = _measure(ground, side, pod, pid)
             rounds.append(found)
-    yield from _lines(rounds)
+    return rounds
 
 
-def _lines(rounds: "list[dict[_Turn, _Price]]") -> Iterator[Line]:
+def _lines(kind: str, rounds: "list[dict[_Turn, _Price]]") -> Iterator[Line]:
     def ratios(over: _Turn, under: _Turn) -> list[float]:
         return [each[over].rate / each[under].rate for each in rounds]
 
     for turn in (_Turn.ALONE, _Turn.FOLLOWED):
         programs = [each[turn].programs_us for each in rounds]
-        yield line(f"ebpf: a new connection's time in the programs, {turn}", programs, "us")
+        yield line(f"ebpf: {kind}: time in the programs, {turn}", programs, "us")
     extra = [
         100
         * (each[_Turn.FOLLOWED].programs_us - each[_Turn.ALONE].programs_us)
         / each[_Turn.ALONE].cpu_us
         for each in rounds
     ]
-    yield line("ebpf: of its CPU time, what following adds in the programs", extra, "%")
+    yield line(f"ebpf: {kind}: what following adds there, of CPU time", extra, "%")
     whole = [each[_Turn.FOLLOWED].cpu_us / each[_Turn.ALONE].cpu_us for each in rounds]
-    yield line("ebpf: a new connection's CPU time, followed to not", whole, "", "<= 1.03")
+    yield line(f"ebpf: {kind}: CPU time, followed to not", whole, "", "<= 1.03")
     for turn in (_Turn.FOLLOWED, _Turn.BESIDE):
         busy = [100 * each[turn].busy for each in rounds]
-        yield line(f"ebpf: work on other CPUs, {turn}", busy, "%")
-    name = "ebpf: new connections a second"
+        yield line(f"ebpf: {kind}: work on other CPUs, {turn}", busy, "%")
+    name = f"ebpf: {kind}: connections a second"
     yield line(f"{name}, followed to not", ratios(_Turn.FOLLOWED, _Turn.ALONE), "", ">= 0.97")
-    yield line(f"{name}, such work beside to not", ratios(_Turn.BESIDE, _Turn.ALONE), "")
+    yield line(f"{name}, such work to not", ratios(_Turn.BESIDE, _Turn.ALONE), "")
     yield line(f"{name}, followed to such work", ratios(_Turn.FOLLOWED, _Turn.BESIDE), "")
 
 
 @contextlib.contextmanager
-def _load(ground: Ground, pod: LabPod) -> Iterator[None]:
-    argv: list[str | Path] = [ground.luajit, "-", Load.CONNECT.value, _SERVICE, "0", "3600", "1"]
+def _load(ground: Ground, pod: LabPod, service: str) -> Iterator[None]:
+    argv: list[str | Path] = [ground.luajit, "-", Load.CONNECT.value, service, "0", "3600", "1"]
     with LOAD_SCRIPT.open() as script:
         load = pod.popen(argv, cpus={ground.cpu}, stdin=script, stdout=subprocess.DEVNULL)
     try:
