@@ -92,6 +92,8 @@ class Connection:
         held = sorted(each.name for each in self.stream.quarantined if each.type_url == type_url)
         if held:
             error = f"{listed(held)} kept back: {error}"
+        elif self.stream.stuck(type_url):
+            error = f"all of it refused, to be sent again with the next change: {error}"
         return TypeStanding(type_url, sync, version, at, error, refused_version, refused_at)
 
     def leave(self) -> None:

@@ -89,6 +89,10 @@ class Stream(ABC):
             for found in state.doubts.standing(self._desired.of(url).version_of)
         )
 
+    def stuck(self, type_url: str) -> bool:
+        """The client refused all that it was sent of a type, and it may not be tried in parts."""
+        return type_url in self._types and self._types[type_url].stuck
+
     def took(self, what: Quarantined) -> bool:
         """The client took this very version, as far as it says."""
         state = self._types.get(what.type_url)

@@ -14,6 +14,7 @@ from urllib.error import HTTPError
 import grpc
 import pytest
 from clients import PATIENCE_S, ack, answer, connected, first, running
+from envoy.service.discovery.v3.discovery_pb2 import DiscoveryRequest
 from envoy.service.status.v3.csds_pb2 import (
     ClientStatusRequest,
     ClientStatusResponse,
@@ -111,6 +112,24 @@ async def test_each_type_stands_where_its_answers_say(tmp_path: Path) -> None:
         await run.publish(world(clusters={"web": 1}))
         await answer(call)
         assert (await states(address))[CLUSTER] is Sync.STALE
+
+
+async def test_what_may_not_be_tried_in_parts_stands_refused_as_a_whole(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, stub, _, address):
+        call = stub.StreamAggregatedResources()
+        request = DiscoveryRequest(type_url=CLUSTER, version_info="of-an-earlier-time")
+        request.node.id = first(CLUSTER).node.id
+        await call.write(request)
+        request.response_nonce = (await answer(call)).nonce
+        request.error_detail.message = "no"
+        await call.write(request)
+        # A round trip.
+        await call.write(DiscoveryRequest(type_url=LISTENER))
+        await answer(call)
+        (found,) = await fetch(address)
+        (clusters,) = (each for each in found.types if each.type_url == CLUSTER)
+        assert clusters.sync is Sync.NACKED
+        assert clusters.error == "all of it refused, to be sent again with the next change: no"
 
 
 async def test_sidecar_that_is_back_with_everything_is_synced(tmp_path: Path) -> None:
