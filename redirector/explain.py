@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import socket
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 
 from redirector import network
 from redirector.errors import InputError
@@ -14,6 +14,8 @@ from redirector.steering import Connection, Direction, Protocol, Verdict, decide
 # The one above means "no id" to the kernel (user_namespaces(7)).
 _HIGHEST_ID = 2**32 - 2
 _ALL_OF_THE_LINK = IPv4Address("255.255.255.255")
+#: STEERED_LOOPBACK, bpf/sockops/common.h.
+_STEERED_LOOPBACK = IPv4Network("127.1.0.0/16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +122,9 @@ def _refused(pod: Pod, connection: Connection) -> bool:
         pod.mode is Mode.EBPF
         and connection.protocol is Protocol.TCP
         and connection.direction is Direction.OUTBOUND
-        and connection.destination in connection.own
+        and (
+            connection.destination in connection.own or connection.destination in _STEERED_LOOPBACK
+        )
         and connection.port in (pod.steering.outbound_port, pod.steering.inbound_port)
     )
 

@@ -62,6 +62,7 @@ def ask(*words: str, pod: Pod = POD) -> str:
         (["--to", "10.0.0.5:15020", "--inbound"], "direct, by rule inbound.excluded-port"),
         (["--to", "10.0.0.5:15001"], "refused: the sidecar's own port"),
         (["--to", "10.0.0.5:15006"], "refused: the sidecar's own port"),
+        (["--to", "127.1.2.3:15001"], "refused: the sidecar's own port"),
         (["--to", "127.0.0.1:15001"], "direct, by rule outbound.app-local"),
         (["--to", "224.0.0.5:80"], "unreachable: no TCP connection leads to many"),
         (["--to", "[::ffff:255.255.255.255]:80"], "unreachable: no TCP connection leads to many"),
