@@ -387,7 +387,9 @@ class SotwStream(Stream):
         return None
 
     def _is_level(self, desired: Snapshot) -> bool:
-        return not any(self._loose.values()) and super()._is_level(desired)
+        # What is gone altogether is in no version.
+        counted = (names & desired.of(url).names for url, names in self._loose.items() if names)
+        return not any(counted) and super()._is_level(desired)
 
     @staticmethod
     def _ack(response: Response) -> Frame:
