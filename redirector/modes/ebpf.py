@@ -146,9 +146,9 @@ class EbpfMode:
             patience = time.monotonic_ns() - int(DRAIN_SECONDS * 1e9)
             if all(opened < patience for opened in waiting):
                 self._tell(
-                    f"pod {pod.name}: {len(waiting)} connections have not been taken by its "
-                    f"sidecar within {DRAIN_SECONDS:g} s; from now on nobody tells it their "
-                    "original destinations"
+                    f"pod {pod.name}: its sidecar has not taken {len(waiting)} of the connections "
+                    f"that were steered to it, for {DRAIN_SECONDS:g} s; nobody tells it any more "
+                    "where they were to go"
                 )
                 break
             time.sleep(0.005)

@@ -73,4 +73,4 @@ def test_one_that_hangs_holds_nobody_up_and_is_told_of(
     with steered(pod):
         LEAVING[leave](telling)
     (line,) = told
-    assert line.startswith("pod pod: 1 connections have not been taken by its sidecar")
+    assert line.startswith("pod pod: its sidecar has not taken 1 of the connections")
