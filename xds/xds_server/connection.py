@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -173,6 +173,9 @@ class Connection:
         """Have the writer send what the request asks for. Most requests are answers after which
         there is nothing to say: then it need not wake up, which would cost more than the rest."""
         current = self._generation is self._hub.generation
+        if current and self.stream.level:
+            self._hub.settle(self)
+            return
         if self._idle is not None and current and self._may_send():
             self._planned = self.stream.next_response()
             if self._planned is None:
@@ -211,20 +214,26 @@ class Connection:
         while not self._leaving:
             if self._generation is not self._hub.generation:
                 await self.refresh()
-            response = self._next()
-            if response is None:
+            if self._planned is not None or not self.stream.awaits:
+                if response := self._next():
+                    await self._send(context, response)
+                    continue
                 self._settle()
-                if self.closed:
-                    return
-                self._idle = idle()
-                await self._idle
-                continue
-            self._note_sent(response)
-            if self._hub.room.passes(response.size):
-                await context.write(response.body)
-            else:
-                async with self._hub.room.for_(response.size):
-                    await context.write(response.body)
+            if self.closed:
+                return
+            self._idle = idle()
+            await self._idle
+
+    def _send(self, context: Any, response: Response) -> Awaitable[None]:
+        """Have a message written, in its turn if it is large."""
+        self._note_sent(response)
+        if self._hub.room.passes(response.size):
+            return context.write(response.body)  # type: ignore[no-any-return]
+        return self._send_in_turn(context, response)
+
+    async def _send_in_turn(self, context: Any, response: Response) -> None:
+        async with self._hub.room.for_(response.size):
+            await context.write(response.body)
 
     def _next(self) -> Response | None:
         planned, self._planned = self._planned, None

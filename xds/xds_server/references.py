@@ -36,7 +36,7 @@ _KIND = {
 
 def kind(type_url: str) -> str:
     """A type's short name for people: `cluster`, `endpoints`, `listener`, `route`, `filter`."""
-    return _KIND.get(type_url, type_url.rpartition(".")[2])
+    return _KIND.get(type_url) or type_url.rpartition(".")[2]
 
 
 class Reference(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from xds_server.exchange import Response
+from xds_server.exchange import Ack, Response
 from xds_server.references import ENDPOINT, ROUTE, Reference
 from xds_server.snapshot import Encoded, ResourceSet, Snapshot
 
@@ -30,11 +30,13 @@ class Frame(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """A message that clients have in common; `number` is its nonce."""
+    """A message that clients have in common; `number` is its nonce. `ack` takes it, and comes in a
+    request of this `frame`."""
 
     number: int
     response: Response
-    ack: Frame
+    ack: Ack
+    frame: Frame
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,9 @@ class Step:
 
 
 class Stride(NamedTuple):
-    """A step that a client was sent: where it leads to, and what is to be answered."""
+    """A step that a client was sent, and where it leads to."""
 
-    type_url: str
-    nonce: str
-    ack: Frame
+    message: Shared
     to: Snapshot
 
 

@@ -110,6 +110,11 @@ class Stream(ABC):
         return self._level is not None and self._level is self._desired
 
     @property
+    def awaits(self) -> bool:
+        """There is nothing to say until the client answers, or asks, or something changes."""
+        return self._drained and self.unanswered > 0
+
+    @property
     def settled(self) -> bool:
         """Nothing is left to send, and the client answered all that was sent."""
         if self.level:
@@ -191,45 +196,50 @@ class Stream(ABC):
         state = self._types[found.type_url]
         if not state.has_all():
             return None
-        number, response, ack = found.message(
+        message = found.message(
             type(self), self._nonces, lambda number: self._stepping(found, number)
         )
+        response = message.response
         if response.size > self._limit:
             return None
-        self._use_nonce(state, number)
+        self._use_nonce(state, message.number, response.nonce)
         state.step(found)
-        self._expect(state, response, found.contents)
-        self._level, self._stride = None, Stride(found.type_url, response.nonce, ack, desired)
+        self._level, self._stride = None, Stride(message, desired)
         self._drained = True
-        return response
+        return self._expect(state, response, found.contents)
 
     def _stepping(self, step: Step, number: int) -> Shared:
         url, version = step.type_url, self._version_of_all(step.type_url, step.after)
         nonce = str(number)
         frames = self._encode(url, nonce, version, step.changed, ())
         response = Response(url, nonce, version, step.changed, (), frames)
-        return Shared(number, response, self._ack(response))
+        return Shared(number, response, Ack(url, nonce), self._ack(response))
 
     def take_plain_ack(self, request: bytes) -> Ack | None:
         """Book a request if it takes the step and asks for nothing new. To tell that by its bytes
         costs a fraction of what it takes to read all that it might say."""
         stride = self._stride
-        asked = stride.ack.between(request) if stride is not None else None
-        if stride is None or asked is None or not self._asked_before(stride.type_url, asked):
+        if stride is None:
             return None
-        return self._stepped(stride.type_url, stride.nonce)
+        ack, asked = stride.message.ack, stride.message.frame.between(request)
+        if asked is None or not self._asked_before(ack.type_url, asked):
+            return None
+        return self._stepped(ack.type_url, ack.nonce)
 
     def _stepped(self, type_url: str, nonce: str) -> Ack | None:
         """Book an ACK, and nothing else, if it is that of a step."""
         stride = self._stride
-        if stride is None or stride.nonce != nonce or stride.type_url != type_url:
+        if stride is None:
+            return None
+        ack = stride.message.ack
+        if ack.nonce != nonce or ack.type_url != type_url:
             return None
         state = self._types[type_url]
         del state.unanswered[nonce]
         self.unanswered -= 1
         state.lingering.clear()
         self._level, self._stride = stride.to, None
-        return Ack(type_url, nonce)
+        return ack
 
     def _heard(self) -> None:
         """A request came that may change anything."""
@@ -404,13 +414,12 @@ class Stream(ABC):
 
     def _next_nonce(self, state: TypeState) -> str:
         """For the message that is about to be sent."""
-        return self._use_nonce(state, self._nonces + 1)
-
-    def _use_nonce(self, state: TypeState, number: int) -> str:
-        self._nonces = number
-        state.last_nonce = str(number)
-        state.owed = False
+        number = self._nonces + 1
+        self._use_nonce(state, number, str(number))
         return state.last_nonce
+
+    def _use_nonce(self, state: TypeState, number: int, nonce: str) -> None:
+        self._nonces, state.last_nonce, state.owed = number, nonce, False
 
     def _expect(
         self, state: TypeState, response: Response, contents: Mapping[str, str]

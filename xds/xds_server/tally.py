@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE, kind
 
-_KNOWN = frozenset({CLUSTER, ENDPOINT, LISTENER, ROUTE, FILTER})
+_LABELS = {url: kind(url) for url in (CLUSTER, ENDPOINT, LISTENER, ROUTE, FILTER)}
 #: Clients may name any type: metrics know ours, and all others as one.
 _OTHER = "other"
 
@@ -37,7 +37,7 @@ class Distribution:
 
 def label(type_url: str) -> str:
     """A type as metrics know it: few, whatever clients ask for."""
-    return kind(type_url) if type_url in _KNOWN else _OTHER
+    return _LABELS.get(type_url, _OTHER)
 
 
 @dataclass
