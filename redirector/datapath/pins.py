@@ -135,7 +135,7 @@ class Datapath:
 
     def refuses_splice(self) -> bool:
         """Whether pods that are short-circuited need the hook for that, and the kernel has it."""
-        return (self.programs / SPLICE_HOOK[0]).exists()
+        return self.is_loaded() and (self.programs / SPLICE_HOOK[0]).exists()
 
     def _load(self, lock: int) -> None:
         sizes = json.dumps(dict(self._sizes))
