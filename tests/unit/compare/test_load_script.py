@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from redirector.compare.load import parse
-from redirector.compare.topology import LOAD_SCRIPT
+from redirector.compare.cases import CASES
+from redirector.compare.load import measure, parse
+from redirector.compare.topology import LOAD_SCRIPT, Way
 from redirector.errors import RedirectorError
 
 LUAJIT = shutil.which("luajit") or "luajit"
@@ -194,3 +197,18 @@ def test_cpu_time_is_shared_by_the_operations() -> None:
 def test_no_operation_is_an_error_and_not_a_zero() -> None:
     with pytest.raises(RedirectorError, match="not one operation"):
         parse("operations=0 elapsed_s=0.5\n", 10)
+
+
+@pytest.mark.parametrize(("unseen", "ends_well"), [(2, True), (3, False)])
+def test_cpu_time_that_was_read_too_late_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, unseen: int, ends_well: bool
+) -> None:
+    read = iter([0] * unseen + [7])
+    line = "operations=1 elapsed_s=1\n"
+    monkeypatch.setattr("redirector.compare.load._run", lambda *_, **__: (line, next(read)))
+    run = partial(measure, Path("luajit"), CASES[0], cast(Way, None), cpu=0, warmup=0, seconds=0.05)
+    if ends_well:
+        assert run().cpu_us_per_op == 7
+    else:
+        with pytest.raises(RedirectorError, match=r"too busy to measure 0\.05 s"):
+            run()
