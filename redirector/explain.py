@@ -15,7 +15,7 @@ from redirector.steering import Connection, Direction, Protocol, Verdict, decide
 _HIGHEST_ID = 2**32 - 2
 _ALL_OF_THE_LINK = IPv4Address("255.255.255.255")
 #: STEERED_LOOPBACK, bpf/sockops/common.h.
-_STEERED_LOOPBACK = IPv4Network("127.1.0.0/16")
+STEERED_LOOPBACK = IPv4Network("127.1.0.0/16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,9 +122,7 @@ def _refused(pod: Pod, connection: Connection) -> bool:
         pod.mode is Mode.EBPF
         and connection.protocol is Protocol.TCP
         and connection.direction is Direction.OUTBOUND
-        and (
-            connection.destination in connection.own or connection.destination in _STEERED_LOOPBACK
-        )
+        and (connection.destination in connection.own or connection.destination in STEERED_LOOPBACK)
         and connection.port in (pod.steering.outbound_port, pod.steering.inbound_port)
     )
 

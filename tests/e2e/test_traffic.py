@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from waiting import PATIENCE_S, eventually
 from redirector.datapath.layout import Counter
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
+from redirector.explain import STEERED_LOOPBACK
 from redirector.lab import Node
 from redirector.model import Accelerate, Mode
 
@@ -196,8 +198,10 @@ def test_every_hop_is_short_circuited(mesh: Mesh, accelerate: Accelerate) -> Non
     assert theirs[Counter.STEERED_INBOUND] == 1
     whole = (80, 80)
     if accelerate is Accelerate.ON:
+        to_sidecar = next(where for where in hops if where[2] == 15001)
+        assert ip_address(to_sidecar[1]) in STEERED_LOOPBACK
         assert hops == {
-            ("client", mesh.client.ip, 15001): whole,
+            ("client", to_sidecar[1], 15001): whole,
             ("client", mesh.server.ip, BULK_PORT): whole,
             ("server", mesh.server.ip, BULK_PORT): whole,
         }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from mesh import WAYS, Way
 from others import Flag, Others, Seen
 from sockets import pod_socket
+from waiting import eventually
 
 from redirector.datapath.pins import Datapath
 from redirector.enrollment import Enrollment
@@ -237,15 +239,16 @@ def test_a_close_that_they_kept_from_us_is_found(world: World, datapath: Datapat
     pod = world.pod
     world.enroll(WAYS["ebpf-accelerated"])
     netns = netns_cookie(pod.netns)
+    forget = partial(world.enrollment.forget_closed, settled_ns=0)
     with world.others.attached("deaf_sockops", pod.cgroup, Flag.MULTI):
         with pod_socket(pod) as open_one:
             open_one.connect((world.peer.ip, PORT))
             world.dial(world.peer.ip)
             assert len(datapath.maps.flows_of(netns)) == 2
             assert world.enrollment.forget_closed() == 0, "both are young"
-            assert world.enrollment.forget_closed(settled_ns=0) == 1
+            eventually("the flow that was closed", lambda: forget() == 1)
             assert len(datapath.maps.flows_of(netns)) == 1
-        assert world.enrollment.forget_closed(settled_ns=0) == 1
+        eventually("the other one, once its peer has closed, too", lambda: forget() == 1)
     assert not datapath.maps.flows_of(netns)
 
 
