@@ -62,7 +62,7 @@ def _rounds(ground: Ground, service: str) -> "list[dict[_Turn, _Price]]":
     assert followers is not None
     rounds: list[dict[_Turn, _Price]] = []
     with libbpf.timing_programs(), _load(ground, pod, service):
-        time.sleep(_WARMUP)
+        _await_load(side, pod)
         turns: dict[_Turn, Callable[[], AbstractContextManager[int]]] = {
             _Turn.ALONE: lambda: contextlib.nullcontext(os.getpid()),
             _Turn.FOLLOWED: partial(_followed, side, followers),
@@ -114,6 +114,22 @@ def _load(ground: Ground, pod: LabPod, service: str) -> Iterator[None]:
         load.wait()
 
 
+def _await_load(side: Side, pod: LabPod) -> None:
+    """Return once it connects; among a thousand pods it takes its time to start."""
+    cookie = netns_cookie(pod.netns)
+    before, deadline = _made(side, cookie), time.monotonic() + _PATIENCE_S
+    while _made(side, cookie) == before:
+        if time.monotonic() > deadline:
+            raise TimeoutError("the load makes no connection")
+        time.sleep(0.02)
+    time.sleep(_WARMUP)
+
+
+def _made(side: Side, cookie: int) -> int:
+    """How many connections were decided, steered or not."""
+    return sum(side.datapath.maps.counted(cookie).rules().values())
+
+
 @dataclass(frozen=True)
 class _Price:
     """New connections a second; for each, the pod's CPU time and the programs' part of it.
@@ -133,7 +149,7 @@ def _measure(ground: Ground, side: Side, pod: LabPod, beside: int) -> _Price:
     clock = (~beside << 3) | 2
 
     def now() -> tuple[float, int, int, float, float]:
-        made = sum(side.datapath.maps.counted(cookie).rules().values())
+        made = _made(side, cookie)
         work = time.clock_gettime(clock)
         return time.monotonic(), made, pod.cpu_usec(), _in_programs(side), work
 
@@ -142,6 +158,8 @@ def _measure(ground: Ground, side: Side, pod: LabPod, beside: int) -> _Price:
     seconds, made, cpu, programs, work = (
         after - before for before, after in zip(began, now(), strict=True)
     )
+    if not made:
+        raise TimeoutError(f"the load made no connection in {seconds:.2f} s")
     return _Price(made / seconds, cpu / made, programs / made, work / seconds)
 
 
