@@ -110,6 +110,12 @@ ALWAYS bool is_steered_loopback(const struct address *a)
 	return is_v4(a) && bpf_ntohl(a->word[3]) >> 16 == STEERED_LOOPBACK;
 }
 
+// Where a connection is local to the pod, and nobody was steered to.
+ALWAYS bool is_plain_loopback(const struct address *a)
+{
+	return is_loopback(a) && !is_steered_loopback(a);
+}
+
 // 169.254/16 and fe80::/10: unique on their link, not on the node.
 ALWAYS bool is_link_local(const struct address *a)
 {

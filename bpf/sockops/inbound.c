@@ -143,8 +143,7 @@ ALWAYS int inbound(struct bpf_sk_lookup *ctx)
 	    !same(&key.client, &key.server) && !is_own(pod, &key.client, netns))
 		return from_outside(ctx, pod, netns, &key);
 	// A sidecar that is told of no original destination leads it nowhere.
-	if (!sidecars || pod->flags & POD_TAKEOVER ||
-	    (is_loopback(&key.server) && !is_steered_loopback(&key.server)))
+	if (!sidecars || pod->flags & POD_TAKEOVER || is_plain_loopback(&key.server))
 		return SK_PASS;
 	// Who dialled tells of it (sockops.c), and knows the process.
 	open = shares.lookup(&netns);

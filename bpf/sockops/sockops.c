@@ -337,8 +337,7 @@ ALWAYS bool had_no_flow(struct sock_state *state, __u64 netns)
 {
 	struct pod *pod = pods.lookup(&netns);
 
-	if (!pod || pod->flags & POD_TAKEOVER ||
-	    (is_loopback(&state->flow.server) && !is_steered_loopback(&state->flow.server)))
+	if (!pod || pod->flags & POD_TAKEOVER || is_plain_loopback(&state->flow.server))
 		return false;
 	if (state->flow.server_port != pod->outbound_port &&
 	    state->flow.server_port != pod->inbound_port)

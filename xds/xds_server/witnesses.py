@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 from urllib.parse import unquote
 
+from redirector.model import IPAddress
+from redirector.steering import unmapped
 from xds_server.identity import Peer
 from xds_server.ir import Name, NodeId, Workload
 from xds_server.quarantine import Quarantined
@@ -53,12 +55,11 @@ def trust(
     return Trust.PROVEN if known else Trust.NONE
 
 
-def _ip(address: str) -> IPv4Address | IPv6Address | None:
+def _ip(address: str) -> IPAddress | None:
     kind, _, rest = unquote(address).partition(":")
     if kind not in ("ipv4", "ipv6"):
         return None
-    found = ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
-    return (isinstance(found, IPv6Address) and found.ipv4_mapped) or found
+    return unmapped(ip_address(rest.rpartition(":")[0].strip("[]").partition("%")[0]))
 
 
 def credible(witnesses: Iterable[Witness]) -> Iterator[tuple[NodeId, Quarantined]]:

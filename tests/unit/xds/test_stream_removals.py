@@ -2,7 +2,7 @@
 
 from envoy.config.listener.v3.listener_pb2 import Listener
 from envoy.extensions.filters.network.tcp_proxy.v3.tcp_proxy_pb2 import TcpProxy
-from test_stream_delta import connected
+from test_stream_delta import Talk, connected
 from worlds import Resources, listener, network_filter, world
 from xds_server.references import CLUSTER, ENDPOINT, FILTER, LISTENER, ROUTE
 
@@ -44,7 +44,8 @@ def filtered(cluster: str, name: str, variant: int = 0) -> Resources:
     }
 
 
-def test_what_a_listener_leads_to_stays_while_its_successors_filter_is_refused() -> None:
+def succeeded() -> Talk:
+    """A client that has a listener with its filter, and was sent one that is to take over."""
     talk = connected(filtered("old", "before"))
     talk.ask(FILTER, ["before"])
     talk.said()
@@ -52,6 +53,11 @@ def test_what_a_listener_leads_to_stays_while_its_successors_filter_is_refused()
     talk.offer(filtered("web", "after"))
     talk.said()
     talk.ask(ROUTE, ["web"])
+    return talk
+
+
+def test_what_a_listener_leads_to_stays_while_its_successors_filter_is_refused() -> None:
+    talk = succeeded()
     talk.ask(FILTER, ["after"])
     talk.said()
     for type_url in (CLUSTER, ENDPOINT, LISTENER, ROUTE):
@@ -69,13 +75,7 @@ def test_what_a_listener_leads_to_stays_while_its_successors_filter_is_refused()
 
 
 def test_nothing_goes_before_the_client_asked_for_the_listeners_new_filter() -> None:
-    talk = connected(filtered("old", "before"))
-    talk.ask(FILTER, ["before"])
-    talk.said()
-    talk.ack(FILTER)
-    talk.offer(filtered("web", "after"))
-    talk.said()
-    talk.ask(ROUTE, ["web"])
+    talk = succeeded()
     talk.said()
     for type_url in (CLUSTER, ENDPOINT, LISTENER, ROUTE):
         talk.ack(type_url)
